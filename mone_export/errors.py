@@ -1,0 +1,5 @@
+"""What a user can get wrong, as exceptions: each message says what, with the numbers, and what to do about it."""
+
+
+class MoneError(Exception):
+    """A problem the user can mend; the command line prints it as one line and exits with 1."""
