@@ -1,0 +1,32 @@
+# make demo | test | check | clean        BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
+# spares the download of the CUDA libraries.
+PYTHON  ?= python3
+BACKEND ?= cpu
+VENV    := .venv
+READY   := $(VENV)/ready
+
+.PHONY: demo test check clean llama
+
+demo: llama
+	$(VENV)/bin/python tools/demo.py
+
+test: llama
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
+
+llama: $(READY)
+	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "needs Python's venv: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

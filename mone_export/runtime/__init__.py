@@ -1,0 +1,37 @@
+"""Get, patch, build and find llama.cpp: what `mone-llama` does, for programs.
+
+A MoNE file runs in llama.cpp with the few patches in `patches/` applied. The source is the release pinned in
+`patches/UPSTREAM`: the sdist of llama-cpp-python, which carries the whole llama.cpp tree. Everything lands in
+one cache:
+
+    $MONE_CACHE, else $XDG_CACHE_HOME/mone_export, else ~/.cache/mone_export
+      llama_cpp_python-<version>.tar.gz       as downloaded, SHA-256 checked
+      llama.cpp/<version>-<key>/source/       unpacked and patched; key: sdist and patches
+      llama.cpp/<version>-<key>/<build>/bin/  programs and libraries; build: backend, options, compiler, CPU
+
+`source/` and `bin/` appear by a rename when they are complete, so what is there is finished.
+"""
+
+from mone_export.runtime.binding import install_python_binding
+from mone_export.runtime.build import Build, BuildError, RuntimeInfo, build, info, path
+from mone_export.runtime.source import Progress, Source, Upstream, cache_dir, fetch, patches_dir, source, tree
+from mone_export.runtime.toolchain import Backend
+
+__all__ = [
+    "Backend",
+    "Build",
+    "BuildError",
+    "Progress",
+    "RuntimeInfo",
+    "Source",
+    "Upstream",
+    "build",
+    "cache_dir",
+    "fetch",
+    "info",
+    "install_python_binding",
+    "patches_dir",
+    "path",
+    "source",
+    "tree",
+]
