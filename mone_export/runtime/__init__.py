@@ -13,9 +13,18 @@ one cache:
 """
 
 from mone_export.runtime.binding import install_python_binding
-from mone_export.runtime.build import Build, BuildError, RuntimeInfo, build, info, path
-from mone_export.runtime.source import Progress, Source, Upstream, cache_dir, fetch, patches_dir, source, tree
+from mone_export.runtime.builds import Build, BuildError, RuntimeInfo, build, info, path
 from mone_export.runtime.toolchain import Backend
+from mone_export.runtime.upstream import (
+    Progress,
+    Source,
+    Upstream,
+    cache_dir,
+    fetch,
+    patches_dir,
+    source,
+    tree,
+)
 
 __all__ = [
     "Backend",

@@ -1,8 +1,8 @@
 """Put the Python side of the pinned llama.cpp into the running environment: `llama_cpp` and `gguf`.
 
 Both come from the tree that was built, never from the package index: the converter, its gguf and the library
-must be of one commit, and an index's gguf of the same version number lacks things. llama-cpp-python is installed
-without compiling llama.cpp; its `lib` folder then points at the patched libraries in the cache.
+must be of one commit, and an index's gguf of the same version number lacks things. llama-cpp-python is
+installed without compiling llama.cpp; its `lib` folder then points at the patched libraries in the cache.
 """
 
 import filecmp
@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.runtime.build import Build
-from mone_export.runtime.source import Progress, Source, last_line, quiet, source
+from mone_export.runtime.builds import Build
 from mone_export.runtime.toolchain import search_path, which
+from mone_export.runtime.upstream import Progress, Source, last_line, quiet, source
 
 _BINDING_FILES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE.md")
 

@@ -35,7 +35,7 @@ class Toolchain:
 
     @staticmethod
     def find(backend: Backend) -> "Toolchain":
-        """Look for all that `backend` needs; one MoneError names what is missing and the packages to install."""
+        """Look for all that `backend` needs; one MoneError names what is missing and the packages."""
         cmake, ninja, make = which("cmake"), which("ninja"), which("make")
         cc, cxx = _compiler("CC"), _compiler("CXX")
         nvcc = which("nvcc") or (str(_NVCC) if _NVCC.is_file() else None)

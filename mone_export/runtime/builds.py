@@ -1,6 +1,6 @@
 """Build llama.cpp into the cache, and find what was built.
 
-A build works in `<build>/work`. When everything is compiled, its `bin` receives `build.json` and is renamed to
+A build works in `<build>/work`. When everything is compiled, its `bin` receives `build.json`, is renamed to
 `<build>/bin`, and the object files go. So a build that was interrupted has no `bin`, and continues where it
 stopped.
 """
@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.runtime.source import (
+from mone_export.runtime.toolchain import Backend, Toolchain, cpu_identity, gpu_identity, n_core, search_path
+from mone_export.runtime.upstream import (
     Progress,
     Source,
     Upstream,
@@ -28,7 +29,6 @@ from mone_export.runtime.source import (
     quiet,
     source,
 )
-from mone_export.runtime.toolchain import Backend, Toolchain, cpu_identity, gpu_identity, n_core, search_path
 
 TOOLS = (
     "llama-cli",
@@ -47,8 +47,8 @@ _BACKEND_ARGS: dict[Backend, tuple[str, ...]] = {
     "cuda": ("-DGGML_CUDA=ON",),
     "vulkan": ("-DGGML_VULKAN=ON",),
 }
-# Programs find the libraries beside them, so that `bin` can be moved. llama-server comes without its web pages,
-# which would need npm or a download.
+# Programs find the libraries beside them, so that `bin` can be moved. llama-server comes without its web
+# pages, which would need npm or a download.
 _COMMON_ARGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -98,9 +98,8 @@ class Build:
         if not stamp.is_file():
             return None
         values = json.loads(stamp.read_text(encoding="utf-8"))
-        return Build(
-            **values | {"folder": folder, **{key: tuple(values[key]) for key in ("targets", "cmake_args")}}
-        )
+        lists = {key: tuple(values[key]) for key in ("targets", "cmake_args")}
+        return Build(**values | lists | {"folder": folder})
 
     def save(self, folder: Path) -> None:
         """Write `build.json` into `folder`."""
@@ -131,10 +130,10 @@ def build(
     jobs: int | None = None,
     progress: Progress = quiet,
 ) -> Build:
-    """Build llama.cpp for a backend, unless the same build is there; fetches and patches the source if need be.
+    """Build llama.cpp for a backend, unless the same build is there; fetches and patches as needed.
 
-    `cmake_args` are further `-D...` options; `targets` defaults to `default_targets`. Raises MoneError for a missing
-    tool, BuildError if CMake or a compiler fails.
+    `cmake_args` are further `-D...` options; `targets` defaults to `default_targets`. Raises MoneError for
+    a missing tool, BuildError if CMake or a compiler fails.
     """
     toolchain = Toolchain.find(backend)
     state = source(patched=patched)
@@ -145,9 +144,8 @@ def build(
     with locked(state.folder, progress) as lock:
         if Build.load(wanted.folder) is None:
             prepare(state, progress)
-            shop = _Workshop(
-                wanted.folder / "work", wanted.folder / "build.log", _environment(state), lock, progress
-            )
+            folder = wanted.folder
+            shop = _Workshop(folder / "work", folder / "build.log", _environment(state), lock, progress)
             _run_build(wanted, state, toolchain, jobs or n_core(), shop)
     return wanted
 
@@ -155,23 +153,19 @@ def build(
 def path(backend: Backend | None = None, *, patched: bool = True) -> Path:
     """The `bin` folder of the newest build with the tools for this CPU (and `backend`); builds nothing."""
     state = source(patched=patched)
-    fitting = [
-        item for item in builds(state) if backend in (None, item.backend) and "llama-cli" in item.targets
-    ]
+    usable = (item for item in finished(state) if "llama-cli" in item.targets)
+    fitting = [item for item in usable if backend in (None, item.backend)]
     if not fitting:
         options = (f" --backend {backend}" if backend else "") + ("" if patched else " --stock")
-        release = f"{state.upstream.version} ({state.key})"
-        raise MoneError(
-            f"no build of llama.cpp {release} for this CPU in {cache_dir()}: run `mone-llama build{options}`"
-        )
+        command = f"mone-llama build{options}"
+        raise MoneError(f"no llama.cpp {state.folder.name} for this CPU in {cache_dir()}: run `{command}`")
     return fitting[0].bin
 
 
-def builds(state: Source) -> tuple[Build, ...]:
+def finished(state: Source) -> tuple[Build, ...]:
     """The finished builds of a source that run on this CPU, newest first."""
-    stamps = sorted(
-        state.folder.glob("*/bin/build.json"), key=lambda file: file.stat().st_mtime, reverse=True
-    )
+    stamps = list(state.folder.glob("*/bin/build.json"))
+    stamps.sort(key=lambda file: file.stat().st_mtime, reverse=True)
     found = (Build.load(stamp.parents[1]) for stamp in stamps)
     return tuple(item for item in found if item and item.cpu in ("any", cpu_identity(item.cmake_args)))
 
@@ -185,7 +179,7 @@ def info() -> RuntimeInfo:
         patches=tuple(patch.stem for patch in patched.patches),
         cache=cache_dir(),
         tree=patched.tree if patched.tree.is_dir() else None,
-        builds=builds(patched) + builds(stock),
+        builds=finished(patched) + finished(stock),
     )
 
 
@@ -208,9 +202,8 @@ def _plan(
     compilers = [tools.identity(), "ninja" if tools.ninja else "make"]
     options = [backend, _COMMON_ARGS, _BACKEND_ARGS[backend], args, targets, compilers, cpu, gpu]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]
-    return Build(
-        state.folder / f"{backend}-{key}", backend, state.patched, state.upstream.version, targets, args, cpu
-    )
+    folder = state.folder / f"{backend}-{key}"
+    return Build(folder, backend, state.patched, state.upstream.version, targets, args, cpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +239,8 @@ class _Workshop:
                 if step := _STEP.match(line):
                     self.progress(int(step[1]), int(step[2] or 100), step[3])
         if process.returncode:
-            name = Path(command[0]).name + (" --build" if "--build" in command else "")
-            raise BuildError(
-                f"{name} exited with {process.returncode}: the whole output is in {self.log}", tail
-            )
+            stage = "compiling" if "--build" in command else "configuring"
+            raise BuildError(f"{stage} llama.cpp failed: the whole output is in {self.log}", tail)
 
 
 def _run_build(wanted: Build, state: Source, tools: Toolchain, jobs: int, shop: _Workshop) -> None:

@@ -1,0 +1,38 @@
+"""Promises about patches/: complete, explained, and exactly what the maintainers' tool writes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mone_export.runtime.upstream import Upstream, read_series
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCHES = ROOT / "patches"
+SERIES = read_series(PATCHES)
+
+
+def test_pin_is_complete() -> None:
+    pin = Upstream.load(PATCHES / "UPSTREAM")
+    assert re.fullmatch(r"[0-9a-f]{64}", pin.sha256)
+    assert pin.version in pin.sdist
+
+
+def test_series_names_every_patch_once() -> None:
+    assert sorted(patch.name for patch in SERIES) == sorted(file.name for file in PATCHES.glob("*.patch"))
+
+
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.stem)
+def test_patch_says_why_and_when_it_goes(patch: Path) -> None:
+    header = patch.read_text(encoding="utf-8").split("\ndiff --git ", 1)[0]
+    for trailer in ("Reason", "Forwarded", "Remove-when"):
+        assert re.search(rf"^{trailer}: \S", header, re.MULTILINE), f"{patch.name} lacks {trailer}:"
+
+
+@pytest.mark.slow
+def test_series_applies_and_exports_to_the_same_bytes() -> None:
+    command = [sys.executable, "tools/llamacpp.py", "check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

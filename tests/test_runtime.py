@@ -1,0 +1,333 @@
+"""Promises about the llama.cpp runtime, kept with a tiny "release" and stand-ins for cmake and the compilers."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from mone_export import cli_llama, runtime
+from mone_export.errors import MoneError
+from mone_export.runtime import binding, builds, toolchain, upstream
+
+PATCH = """\
+From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: someone <someone@localhost>
+Subject: [PATCH] greet
+
+---
+diff --git a/greeting.txt b/greeting.txt
+--- a/greeting.txt
++++ b/greeting.txt
+@@ -1,2 +1,2 @@
+-hello
++hello, expert
+ world
+diff --git a/tests/test-greeting.cpp b/tests/test-greeting.cpp
+new file mode 100644
+--- /dev/null
++++ b/tests/test-greeting.cpp
+@@ -0,0 +1 @@
++int main() {}
+"""
+
+# Counts its calls; compiling makes every target in bin/, unless a file called "fail" is beside it.
+FAKE_CMAKE = """\
+#!/bin/sh
+here=$(dirname "$0")
+echo "$@" >> "$here/calls"
+[ "$1" = --build ] || exit 0
+mkdir -p bin
+echo "[1/2] Building greeting"
+[ -e "$here/fail" ] && { echo "greeting.cpp:1: error: no such expert"; exit 1; }
+echo "[2/2] Linking greeting"
+while [ "$1" != --target ]; do shift; done
+shift
+for target; do echo "$target" > "bin/$target"; done
+touch bin/libllama.so bin/libllama.so.0
+"""
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds a tiny sdist, and a patches/ folder (returned) that pins it and changes one line."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MONE_CACHE", str(cache))
+    files = {"vendor/llama.cpp/greeting.txt": "hello\nworld\n", "vendor/llama.cpp/.git": "gitdir: nowhere\n"}
+    files |= {"vendor/llama.cpp/gguf-py/gguf/__init__.py": "", "llama_cpp/__init__.py": ""}
+    sdist = cache / "tiny-1.tar.gz"
+    write_sdist(sdist, files)
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    write_pin(patches, hashlib.sha256(sdist.read_bytes()).hexdigest())
+    (patches / "series").write_text("# in order\ngreet.patch\n")
+    (patches / "greet.patch").write_text(PATCH)
+    monkeypatch.setattr(upstream, "patches_dir", lambda: patches)
+    monkeypatch.setattr(builds, "patches_dir", lambda: patches)
+    return patches
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins, all that the build can find."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("cc", "c++", "ninja"):
+        write_script(folder / name, "#!/bin/sh\necho stand-in 1.0\n")
+    write_script(folder / "cmake", FAKE_CMAKE)
+    monkeypatch.setattr(toolchain, "search_path", lambda: str(folder))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+def write_sdist(file: Path, files: dict[str, str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"tiny-1/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def write_pin(patches: Path, sha256: str) -> None:
+    pin = {"package": "tiny", "version": "1", "sdist": "tiny-1.tar.gz", "sha256": sha256}
+    pin |= {"tree": "vendor/llama.cpp", "llama_cpp_commit": "abc1234"}
+    (patches / "UPSTREAM").write_text("".join(f"{key}={value}\n" for key, value in pin.items()))
+
+
+def write_script(file: Path, text: str) -> None:
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def n_call(tools: Path) -> int:
+    calls = tools / "calls"
+    return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_tree_is_patched_and_stock_is_not(release: Path) -> None:
+    assert (runtime.tree() / "greeting.txt").read_text() == "hello, expert\nworld\n"
+    assert (runtime.tree(patched=False) / "greeting.txt").read_text() == "hello\nworld\n"
+    assert not (runtime.tree() / ".git").exists()
+
+
+def test_tree_is_patched_inside_another_repository(release: Path, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    assert (runtime.tree() / "greeting.txt").read_text().startswith("hello, expert")
+
+
+def test_patch_program_does_what_git_does(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = upstream.shutil.which("patch")
+    if found is None:
+        pytest.skip("no patch program here")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "patch").symlink_to(found)
+    monkeypatch.setenv("PATH", str(tmp_path / "only"))
+    assert (runtime.tree() / "greeting.txt").read_text().startswith("hello, expert")
+    assert (runtime.tree() / "tests" / "test-greeting.cpp").is_file()
+
+
+def test_neither_git_nor_patch_is_named(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MoneError, match="apt install git"):
+        runtime.tree()
+
+
+def test_patch_that_does_not_apply_leaves_no_tree(release: Path) -> None:
+    (release / "greet.patch").write_text(PATCH.replace("-hello", "-goodbye"))
+    with pytest.raises(MoneError, match=r"greet\.patch does not apply"):
+        runtime.tree()
+    assert not runtime.source().package.exists()
+
+
+def test_interrupted_unpacking_starts_again(release: Path) -> None:
+    part = runtime.source().folder / "source.part"
+    part.mkdir(parents=True)
+    (part / "half").touch()
+    assert (runtime.tree() / "greeting.txt").is_file()
+    assert not (runtime.source().package / "half").exists()
+
+
+def test_wrong_sha256_is_refused(release: Path) -> None:
+    write_pin(release, "0" * 64)
+    with pytest.raises(MoneError, match=rf"has SHA-256 [0-9a-f]{{64}}, .* pins {'0' * 64}"):
+        runtime.fetch()
+
+
+def test_download_that_fails_says_how_to_go_on(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (upstream.cache_dir() / "tiny-1.tar.gz").unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(MoneError, match="download the sdist of tiny 1 by hand into"):
+        runtime.fetch()
+    assert not (upstream.cache_dir() / "tiny-1.tar.gz").exists()
+
+
+def test_series_that_names_a_missing_patch_is_refused(release: Path) -> None:
+    (release / "greet.patch").unlink()
+    with pytest.raises(MoneError, match=r"names greet\.patch, not there"):
+        runtime.source()
+
+
+def test_source_key_follows_the_patches(release: Path) -> None:
+    first = runtime.source().key
+    assert runtime.source().key == first
+    assert runtime.source(patched=False).key != first
+    (release / "greet.patch").write_text(PATCH + "\n")
+    assert runtime.source().key != first
+
+
+def test_build_key_follows_the_options(release: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [
+        runtime.build().folder,
+        runtime.build(cmake_args=["-DGGML_NATIVE=OFF"]).folder,
+        runtime.build(targets=["llama"]).folder,
+        runtime.build(patched=False, targets=["llama"]).folder,
+    ]
+    write_script(tools / "c++", "#!/bin/sh\necho stand-in 2.0\n")
+    folders.append(runtime.build().folder)
+    assert len(set(folders)) == len(folders)
+
+
+def test_second_build_does_nothing(release: Path, tools: Path) -> None:
+    first = runtime.build()
+    calls = n_call(tools)
+    assert runtime.build() == first
+    assert n_call(tools) == calls == 2
+    assert runtime.path() == first.bin
+    assert sorted(item.name for item in first.folder.iterdir()) == ["bin", "build.log"]
+
+
+def test_build_makes_the_tests_that_patches_touch(release: Path, tools: Path) -> None:
+    targets = runtime.build().targets
+    assert {"llama-cli", "test-backend-ops", "test-greeting"} <= set(targets)
+    assert not any(target.startswith("test-") for target in runtime.build(patched=False).targets)
+
+
+def test_failed_build_is_not_taken_for_a_finished_one(release: Path, tools: Path) -> None:
+    (tools / "fail").touch()
+    with pytest.raises(runtime.BuildError, match=r"compiling llama\.cpp failed: .*build\.log") as caught:
+        runtime.build()
+    assert caught.value.tail[-1] == "greeting.cpp:1: error: no such expert"
+    with pytest.raises(MoneError, match="run `mone-llama build`"):
+        runtime.path()
+    (tools / "fail").unlink()
+    built = runtime.build()
+    assert runtime.path() == built.bin
+
+
+def test_build_killed_before_its_last_step_is_not_finished(release: Path, tools: Path) -> None:
+    done = runtime.build()
+    done.bin.rename(done.folder / "work")  # as it lies while compiling
+    assert runtime.info().builds == ()
+    assert runtime.build().bin.is_dir()
+
+
+def test_build_for_another_cpu_is_not_offered(
+    release: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.build()
+    generic = runtime.build(cmake_args=["-DGGML_NATIVE=OFF"])
+    monkeypatch.setattr(builds, "cpu_identity", lambda _args: "another")
+    assert runtime.info().builds == (generic,)
+
+
+def test_progress_shows_the_steps(release: Path, tools: Path) -> None:
+    steps: list[tuple[int, int, str]] = []
+    runtime.build(progress=lambda *step: steps.append(step))
+    assert (0, 1, "applying greet.patch") in steps
+    assert steps[-1] == (2, 2, "Linking greeting")
+
+
+def test_missing_tools_are_all_named_at_once(release: Path, tools: Path) -> None:
+    for name in ("cmake", "c++", "ninja"):
+        (tools / name).unlink()
+    with pytest.raises(MoneError) as caught:
+        runtime.build()
+    assert "needs cmake, a C++ compiler, ninja or make, not found" in str(caught.value)
+    assert str(caught.value).endswith("apt install cmake g++ ninja-build")
+    assert not runtime.source().folder.exists()
+
+
+def test_missing_vulkan_compiler_is_named(release: Path, tools: Path) -> None:
+    with pytest.raises(MoneError, match="building llama.cpp for vulkan needs glslc"):
+        runtime.build("vulkan")
+
+
+def test_second_process_waits(release: Path) -> None:
+    folder = runtime.source().folder
+    said = threading.Event()
+    with upstream.locked(folder):
+        waiting = threading.Thread(target=runtime.tree, kwargs={"progress": lambda *_: said.set()})
+        waiting.start()
+        assert said.wait(10)
+        assert not runtime.source().package.exists()
+    waiting.join(10)
+    assert runtime.source().package.is_dir()
+
+
+def test_binding_points_at_the_build(
+    release: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = runtime.build()
+    site = tmp_path / "site"
+    for name in ("llama_cpp", "gguf"):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").touch()
+    monkeypatch.setattr(binding, "_package_folder", lambda name: site / name)
+    assert runtime.install_python_binding(built)
+    assert (site / "llama_cpp" / "lib" / "libllama.so.0").resolve() == built.bin / "libllama.so.0"
+    assert not runtime.install_python_binding(built)
+
+
+def test_binding_of_another_commit_is_replaced(
+    release: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = runtime.build()
+    (tmp_path / "__init__.py").write_text("stale = True\n")
+    monkeypatch.setattr(binding, "_package_folder", lambda _name: tmp_path)
+    installed: list[runtime.Source] = []
+    monkeypatch.setattr(binding, "_install", installed.append)
+    assert runtime.install_python_binding(built)
+    assert installed == [runtime.source()]
+
+
+def test_command_prints_one_line_for_an_error(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_llama.main(["path"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("mone-llama: no llama.cpp 1-mone-")
+    assert err.count("\n") == 1
+
+
+def test_command_builds_and_prints_the_folder(
+    release: Path, tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_llama.main(["build", "--no-python", "-j", "3", "-DGGML_OPENMP=OFF"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert (folder / "llama-cli").is_file()
+    calls = (tools / "calls").read_text()
+    assert "-DGGML_OPENMP=OFF" in calls
+    assert "--parallel 3" in calls
+    assert cli_llama.main(["path"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert cli_llama.main(["info"]) == 0
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_usage_error_exits_with_2() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli_llama.main(["build", "--backend", "abacus"])
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, mone_export.cli_llama; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
