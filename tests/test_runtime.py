@@ -1,4 +1,4 @@
-"""Promises about the llama.cpp runtime, kept with a tiny "release" and stand-ins for cmake and the compilers."""
+"""Promises about the llama.cpp runtime, kept with a tiny "release" and stand-ins for cmake and compilers."""
 
 import hashlib
 import io
