@@ -1,0 +1,69 @@
+"""Fit a mixture-of-experts model into less memory: experts become novices in a GGUF for llama.cpp."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("mone-export")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+if TYPE_CHECKING:
+    from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores
+    from mone_export.calibration import calibrate
+    from mone_export.corpus import read_corpus
+    from mone_export.errors import MoneError
+    from mone_export.model import Model, fingerprint, inspect, load
+    from mone_export.novices import novices
+    from mone_export.pipeline import export
+    from mone_export.planning import plan
+    from mone_export.scoring import score
+    from mone_export.writing import write
+
+# loaded on first use (PEP 562), so that `mone-export --help` does not wait for torch
+_HOME = {
+    **dict.fromkeys(
+        ("Calibration", "Corpus", "ExpertStats", "MoeSpec", "Plan", "Report", "Scores"), "artifacts"
+    ),
+    "MoneError": "errors",
+    "Model": "model",
+    "calibrate": "calibration",
+    "export": "pipeline",
+    "fingerprint": "model",
+    "inspect": "model",
+    "load": "model",
+    "novices": "novices",
+    "plan": "planning",
+    "read_corpus": "corpus",
+    "score": "scoring",
+    "write": "writing",
+}
+__all__ = [
+    "Calibration",
+    "Corpus",
+    "ExpertStats",
+    "Model",
+    "MoeSpec",
+    "MoneError",
+    "Plan",
+    "Report",
+    "Scores",
+    "__version__",
+    "calibrate",
+    "export",
+    "fingerprint",
+    "inspect",
+    "load",
+    "novices",
+    "plan",
+    "read_corpus",
+    "score",
+    "write",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,8 +1,9 @@
 """Calibration text: files or the built-in documents, tokenised and cut into equal rows.
 
 The rule, so that anybody can repeat it: documents in the order given, each tokenised on its own with the
-tokenizer's special tokens (usually one BOS in front), concatenated, cut into rows of `seq_len` tokens, the first
-`n_row` rows taken; an incomplete last row is dropped. Rows are equal in length, so no padding ever exists.
+tokenizer's special tokens (usually one BOS in front), concatenated, cut into rows of `seq_len` tokens, the
+first `n_row` rows taken; an incomplete last row is dropped. Rows are equal in length, so no padding ever
+exists.
 """
 
 import ast
@@ -14,12 +15,13 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mone_export.artifacts import Corpus
 from mone_export.errors import MoneError
 
 log = logging.getLogger(__name__)
@@ -35,15 +37,6 @@ class Document:
     name: str
     kind: Literal["python", "prose", "file"]
     text: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Corpus:
-    """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values."""
-
-    tokens: Tensor
-    name: str
-    sha256: str
 
 
 def read_corpus(
@@ -69,7 +62,9 @@ def make_corpus(
 ) -> Corpus:
     """Tokenise documents by the module's rule, reading no more of them than the rows need."""
     if n_row < 1 or seq_len < 2:
-        raise MoneError(f"--chunks {n_row} of --ctx-size {seq_len} tokens: at least 1 row of 2 tokens is needed")
+        raise MoneError(
+            f"--chunks {n_row} of --ctx-size {seq_len} tokens: at least 1 row of 2 tokens is needed"
+        )
     ids: list[int] = []
     for document in documents:
         # verbose=False: a document longer than the model's context is expected here, it is cut into rows
@@ -101,8 +96,8 @@ def builtin_documents(split: Split) -> Iterator[Document]:
     """Yield text that every machine with Python has, in a fixed, mixed order.
 
     The standard library's sources (`python`), and as `prose` its docstrings, its manual topics and the long
-    descriptions of the installed packages. A tenth of it, chosen by name, is `held-out`: never used for calibration
-    nor for training the demo model. The same Python and packages give the same documents.
+    descriptions of the installed packages. A tenth of it, chosen by name, is `held-out`: never used for
+    calibration nor for training the demo model. The same Python and packages give the same documents.
     """
     sources = _stdlib_sources()
     prose = _package_descriptions() | _manual_topics()
@@ -125,13 +120,17 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise MoneError(f"cannot read the calibration text {path}: {error.strerror}; pass a readable file to -f")
+        raise MoneError(
+            f"cannot read the calibration text {path}: {error.strerror}; pass a readable file to -f"
+        ) from None
     except UnicodeDecodeError as error:
         raise MoneError(
             f"the calibration text {path} is not UTF-8 (byte {error.start}); convert it: iconv -t utf-8"
         ) from None
     if not text.strip():
-        raise MoneError(f"the calibration text {path} is empty; pass text like what the model will be used for")
+        raise MoneError(
+            f"the calibration text {path} is empty; pass text like what the model will be used for"
+        )
     return text
 
 
@@ -142,9 +141,13 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[Document]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise MoneError(f"{path}:{number} is not JSON ({error.msg}); one JSON object per line is expected")
+            raise MoneError(
+                f"{path}:{number} is not JSON ({error.msg}); one JSON object per line is expected"
+            ) from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise MoneError(f'{path}:{number} has no string field "text"; write one object like {{"text": "..."}}')
+            raise MoneError(
+                f'{path}:{number} has no string field "text"; write one object like {{"text": "..."}}'
+            )
         yield Document(name=f"{path.name}:{number}", kind="file", text=record["text"])
 
 
@@ -169,7 +172,8 @@ def _manual_topics() -> dict[str, str]:
 def _package_descriptions() -> dict[str, str]:
     texts = {}
     for distribution in importlib.metadata.distributions():
-        text = distribution.metadata.get("Description") or str(distribution.metadata.get_payload())
+        metadata: Any = distribution.metadata  # an email.message.Message: the description is field or body
+        text = metadata["Description"] or str(metadata.get_payload())
         if text and text.strip():
             texts[f"package/{distribution.metadata['Name']}"] = text
     return texts

@@ -1,4 +1,4 @@
-"""What a user can get wrong, as exceptions: each message says what, with the numbers, and what to do about it."""
+"""What a user can get wrong: each message says what, with the numbers, and what to do about it."""
 
 
 class MoneError(Exception):

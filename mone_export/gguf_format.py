@@ -1,0 +1,50 @@
+"""The MoNE GGUF format, version 1: what a file adds to an ordinary GGUF, and which tensor plays which part.
+
+`general.architecture` and the model's own keys stay; `{arch}.expert_count` stays M, the router's width. In a
+pruned layer the experts are renumbered: the R kept ones are 0..R-1, the pruned ones R..M-1, each group in
+ascending order of the original ids (the layer's `order`).
+
+    blk.N.ffn_{gate,up,down,gate_up}_exps.weight   the matrices of order[:R]
+    blk.N.ffn_gate_inp.*, blk.N.exp_probs_b*       router and selection bias: M rows or entries, in `order`
+    blk.N.ffn_down_exps.bias                       F32, M rows: own bias or 0 for kept, novices for pruned
+    blk.N.ffn_{gate,up,gate_up}_exps.bias          M rows in `order`, 0 for pruned
+    everything else, and every layer with R = M    untouched
+
+A routed id >= R selects no matrix: its product is zero by definition of the runtime's flagged MUL_MAT_ID, the
+bias addition gives it its novice, and the router's weight multiplies that as it does any expert's output.
+
+    {arch}.expert_kept_count   u32 [block_count]: R per layer, 0 where all stay; absent in an ordinary model
+    mone.format_version        u32, 1
+    mone.expert_order          i32: the `order`s of all pruned layers, in layer order, concatenated
+    mone.*                     provenance, ignored by the runtime
+"""
+
+import re
+from typing import Literal
+
+FORMAT_VERSION = 1
+KEPT_COUNT_KEY = "{arch}.expert_kept_count"
+
+Part = Literal["experts", "down bias", "bias", "scale", "router"]
+
+_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
+_ROUTER = re.compile(r"blk\.(\d+)\.(ffn_gate_inp\.(weight|bias)|exp_probs_b(_vl)?(\.bias)?)")
+
+
+def part_of(name: str) -> tuple[int, Part] | None:
+    """Return (layer, part) of a tensor that has an expert axis, or None for any other tensor."""
+    if match := _ROUTER.fullmatch(name):
+        return int(match[1]), "router"
+    if match := _EXPERTS.fullmatch(name):
+        layer, matrix, kind = int(match[1]), match[2], match[3]
+        if kind == "weight":
+            return layer, "experts"
+        if kind == "bias":
+            return layer, "down bias" if matrix == "down" else "bias"
+        return layer, "scale"
+    return None
+
+
+def novice_tensor(layer: int) -> str:
+    """Return the name of the tensor that holds a layer's novices."""
+    return f"blk.{layer}.ffn_down_exps.bias"

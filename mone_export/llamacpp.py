@@ -1,0 +1,190 @@
+"""llama.cpp's own converter, opened at one seam: each tensor it yields can be cut down or edited on its way
+out.
+
+The only file that imports llama.cpp's `conversion/` and `gguf`, both from the pinned tree. The converter's
+class for a model is subclassed at run time; names, layouts, tokenizer and metadata stay llama.cpp's business.
+Expert tensors are read, converted and written one expert at a time, so that memory does not grow with the
+layer.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mone_export.errors import MoneError
+from mone_export.runtime import Progress, tree
+
+log = logging.getLogger(__name__)
+
+Select = Callable[[str], Sequence[int] | None]  # tensor name -> experts to keep, None: not an expert tensor
+Edit = Callable[[str, Tensor], Tensor]  # tensor name, the (lazy) tensor -> what is written in its place
+
+CONVERTER_TYPES = {
+    "auto": "GUESSED",
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+}
+
+
+class Conversion:
+    """A model opened for conversion: every tensor is known by name, shape and type, none is read yet."""
+
+    def __init__(self, path: Path, *, outtype: str, n_expert: int, select: Select, edit: Edit) -> None:
+        """Open the model in `path`; `MoneError` when llama.cpp has no converter for it."""
+        self._path = path
+        self._gguf, conversion = _load_converter()
+        converter = _converter_class(conversion, path)
+        opened = _opened_class(converter, self._gguf, conversion.LazyTorchTensor, n_expert, select, edit)
+        ftype = self._gguf.LlamaFileType[CONVERTER_TYPES[outtype]]
+        self._lazy = conversion.LazyTorchTensor.from_eager
+        with torch.inference_mode():
+            try:
+                # the file name is only used to derive a model name where the model has none
+                self._model = opened(path, ftype, path)
+                self._model.prepare_tensors()
+            except (ValueError, KeyError, NotImplementedError, FileNotFoundError) as error:
+                raise MoneError(f"llama.cpp cannot convert {path}: {_first_line(error)}") from None
+        self.block_count: int = self._model.block_count
+        self.arch: str = self._gguf.MODEL_ARCH_NAMES[self._model.model_arch]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
+        return {name: tuple(info.shape) for name, info in self._model.gguf_writer.tensors[0].items()}
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Add a float32 tensor of our own."""
+        self._model.gguf_writer.add_tensor(name, tensor.numpy())
+
+    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
+        """Write header, metadata and tensor list to `part`, and return the size the finished file will have.
+
+        `keys` maps each additional key to (GGUF type, value); a list value makes an array of that type.
+        """
+        writer = self._model.gguf_writer
+        with torch.inference_mode():
+            try:
+                self._model.prepare_metadata(vocab_only=False)
+            except (ValueError, KeyError, NotImplementedError, FileNotFoundError, OSError) as error:
+                raise MoneError(f"llama.cpp cannot convert {self._path}: {_first_line(error)}") from None
+        types = self._gguf.GGUFValueType
+        for key, (kind, value) in keys.items():
+            if isinstance(value, list):
+                writer.add_key_value(key, value, types.ARRAY, sub_type=types[kind])
+            else:
+                writer.add_key_value(key, value, types[kind])
+        writer.write_header_to_file(path=part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.write_padding(writer.fout[0], writer.fout[0].tell())
+        padded = (writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
+        return int(writer.fout[0].tell() + sum(padded))
+
+    def write_tensors(self, progress: Progress | None = None) -> None:
+        """Write all tensor data behind the head, one tensor at a time, and close the file."""
+        writer = self._model.gguf_writer
+        tensors, file = writer.tensors[0], writer.fout[0]
+        total = sum(info.nbytes for info in tensors.values())
+        done = 0
+        with torch.inference_mode():
+            for info in tensors.values():
+                info.tensor.tofile(file)
+                writer.write_padding(file, info.nbytes)
+                info.tensor = None  # frees it
+                done += info.nbytes
+                if progress:
+                    progress(done // 2**20, total // 2**20, "writing (MiB)")
+        self.close()
+
+    def close(self) -> None:
+        """Close the output file, if one is open."""
+        self._model.gguf_writer.close()
+
+
+def _load_converter() -> tuple[Any, Any]:
+    """Import `gguf` and `conversion` from the pinned tree: they must be of one commit."""
+    root = tree()
+    for folder in (str(root), str(root / "gguf-py")):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    import conversion
+    import gguf
+
+    _check_origin(gguf)
+    return gguf, conversion
+
+
+def _check_origin(gguf: ModuleType) -> None:
+    if not hasattr(gguf, "LazyChunkedTensor"):
+        raise MoneError(
+            f"the installed gguf package ({gguf.__file__}) is older than the pinned llama.cpp: "
+            "run `mone-llama build`, which installs the right one"
+        )
+
+
+def _converter_class(conversion: Any, path: Path) -> Any:
+    hparams = conversion.ModelBase.load_hparams(path, False)
+    try:
+        name = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        return conversion.get_model_class(name)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        raise MoneError(f"llama.cpp has no converter for the model in {path}: {_first_line(error)}") from None
+
+
+def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: Select, edit: Edit) -> Any:
+    """Subclass a converter so that `select` and `edit` see every tensor under its GGUF name."""
+
+    def modify_tensors(self: Any, data: Any, name: str, bid: int | None) -> Any:
+        outputs = list(base.modify_tensors(self, data, name, bid))
+        for position, (new_name, tensor) in enumerate(outputs):
+            experts = select(new_name)
+            if experts is None:
+                yield new_name, edit(new_name, tensor)
+            elif tensor._func is torch.stack:  # a checkpoint with one tensor per expert
+                yield new_name, chunked([tensor._args[0][expert] for expert in experts], tensor)
+            elif (
+                data.dim() == 3
+                and data.shape[0] == n_expert == tensor.shape[0]
+                and name in self.model_tensors
+            ):
+                yield new_name, chunked([one_expert(self, name, bid, position, e) for e in experts], tensor)
+            else:
+                yield new_name, tensor[list(experts)]
+
+    def one_expert(self: Any, name: str, bid: int | None, position: int, expert: int) -> Any:
+        """Convert a single expert of a fused tensor: what the whole conversion would give, for one slice."""
+        data = self.model_tensors[name]()[expert : expert + 1]
+        if data.dtype not in (torch.float16, torch.float32):
+            data = data.to(torch.float32)
+        return list(base.modify_tensors(self, data, name, bid))[position][1][0]
+
+    def chunked(experts: list[Any], whole: Any) -> Any:
+        def chunk(position: int) -> Callable[[], Any]:
+            def read() -> Any:
+                # taken out of the list, since an evaluated lazy tensor keeps its data
+                tensor, experts[position] = experts[position], None
+                return lazy_torch.to_eager(tensor).contiguous().numpy()
+
+            return read
+
+        shape = (len(experts), *whole.shape[1:])
+        return gguf.LazyChunkedTensor(
+            [chunk(position) for position in range(len(experts))], shape, lazy_torch._dtype_map[whole.dtype]
+        )
+
+    # llama.cpp's classes insist that `model_arch` stands in the class body
+    return type(
+        f"Opened{base.__name__}", (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors}
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

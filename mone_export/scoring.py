@@ -1,0 +1,90 @@
+"""Scores: one pure function each from a layer's statistics to one number per expert; larger means keep.
+
+Add one by writing its function and its line in `SCORES`; the command line and the tests follow.
+Formulas: MoNE (arXiv 2507.00390), REAP (arXiv 2510.13999), MAN/MSAN (arXiv 2606.15716).
+An expert never seen (`count` 0) scores minus infinity: it is pruned first, for want of any evidence of use.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mone_export.artifacts import Calibration, ExpertStats, Scores
+from mone_export.errors import MoneError
+
+
+class Score(NamedTuple):
+    """A scoring function, [n_expert] float64 from one layer's statistics, and where it comes from."""
+
+    function: Callable[[ExpertStats], Tensor]
+    source: str
+
+
+def score(calibration: Calibration, name: str = "mone", *, seed: int = 0) -> Scores:
+    """Score every expert of every layer; `seed` serves `random` only."""
+    if name != "random" and name not in SCORES:
+        raise MoneError(f"unknown score {name}: choose from {', '.join(SCORE_NAMES)}")
+    layers = [calibration.layers[layer] for layer in calibration.spec.moe_layers]
+    if name == "random":
+        values = torch.rand(
+            len(layers),
+            calibration.spec.n_expert,
+            generator=torch.Generator().manual_seed(seed),
+            dtype=torch.float64,
+        )
+    else:
+        unseen = torch.tensor(-torch.inf, dtype=torch.float64)
+        function = SCORES[name].function
+        values = torch.stack([torch.where(stats.count > 0, function(stats), unseen) for stats in layers])
+    return Scores(spec=calibration.spec, score=name, values=values)
+
+
+def standard_deviation(stats: ExpertStats) -> Tensor:
+    """Return the square root of the trace of each expert's output covariance, [n_expert].
+
+    With one token the variance is unknown: such an expert gets the median of the layer's known ones.
+    """
+    known = stats.count > 1
+    deviation = (stats.out_m2 / (stats.count - 1).clamp(min=1)).sqrt()
+    if known.any():
+        deviation = torch.where(known, deviation, deviation[known].median())
+    return deviation
+
+
+def _per_token(total: Tensor, stats: ExpertStats) -> Tensor:
+    return total / stats.count.clamp(min=1)
+
+
+def _mone(stats: ExpertStats) -> Tensor:
+    """(gate_sum / T) * standard deviation, the frequency term as in the reference code of MoNE."""
+    return stats.gate_sum / max(stats.n_token, 1) * standard_deviation(stats)
+
+
+def _mone_paper(stats: ExpertStats) -> Tensor:
+    """(gate_sum / n) * standard deviation: mean gate given selection, as MoNE's text has it."""
+    return _per_token(stats.gate_sum, stats) * standard_deviation(stats)
+
+
+def _error(stats: ExpertStats) -> Tensor:
+    """Squared error per token that the `least-squares` novice leaves, sum g^2 ||f - N||^2 / T."""
+    explained = stats.gated2_out_sum.square().sum(1) / stats.gate_sq_sum.clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
+    return (stats.gated2_norm_sq_sum - explained).clamp(min=0) / max(stats.n_token, 1)
+
+
+SCORES: dict[str, Score] = {
+    "mone": Score(_mone, "MoNE, reference code"),
+    "mone-paper": Score(_mone_paper, "MoNE, text"),
+    "frequency": Score(lambda stats: stats.count.double(), "baseline"),
+    "gate": Score(lambda stats: stats.gate_sum, "baseline RS of MoNE"),
+    "variance": Score(standard_deviation, "ablation of MoNE"),
+    "ean": Score(lambda stats: stats.norm_sum, "baseline of REAP"),
+    "reap": Score(lambda stats: _per_token(stats.gated_norm_sum, stats), "REAP"),
+    "man": Score(lambda stats: _per_token(stats.norm_sum, stats), "arXiv 2606.15716"),
+    "msan": Score(lambda stats: _per_token(stats.norm_sq_sum, stats), "arXiv 2606.15716"),
+    "error": Score(_error, "this project"),
+}
+SCORE_NAMES = (*SCORES, "random")

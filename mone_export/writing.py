@@ -1,0 +1,282 @@
+"""write(): the writing seam. A model folder, its statistics and a plan in; a GGUF out, in one pass.
+
+What each tensor becomes is decided here, by its GGUF name alone (`gguf_format`); how it is read and written
+is llama.cpp's business (`llamacpp`). Types the converter does not know are made by the patched llama-quantize
+from an intermediate file beside the output.
+"""
+
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mone_export import __version__
+from mone_export.artifacts import Calibration, LayerPlan, Plan
+from mone_export.errors import MoneError
+from mone_export.gguf_format import FORMAT_VERSION, KEPT_COUNT_KEY, novice_tensor, part_of
+from mone_export.llamacpp import CONVERTER_TYPES, Conversion
+from mone_export.novices import novices
+from mone_export.runtime import Progress
+from mone_export.runtime import path as runtime_path
+
+log = logging.getLogger(__name__)
+
+QUANTIZE_TYPES = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
+    *("q5_k_s", "q5_k_m", "q6_k", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
+)
+OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
+
+_QUANTIZE_STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+_QUANTIZE_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
+
+
+def write(
+    path: Path,
+    calibration: Calibration,
+    plan: Plan,
+    outfile: Path,
+    *,
+    novice: str = "mean",
+    outtype: str = "auto",
+    progress: Progress | None = None,
+) -> int:
+    """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
+
+    The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
+    a model that cannot be converted, an output that cannot be written, or too little disk.
+    """
+    vectors = {
+        layer.layer: novices(calibration.layers[layer.layer], novice).float()
+        for layer in plan.layers
+        if layer.pruned
+    }
+    origin = _origin(calibration.model_sha256, calibration.corpus_sha256, calibration.n_token, path)
+    keys = _provenance(plan, novice) | origin
+    with _removed_on_failure(outfile.with_name(outfile.name + ".part")) as part:
+        if outtype in CONVERTER_TYPES:
+            _convert(path, plan, vectors, keys, part, outtype=outtype, progress=progress)
+        else:
+            with _removed_on_failure(outfile.with_name(outfile.name + ".base.part")) as base:
+                _convert(path, plan, vectors, keys, base, outtype="auto", progress=progress)
+                _quantize(base, part, outtype, progress=progress)
+                base.unlink()
+        part.replace(outfile)
+    return outfile.stat().st_size
+
+
+def measure(path: Path, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
+    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
+
+    The size is exact for the converter's types. For the others llama-quantize states it, in units of 0.01
+    MiB, for a file with our header and holes in place of its data.
+    """
+    blank = {
+        layer.layer: torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
+        for layer in plan.layers
+        if layer.pruned
+    }
+    keys = _provenance(plan, "mean") | _origin("0" * 64, "0" * 64, 0, path)
+    with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
+        head = Path(folder) / "head.gguf"
+        base_type = outtype if outtype in CONVERTER_TYPES else "auto"
+        conversion = _prepare(path, plan, blank, outtype=base_type)
+        size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
+        conversion.close()
+        if outtype in CONVERTER_TYPES:
+            return size, 0
+        head_size = head.stat().st_size
+        with head.open("r+b") as file:
+            file.truncate(size)
+        lines = _run_quantize(["--dry-run", str(head), outtype.upper()])
+        found = _QUANTIZE_SIZE.search("\n".join(lines))
+        if found is None:
+            raise MoneError(
+                f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}"
+            )
+        return head_size + int(float(found[1]) * 2**20), size
+
+
+def check_output(outfile: Path, *, needed: int = 0) -> None:
+    """Raise `MoneError` unless `outfile` can be created and its folder has `needed` bytes free."""
+    folder = outfile.resolve().parent
+    if not folder.is_dir():
+        raise MoneError(f"the output folder {folder} does not exist: create it or choose another -o")
+    if outfile.is_dir():
+        raise MoneError(f"the output {outfile} is a folder: name a file, such as {outfile / 'model.gguf'}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MoneError(
+            f"the output folder {folder} is not writable ({error.strerror}): choose another -o"
+        ) from None
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MoneError(
+            f"{folder} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB: "
+            "free some space, choose another -o or a smaller --outtype"
+        )
+
+
+def _convert(
+    path: Path,
+    plan: Plan,
+    vectors: Mapping[int, Tensor],
+    keys: dict[str, tuple[str, Any]],
+    part: Path,
+    *,
+    outtype: str,
+    progress: Progress | None,
+) -> None:
+    conversion = _prepare(path, plan, vectors, outtype=outtype)
+    try:
+        conversion.write_head(part, _keys_for(conversion, plan) | keys)
+        conversion.write_tensors(progress)
+    except OSError as error:
+        raise MoneError(
+            f"cannot write {part}: {error.strerror}; free some space or choose another -o"
+        ) from None
+    finally:
+        conversion.close()
+
+
+def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: str) -> Conversion:
+    """Open the conversion with every tensor of the plan's layers cut or edited as the format says."""
+    pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
+
+    def select(name: str) -> tuple[int, ...] | None:
+        layer, part = part_of(name) or (-1, None)
+        if part != "experts":
+            return None
+        return pruned[layer].kept if layer in pruned else tuple(range(plan.spec.n_expert))
+
+    def edit(name: str, tensor: Tensor) -> Tensor:
+        layer, part = part_of(name) or (-1, None)
+        if part is None or layer not in pruned:
+            return tensor
+        return _edit_part(part, tensor, pruned[layer], vectors[layer])
+
+    n_expert = plan.spec.n_expert
+    conversion = Conversion(path, outtype=outtype, n_expert=n_expert, select=select, edit=edit)
+    for layer in pruned.values():
+        if novice_tensor(layer.layer) not in conversion.shapes:
+            rows = torch.zeros_like(vectors[layer.layer])
+            rows[len(layer.kept) :] = vectors[layer.layer][list(layer.pruned)]
+            conversion.add_tensor(novice_tensor(layer.layer), rows)
+    _check_complete(conversion, plan)
+    return conversion
+
+
+def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> Tensor:
+    """Bring a tensor with an expert axis into the layer's order; pruned experts get novices or zeros."""
+    if part == "router":
+        # the expert axis is the first of [M, d] and [M], the last of [1, M]
+        return (
+            tensor[list(layer.order)] if tensor.shape[0] == len(layer.order) else tensor[:, list(layer.order)]
+        )
+    if part == "scale":
+        raise MoneError(
+            f"layer {layer.layer}: experts with an output scale of their own are not supported yet"
+        )
+    own = tensor[list(layer.kept)]
+    rows = (
+        vectors[list(layer.pruned)]
+        if part == "down bias"
+        else torch.zeros(len(layer.pruned), *tensor.shape[1:])
+    )
+    return torch.cat([own, type(tensor).from_eager(rows)])  # type: ignore[attr-defined]
+
+
+def _check_complete(conversion: Conversion, plan: Plan) -> None:
+    """Refuse to write where the converter bypassed the seam: wrong counts would only surface when loading."""
+    for layer in plan.layers:
+        experts = {
+            name: shape
+            for name, shape in conversion.shapes.items()
+            if part_of(name) == (layer.layer, "experts")
+        }
+        wrong = {name: shape for name, shape in experts.items() if shape[0] != len(layer.kept)}
+        if wrong or not experts:
+            found = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "no expert tensors"
+            raise MoneError(
+                f"layer {layer.layer}: llama.cpp's converter writes {found}, not {len(layer.kept)} experts; "
+                "this checkpoint's experts cannot be pruned yet: try a BF16 checkpoint of the model"
+            )
+
+
+def _keys_for(conversion: Conversion, plan: Plan) -> dict[str, tuple[str, Any]]:
+    """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
+    pruned = [layer for layer in plan.layers if layer.pruned]
+    if not pruned:
+        return {}
+    counts = [0] * conversion.block_count
+    for layer in pruned:
+        counts[layer.layer] = len(layer.kept)
+    order = [expert for layer in pruned for expert in layer.order]
+    return {
+        KEPT_COUNT_KEY.format(arch=conversion.arch): ("UINT32", counts),
+        "mone.expert_order": ("INT32", order),
+    }
+
+
+def _provenance(plan: Plan, novice: str) -> dict[str, tuple[str, Any]]:
+    return {
+        "mone.format_version": ("UINT32", FORMAT_VERSION),
+        "mone.method": ("STRING", plan.method),
+        "mone.score": ("STRING", plan.score),
+        "mone.novice": ("STRING", novice),
+        "mone.scope": ("STRING", plan.scope),
+        "mone.ratio": ("FLOAT32", plan.share_pruned),
+        "mone.tool_version": ("STRING", __version__),
+    }
+
+
+def _origin(model_sha256: str, corpus_sha256: str, n_token: int, path: Path) -> dict[str, tuple[str, Any]]:
+    return {
+        "mone.source.name": ("STRING", path.resolve().name),
+        "mone.source.sha256": ("STRING", model_sha256),
+        "mone.calibration.sha256": ("STRING", corpus_sha256),
+        "mone.calibration.tokens": ("UINT64", n_token),
+    }
+
+
+def _quantize(base: Path, part: Path, outtype: str, *, progress: Progress | None) -> None:
+    lines = _run_quantize([str(base), str(part), outtype.upper()], progress=progress)
+    if not part.is_file():
+        raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
+
+
+def _run_quantize(arguments: list[str], *, progress: Progress | None = None) -> list[str]:
+    """Run the patched llama-quantize and return the lines it printed; `MoneError` when it fails."""
+    lines: list[str] = []
+    command = [str(runtime_path() / "llama-quantize"), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if progress and (step := _QUANTIZE_STEP.match(line)):
+                progress(int(step[1]), int(step[2]), "quantizing (tensors)")
+    if process.returncode != 0:
+        reason = next((line for line in reversed(lines) if "error" in line or "failed" in line), lines[-1])
+        raise MoneError(f"llama-quantize failed: {reason}")
+    return lines
+
+
+@contextmanager
+def _removed_on_failure(part: Path) -> Iterator[Path]:
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
