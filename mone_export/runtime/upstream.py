@@ -34,8 +34,13 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     return folder.name
 """
 
-# Half of the tree's bytes, of use only to upstream's tokenizer tests and its table of supported operations.
-_LEFT_OUT = ("vendor/llama.cpp/models/*.gguf", "vendor/llama.cpp/docs/ops/*.csv")
+# Half of the tree's bytes, of use only to upstream's tokenizer tests and its table of supported operations;
+# the vocabularies of GPT stay, our own tests build models with one.
+_LEFT_OUT = (
+    "vendor/llama.cpp/models/ggml-vocab-[!g]*.gguf",
+    "vendor/llama.cpp/models/ggml-vocab-gemma*.gguf",
+    "vendor/llama.cpp/docs/ops/*.csv",
+)
 
 
 def quiet(_done: int, _total: int, _what: str) -> None:
