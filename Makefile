@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 		{ echo "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "needs Python's venv: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 clean:
