@@ -262,6 +262,29 @@ def test_missing_vulkan_compiler_is_named(release: Path, tools: Path) -> None:
         runtime.build("vulkan")
 
 
+def test_cuda_without_a_gpu_asks_for_its_architecture(
+    release: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_script(tools / "nvcc", "#!/bin/sh\necho release 13.0\n")
+    if Path("/proc/driver/nvidia/gpus").is_dir():
+        pytest.skip("there is a GPU")
+    with pytest.raises(
+        MoneError, match="no NVIDIA GPU: name the GPU to build for, such as -DCMAKE_CUDA_ARCH"
+    ):
+        runtime.build("cuda")
+    assert runtime.build("cuda", ["-DCMAKE_CUDA_ARCHITECTURES=89"]).bin.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [("[3/240] Building C object ggml.c.o", ("3", "240")), ("[ 12%] Linking CXX executable", ("12", None))],
+)
+def test_steps_of_ninja_and_make_are_read(line: str, step: tuple[str, str | None]) -> None:
+    found = builds._STEP.match(line)
+    assert found is not None
+    assert found.groups()[:2] == step
+
+
 def test_second_process_waits(release: Path) -> None:
     folder = runtime.source().folder
     said = threading.Event()

@@ -198,7 +198,7 @@ def _plan(
     state: Source, backend: Backend, targets: tuple[str, ...], args: tuple[str, ...], tools: Toolchain
 ) -> Build:
     cpu = cpu_identity(args)
-    gpu = gpu_identity() if backend == "cuda" else ""
+    gpu = gpu_identity(args) if backend == "cuda" else ""
     compilers = [tools.identity(), "ninja" if tools.ninja else "make"]
     options = [backend, _COMMON_ARGS, _BACKEND_ARGS[backend], args, targets, compilers, cpu, gpu]
     key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]

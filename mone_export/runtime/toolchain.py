@@ -84,11 +84,23 @@ def cpu_identity(cmake_args: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
 
 
-def gpu_identity() -> str:
-    """The NVIDIA GPUs whose architecture a CUDA build picks up, as the driver names them, or ""."""
+def gpu_identity(cmake_args: Iterable[str]) -> str:
+    """The NVIDIA GPUs a CUDA build is compiled for, as the driver names them; "" if the options name others.
+
+    Raises MoneError when there is no GPU to ask and no option says which to compile for.
+    """
+    if any(option.startswith("-DCMAKE_CUDA_ARCHITECTURES=") for option in cmake_args):
+        return ""
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    return ", ".join(sorted({line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")}))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")}
+    smi = which("nvidia-smi")
+    if not names and smi:  # as under WSL
+        names = set(_output([smi, "--query-gpu=name", "--format=csv,noheader"]).splitlines())
+    if not names:
+        remedy = "name the GPU to build for, such as -DCMAKE_CUDA_ARCHITECTURES=89 for compute capability 8.9"
+        raise MoneError(f"this machine shows no NVIDIA GPU: {remedy}")
+    return ", ".join(sorted(names))
 
 
 def n_core() -> int:
