@@ -1,0 +1,14 @@
+"""Shared fixtures: calibration text that every checkout has."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few thousand tokens: the package's own sources."""
+    sources = sorted((Path(__file__).parents[1] / "mone_export").glob("*.py"))
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
+    return path
