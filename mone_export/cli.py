@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-export`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    if not args.verbose:  # llama.cpp's converter logs under these names
+        for name in ("hf-to-gguf", "gguf"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return _dry_run(args) if args.dry_run else _export(args)
     except MoneError as error:
@@ -257,7 +260,6 @@ def _durations(seconds: Mapping[str, float]) -> str:
 def _quiet_transformers() -> None:
     """Keep transformers' own bars and notices off the terminal: errors reach the user as ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

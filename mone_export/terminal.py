@@ -15,14 +15,18 @@ class ProgressLine:
         self._stage = ""
         self._start = 0.0
         self._next = 0.0
+        self._ended = False
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show a step; a `total` of 0 means that it is unknown."""
         now = time.monotonic()
         if what != self._stage:
             self._stage, self._start, self._next = what, now, now + (0 if self._live else 15)
-        if not self._enabled or (now < self._next and done != total):
+            self._ended = False
+        ended = total > 0 and done >= total
+        if not self._enabled or self._ended or (now < self._next and not ended):
             return
+        self._ended = ended
         self._next = now + (0.1 if self._live else 15)
         text = self._text(done, total, what, now - self._start)
         if self._live:
