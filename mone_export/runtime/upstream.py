@@ -80,8 +80,8 @@ class Source:
 
     @property
     def key(self) -> str:
-        """Names the state: "stock", or a digest of the patches, each followed by the digest of the sdist."""
-        digest = hashlib.sha256(self.upstream.sha256.encode())
+        """Names the state: a digest of the sdist, of what is unpacked of it, and of the patches."""
+        digest = hashlib.sha256(f"{self.upstream.sha256} {_LEFT_OUT}".encode())
         for patch in self.patches:
             digest.update(patch.name.encode() + b"\0" + patch.read_bytes() + b"\0")
         return ("mone-" if self.patched else "stock-") + digest.hexdigest()[:12]
