@@ -488,19 +488,22 @@ English text badly; it knows nothing and follows no instructions.
 {table}
 
 Use is measured on the held-out text, both kinds weighing the same: {1 / N_EXPERT:.2%} would be equal use, and
-an expert with a Python share of 50% does not care. `training.json` has every expert.
+an expert with a Python share of 50% does not care (experts with less than a tenth of equal use are left out
+there). `training.json` has every expert.
 
 Written by `tools/train_demo.py`; do not edit.
 """
 
 
 def table_row(number: int, layer: dict[str, Any]) -> str:
-    """Write one layer's row of the model card's table."""
+    """Write one layer's row of the model card's table; experts hardly used say nothing about Python."""
+    pairs = zip(layer["use"], layer["python_share"], strict=True)
+    shares = [share for use, share in pairs if use > 0.1 / N_EXPERT]
     cells = [
         str(number),
         f"{layer['entropy_bits']:.2f} of {layer['max_entropy_bits']:.0f}",
         *(f"{layer[name]:.2%}" for name in ("least_used", "most_used")),
-        *(f"{pick(layer['python_share']):.0%}" for pick in (min, max)),
+        *(f"{pick(shares):.0%}" for pick in (min, max)),
     ]
     return f"| {' | '.join(cells)} |"
 
