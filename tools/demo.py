@@ -1,7 +1,7 @@
 """The demonstration behind `make demo`: the built-in model at half its experts, before and after, in a table.
 
-Exports the demo model in full, with half of its experts as novices, and with half of them simply zero; measures each on
-text that neither training nor calibration has seen; lets the novice model write a few lines.
+Exports the demo model in full, with half of its experts as novices, and with half of them simply zero; measures
+each on text that neither training nor calibration has seen; lets the novice model write a few lines.
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 from mone_export import runtime
 from mone_export.cli import main as mone_export
 from mone_export.corpus import builtin_documents
+from mone_export.errors import MoneError
 
 OUT = Path(__file__).resolve().parents[1] / "build" / "demo"
 RATIO = "0.5"
@@ -68,8 +69,11 @@ def _experts(file: Path) -> str:
 
 def _perplexity(file: Path, text: Path) -> str:
     output = _run("llama-perplexity", "-m", str(file), "-f", str(text), "-c", "512", "--chunks", str(N_CHUNK))
-    found = re.search(r"PPL = ([\d.]+)", output)
-    return f"{float(found[1]):.2f}" if found else "?"
+    # the running value after the last chunk; the line with the final estimate is not always flushed to a pipe
+    found = re.search(rf"\[{N_CHUNK}\]([\d.]+)", output)
+    return (
+        f"{float(found[1]):.2f}" if found else sys.exit(f"llama-perplexity gave no result:\n{output[-2000:]}")
+    )
 
 
 def _sample(file: Path) -> str:
@@ -79,11 +83,16 @@ def _sample(file: Path) -> str:
 
 def _run(tool: str, *arguments: str, both: bool = True) -> str:
     command = [str(runtime.path() / tool), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    )
     if result.returncode != 0:
         sys.exit(f"{tool} failed:\n{result.stderr[-2000:]}")
     return result.stdout + result.stderr if both else result.stdout
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except MoneError as error:
+        sys.exit(f"demo: {error}")
