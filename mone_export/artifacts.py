@@ -6,8 +6,10 @@ what it was made from, so that a stage can refuse what does not belong together.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,7 +91,7 @@ class ExpertStats:
         Source: Chan, Golub, LeVeque (1979), the pairwise update of mean and M2.
         """
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)  # [M], 0 where neither saw a token
+        share = other.count.double() / count.clamp(min=1)  # [M], 0 where neither saw a token
         delta = other.out_mean - self.out_mean
         merged = {
             name: getattr(self, name) + getattr(other, name)
@@ -140,7 +142,8 @@ class Calibration:
             save_file(tensors, part, metadata={"mone_calibration": json.dumps(header)})
             part.replace(path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder is the problem there is nothing to remove
+                part.unlink()
             raise MoneError(
                 f"cannot write the statistics to {path}: {error}; choose another --stats file"
             ) from None
@@ -152,25 +155,26 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["mone_calibration"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if header["version"] != 1:
+                raise ValueError(f"version {header['version']}, this mone-export reads version 1")
+            spec = MoeSpec(**header["spec"] | {"moe_layers": tuple(header["spec"]["moe_layers"])})
+            return cls(
+                spec=spec,
+                model_sha256=header["model_sha256"],
+                corpus_sha256=header["corpus_sha256"],
+                corpus_name=header["corpus_name"],
+                n_token=header["n_token"],
+                layers={layer: _stats_of(layer, header, tensors) for layer in spec.moe_layers},
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise MoneError(
                 f"{path} is not a statistics file of mone-export ({error}): remove it or choose another"
             ) from None
-        spec = header["spec"] | {"moe_layers": tuple(header["spec"]["moe_layers"])}
-        layers = {
-            int(layer): ExpertStats(
-                n_token=n_token, **{name: tensors[f"layers.{layer}.{name}"] for name in _STAT_TENSORS}
-            )
-            for layer, n_token in header["layer_n_token"].items()
-        }
-        return cls(
-            spec=MoeSpec(**spec),
-            model_sha256=header["model_sha256"],
-            corpus_sha256=header["corpus_sha256"],
-            corpus_name=header["corpus_name"],
-            n_token=header["n_token"],
-            layers=layers,
-        )
+
+
+def _stats_of(layer: int, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> ExpertStats:
+    own = {name: tensors[f"layers.{layer}.{name}"] for name in _STAT_TENSORS}
+    return ExpertStats(n_token=header["layer_n_token"][str(layer)], **own)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,11 +1,14 @@
-"""Tiny random models, one per tested family: real transformers classes, small numbers, every routing feature on."""
+"""Tiny random models, one per tested family: real classes, small numbers, every routing feature on."""
 
 import functools
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from sentencepiece import SentencePieceTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mone_export.runtime import tree
 
@@ -81,21 +84,54 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 
 def save_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """Write a tiny random model of a family, tokenizer included, as an ordinary Hugging Face folder."""
-    model_type, special = TINY[family]
     tokenizer = _tokenizer()
-    config = AutoConfig.for_model(model_type, **_COMMON | special | {"vocab_size": len(tokenizer)})
+    random_model(family, len(tokenizer), dtype=dtype, seed=seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_small(folder: Path, *, n_vocab: int = 400, seed: int = 0, **config: Any) -> Path:
+    """Write a tiny Mixtral with a vocabulary of `n_vocab`, which converts in a fraction of a second."""
+    random_model("MixtralForCausalLM", n_vocab, seed=seed, **config).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(_small_vocabulary(n_vocab))
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def random_model(
+    family: str, n_vocab: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """Return a tiny random model of a family."""
+    model_type, special = TINY[family]
+    tiny_config = AutoConfig.for_model(model_type, **_COMMON | special | config | {"vocab_size": n_vocab})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # wide enough that routing is decided and experts differ; biases that would be zero are not
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if parameter.dim() > 1 else 0.05)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model
 
 
 @functools.cache
 def _tokenizer() -> Any:
     # a vocabulary the converter recognises, from the pinned tree
     return AutoTokenizer.from_pretrained(tree() / "models", gguf_file="ggml-vocab-gpt-2.gguf")
+
+
+@functools.cache
+def _small_vocabulary(n_vocab: int) -> bytes:
+    # this file is text enough for a few hundred pieces
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    vocabulary = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=vocabulary,
+        model_type="bpe",
+        vocab_size=n_vocab,
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return vocabulary.getvalue()

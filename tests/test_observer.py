@@ -1,0 +1,219 @@
+"""The observer leaves the model's output alone, and its statistics are the definitions, token by token."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import TINY, random_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mone_export.artifacts import ExpertStats
+from mone_export.observer import expert_stats, observe
+
+N_VOCAB = 200
+FIELDS = [field.name for field in fields(ExpertStats)]
+
+
+class Call(NamedTuple):
+    """One call of an expert stack: what went in, what came out."""
+
+    module: Any
+    hidden: Tensor  # [n_token, d]
+    index: Tensor  # [n_token, top_k]
+    weights: Tensor  # [n_token, top_k]
+    output: Tensor  # [n_token, d]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[dict[int, Call]]:
+    """Record the last call of every expert stack by hooks, per layer."""
+    calls: dict[int, Call] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            layer = int(name.split(".")[2])
+
+            def hook(module: Any, args: Any, named: Any, output: Tensor, layer: int = layer) -> None:
+                calls[layer] = Call(module, *args, *named.values(), output)
+
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def expert(module: Any, e: int, x: Tensor) -> Tensor:
+    """Expert `e` alone, its output before weighting, for rows x [n, d]."""
+
+    def linear(a: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)[e]
+        bias = getattr(module, f"{name}_bias")[e] if module.has_bias else 0
+        return a @ (weight if module.is_transposed else weight.T) + bias
+
+    return linear(module._apply_gate(linear(x, "gate_up_proj")), "down_proj")
+
+
+Tokens = list[list[tuple[int, float, Tensor]]]  # per token, its (expert, gate, output) triples
+Exact = list[tuple[ExpertStats, Call, Tokens]]
+
+
+def selections(call: Call) -> Tokens:
+    """What happened in a call, one expert run on one token at a time."""
+    return [
+        [(int(e), float(g), expert(call.module, int(e), x[None])[0]) for e, g in zip(ids, gates, strict=True)]
+        for x, ids, gates in zip(call.hidden, call.index, call.weights, strict=True)
+    ]
+
+
+def by_definition(tokens: Tokens, n_expert: int, width: int) -> ExpertStats:
+    """The table of statistics, written out: two passes, plain loops, float64."""
+    s = ExpertStats.empty(n_expert, width)
+    for token in tokens:
+        for e, g, output in token:
+            f = output.double()
+            norm = f.square().sum().sqrt()
+            s.count[e] += 1
+            s.gate_sum[e] += g
+            s.gate_sq_sum[e] += g * g
+            s.out_mean[e] += f
+            s.gated_out_sum[e] += g * f
+            s.gated2_out_sum[e] += g * g * f
+            s.norm_sum[e] += norm
+            s.norm_sq_sum[e] += norm**2
+            s.gated_norm_sum[e] += g * norm
+            s.gated2_norm_sq_sum[e] += (g * norm) ** 2
+            s.max_abs[e] = max(s.max_abs[e], f.abs().max())
+            for other, g_other, _ in token:
+                s.gate_gram[e, other] += g * g_other
+    s.out_mean.div_(s.count.clamp(min=1)[:, None])
+    for token in tokens:
+        for e, _, output in token:
+            s.out_m2[e] += (output.double() - s.out_mean[e]).square().sum()
+    values = {name: getattr(s, name) for name in FIELDS}
+    return ExpertStats(**values | {"n_token": len(tokens)})
+
+
+def assert_equal(found: ExpertStats, wanted: ExpertStats, *, rtol: float) -> None:
+    assert found.n_token == wanted.n_token
+    assert torch.equal(found.count, wanted.count)
+    for name in FIELDS[2:]:
+        a, b = getattr(found, name), getattr(wanted, name)
+        assert a.dtype == torch.float64
+        # relative to the largest entry of a vector: sums of mixed sign may cancel in single entries
+        torch.testing.assert_close(
+            a, b, rtol=rtol, atol=rtol * float(b.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def tokens_for(seed: int, n_row: int = 2, seq_len: int = 12) -> Tensor:
+    return torch.randint(0, N_VOCAB, (n_row, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=TINY)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return random_model(request.param, N_VOCAB).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observed_logits_are_the_models_own_bit_for_bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    assert model.config._experts_implementation == "grouped_mm", "transformers' default"
+    own = model(tokens_for(1)).logits
+    with observe(model):
+        observed = model(tokens_for(1)).logits
+    assert torch.equal(observed, own)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_implementation_is_as_before_afterwards(model: PreTrainedModel, implementation: str) -> None:
+    model.set_experts_implementation(implementation)
+    try:
+        with observe(model):
+            assert model.config._experts_implementation != implementation
+        assert model.config._experts_implementation == implementation
+        with pytest.raises(ZeroDivisionError), observe(model):
+            _ = 1 / 0
+        assert model.config._experts_implementation == implementation
+    finally:
+        model.set_experts_implementation("grouped_mm")
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, ends: Tensor, *, bias: Tensor | None, is_transposed: bool
+) -> Tensor:
+    """What transformers' grouped product computes, group by group, in any precision."""
+    groups = x.tensor_split(ends[:-1].tolist())
+    out = torch.cat([rows @ (w if is_transposed else w.T) for rows, w in zip(groups, weight, strict=True)])
+    return out if bias is None else out + bias
+
+
+@pytest.fixture(scope="module")
+def exact(model: PreTrainedModel) -> Exact:
+    """Per layer of a float64 copy: statistics, the recorded call, and its tokens' selections by a loop.
+
+    torch's grouped product knows no float64, so a loop takes its place: then the statistics can be held to
+    1e-9 end to end, where in float32 any comparison would be one of matrix products.
+    """
+    model = copy.deepcopy(model).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mone_export.observer._grouped_linear", grouped_linear)
+        with recorded(model) as calls, observe(model) as layers:
+            model(tokens_for(2))
+    return [(layers[layer], call, selections(call)) for layer, call in calls.items()]
+
+
+def test_every_statistic_is_its_definition(exact: Exact) -> None:
+    for stats, call, tokens in exact:
+        assert_equal(stats, by_definition(tokens, call.module.num_experts, call.hidden.shape[1]), rtol=1e-9)
+
+
+def test_gates_are_what_multiplies_the_outputs(exact: Exact) -> None:
+    for _, call, tokens in exact:
+        y = torch.stack([sum(g * f for _, g, f in token) for token in tokens])
+        torch.testing.assert_close(y, call.output, rtol=1e-10, atol=1e-12)
+
+
+def test_statistics_of_a_float32_model_differ_by_its_matrix_products_only(model: PreTrainedModel) -> None:
+    with recorded(model) as calls, observe(model) as layers:
+        model(tokens_for(3, n_row=1))
+    for layer, call in calls.items():
+        wanted = by_definition(selections(call), call.module.num_experts, call.hidden.shape[1])
+        assert_equal(layers[layer], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_over_given_outputs_are_exact(dtype: torch.dtype) -> None:
+    """The same low-precision outputs into the package and into float64 loops: 1e-9 between them."""
+    random = torch.Generator().manual_seed(0)
+    count = torch.tensor([5, 0, 1, 40, 2])
+    outputs = (torch.randn(48, 7, generator=random) * 3 + 20).to(dtype)
+    gates = torch.rand(48, generator=random).to(dtype)
+    found = expert_stats(outputs, gates, count, n_token=30)
+    slots = zip(torch.repeat_interleave(count).tolist(), gates.tolist(), outputs, strict=True)
+    wanted = by_definition([[slot] for slot in slots], 5, 7)
+    for name in FIELDS[1:-1]:
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-9, atol=0)
+    assert found.n_token == 30
+
+
+def test_batches_add_up(model: PreTrainedModel) -> None:
+    rows = tokens_for(4, n_row=4)
+    with observe(model) as whole:
+        model(rows)
+    with observe(model) as parts:
+        for row in rows.split(1):
+            model(row)
+    for layer, stats in whole.items():
+        assert_equal(parts[layer], stats, rtol=1e-5)  # matrix products of another height
+    assert {stats.n_token for stats in parts.values()} == {rows.numel()}
+
+
+def test_dense_layers_are_not_observed() -> None:
+    model = random_model("DeepseekV2ForCausalLM", N_VOCAB)  # layer 0 is dense
+    with observe(model) as layers:
+        assert sorted(layers) == [1, 2]
