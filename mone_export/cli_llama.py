@@ -1,14 +1,13 @@
 """The `mone-llama` command: build the patched llama.cpp, say where it is, say what is there."""
 
 import argparse
-import shutil
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 
 from mone_export import runtime
 from mone_export.errors import MoneError
+from mone_export.terminal import ProgressLine
 
 _DESCRIPTION = "Get, patch, build and find the llama.cpp that runs MoNE files."
 _EPILOG = """examples:
@@ -70,7 +69,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    with closing(_ProgressLine()) as show:
+    with closing(ProgressLine()) as show:
         found = runtime.build(
             args.backend or "cpu",
             [f"-D{option}" for option in args.options],
@@ -108,29 +107,3 @@ def _info(_args: argparse.Namespace) -> int:
 def _fail(error: MoneError) -> int:
     print(f"mone-llama: {error}", file=sys.stderr)
     return 1
-
-
-class _ProgressLine:
-    """Draws progress on stderr: one line that changes on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        """Start with nothing drawn."""
-        self._live = sys.stderr.isatty()
-        self._last_text = ""
-        self._last_time = 0.0
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """Show a step; off a terminal, only a new activity, or a count at most every 15 seconds."""
-        text = f"[{done}/{total}] {what}" if total else what
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
-        elif not total or time.monotonic() - self._last_time > 15:
-            print(text, file=sys.stderr, flush=True)
-            self._last_time = time.monotonic()
-        self._last_text = text
-
-    def close(self) -> None:
-        """Clear the line."""
-        if self._live and self._last_text:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

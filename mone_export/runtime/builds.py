@@ -61,7 +61,7 @@ _COMMON_ARGS = (
     "-DLLAMA_BUILD_NUMBER=0",
 )
 _TAIL = 30  # lines of the log kept for the error
-_STEP = re.compile(r"\[\s*(\d+)(?:/(\d+)|%)\]\s*(.*)")  # ninja: [3/200] ..., make: [  1%] ...
+_STEP = re.compile(r"\[\s*(\d+)(?:/(\d+)|%)\]")  # ninja: [3/200] ..., make: [  1%] ...
 _TOUCHED_TEST = re.compile(r"^\+\+\+ b/tests/(test-[\w-]+)\.cpp$", re.MULTILINE)
 
 
@@ -237,7 +237,7 @@ class _Workshop:
                 log.write(line)
                 tail.append(line.rstrip())
                 if step := _STEP.match(line):
-                    self.progress(int(step[1]), int(step[2] or 100), step[3])
+                    self.progress(int(step[1]), int(step[2] or 100), "compiling llama.cpp")
         if process.returncode:
             stage = "compiling" if "--build" in command else "configuring"
             raise BuildError(f"{stage} llama.cpp failed: the whole output is in {self.log}", tail)

@@ -155,7 +155,7 @@ def prepare(state: Source, progress: Progress = quiet) -> None:
     progress(0, 0, f"unpacking {sdist.name}")
     unpack(sdist, part)
     for done, patch in enumerate(state.patches):
-        progress(done, len(state.patches), f"applying {patch.name}")
+        progress(done, len(state.patches), "applying the patches")
         _apply(patcher, patch, part / state.upstream.tree)
     part.rename(state.package)
 
