@@ -1,7 +1,7 @@
 """The demonstration behind `make demo`: the built-in model at half its experts, before and after, in a table.
 
-Exports the demo model in full, with half of its experts as novices, and with half of them simply zero; measures
-each on text that neither training nor calibration has seen; lets the novice model write a few lines.
+Exports the demo model in full, with half of its experts as novices, and with half of them simply zero;
+measures each on text that neither training nor calibration has seen; lets the novice model write a few lines.
 """
 
 import re
