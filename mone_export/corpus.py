@@ -118,7 +118,7 @@ def builtin_documents(split: Split) -> Iterator[Document]:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except OSError as error:
         raise MoneError(
             f"cannot read the calibration text {path}: {error.strerror}; pass a readable file to -f"
@@ -135,7 +135,7 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl_documents(path: Path, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -148,6 +148,8 @@ def _jsonl_documents(path: Path, text: str) -> Iterator[Document]:
             raise MoneError(
                 f'{path}:{number} has no string field "text"; write one object like {{"text": "..."}}'
             )
+        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
+            raise MoneError(f"{path}:{number} holds half a surrogate pair, no character: write it as UTF-8")
         yield Document(name=f"{path.name}:{number}", kind="file", text=record["text"])
 
 

@@ -18,6 +18,11 @@ def kept_per_layer(spec: MoeSpec, ratio: float, *, min_kept: int | None = None) 
         )
     kept = spec.n_expert - round(ratio * spec.n_expert)
     floor = max(spec.top_k if min_kept is None else min_kept, 1)
+    if floor > spec.n_expert:
+        raise MoneError(
+            f"--min-kept {floor} is more than the {spec.n_expert} experts of a layer: "
+            f"pass {spec.n_expert} or less"
+        )
     if kept < floor:
         largest = (spec.n_expert - floor) / spec.n_expert
         raise MoneError(

@@ -49,7 +49,7 @@ def standard_deviation(stats: ExpertStats) -> Tensor:
     known = stats.count > 1
     deviation = (stats.out_m2 / (stats.count - 1).clamp(min=1)).sqrt()
     if known.any():
-        deviation = torch.where(known, deviation, deviation[known].median())
+        deviation = torch.where(known, deviation, deviation[known].quantile(0.5))
     return deviation
 
 

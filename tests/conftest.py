@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny import save_small
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +13,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Mixtral with a small vocabulary; not to be changed."""
+    return save_small(tmp_path_factory.mktemp("models") / "small")

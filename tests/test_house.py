@@ -1,0 +1,95 @@
+"""The rules of the house: who imports whom, who prints, what files are called, what is in none of them."""
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mone_export"
+
+# a module imports only from modules before it
+ORDER = (
+    *("errors", "terminal", "runtime", "artifacts", "gguf_format", "architectures", "model", "corpus"),
+    *("observer", "calibration", "scoring", "novices", "planning", "llamacpp", "writing", "pipeline", "cli"),
+)
+TOP = ("__init__", "__main__", "cli_llama")  # they stand above the road
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Yield (module, file): files of a subfolder count as the module that the folder is."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        part = file.relative_to(PACKAGE).parts[0]
+        yield part.removesuffix(".py"), file
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield the modules of the package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "mone_export":
+            names = [f"mone_export.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        yield from (name.split(".")[1] for name in names if name.startswith("mone_export."))
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {module for module, _ in sources()} == {*ORDER, *TOP}
+
+
+def test_modules_import_only_from_earlier_ones() -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {other}"
+        for module, file in sources()
+        if module in ORDER
+        for other in imports(file)
+        if other in (*ORDER, *TOP) and other != module and (*ORDER, *TOP).index(other) > ORDER.index(module)
+    ]
+    assert not wrong
+
+
+def test_only_the_commands_print() -> None:
+    printing = {
+        module
+        for module, file in sources()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing <= {"cli", "cli_llama", "terminal"}
+
+
+def test_llama_cpps_code_is_imported_in_one_place() -> None:
+    foreign = re.compile(r"^\s*(import|from) (gguf|conversion)\b", re.MULTILINE)
+    found = {module for module, file in sources() if foreign.search(file.read_text(encoding="utf-8"))}
+    assert found <= {"llamacpp", "runtime"}
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_files_are_named_for_what_they_hold(tracked: list[Path]) -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "base", "misc", "manager"}
+    assert not [path for path in tracked if drawers.intersection(re.split(r"[_\W]", path.stem.lower()))]
+
+
+def test_no_file_holds_a_path_of_one_machine(tracked: list[Path]) -> None:
+    machine = re.compile(r"(?<![\w.~}])/(?:home|Users|root|work|mnt|tmp)/\w+")
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in tracked
+        if path.suffix not in {".gguf", ".safetensors", ".png", ".model", ".json"}
+        for match in machine.finditer(path.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert not found
