@@ -27,10 +27,6 @@ _EPILOG = """examples:
   mone-export ./my-model --ratio 0.5 --stats my-model.stats -o half.gguf        and uses it again
 
 The files run in the llama.cpp that `mone-llama build` makes."""
-_BUILTIN_TEXT = (
-    "calibrating on the built-in text, mostly Python code and technical English; "
-    "for other uses pass text like yours: -f FILE"
-)
 _DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
 _PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 
@@ -38,7 +34,8 @@ _PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-export`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    level = logging.INFO if args.verbose else logging.ERROR if args.quiet else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
     if not args.verbose:  # llama.cpp's converter logs under these names
         for name in ("hf-to-gguf", "gguf"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -176,8 +173,6 @@ def _export(args: argparse.Namespace) -> int:
     from mone_export.pipeline import export
 
     n_row, seq_len = _chunks(args)
-    if not args.file and not args.quiet:
-        print(_BUILTIN_TEXT, file=sys.stderr)
     with closing(ProgressLine(enabled=not args.quiet)) as progress:
         report = export(
             args.model,

@@ -21,6 +21,11 @@ from mone_export.writing import check_output, measure, write
 
 log = logging.getLogger(__name__)
 
+_BUILTIN_TEXT = (
+    "calibrating on the built-in text, mostly Python code and technical English; "
+    "for other uses pass text like yours: -f FILE"
+)
+
 
 def export(
     model: str,
@@ -57,6 +62,8 @@ def export(
     clock.lap("fingerprint")
     calibration = _reuse(stats, model_sha256, corpus)
     if calibration is None:
+        if not files:
+            log.warning(_BUILTIN_TEXT)
         loaded = load(path, device=device, dtype=dtype)
         clock.lap("load")
         calibration = calibrate(loaded, corpus, model_sha256=model_sha256, progress=progress)

@@ -21,7 +21,7 @@ class ProgressLine:
         """Show a step; a `total` of 0 means that it is unknown."""
         now = time.monotonic()
         if what != self._stage:
-            self._stage, self._start, self._next = what, now, now + (0 if self._live else 15)
+            self._stage, self._start, self._next = what, now, now + (0 if self._live or not total else 15)
             self._ended = False
         ended = total > 0 and done >= total
         if not self._enabled or self._ended or (now < self._next and not ended):

@@ -44,7 +44,7 @@ def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp
     unpruned = model(tokens[None]).logits[0].detach()
     install(model, novices)
     wanted = model(tokens[None]).logits[0].detach()
-    assert nmse_per_position(unpruned, wanted).median() > 1e-3, "pruning must be visible for this test to mean much"
+    assert nmse_per_position(unpruned, wanted).median() > 20 * LIMIT, "a forgotten novice must not pass"
     for n_batch in (N_TOKEN, 1):
         nmse = nmse_per_position(torch.from_numpy(logits(outfile, tokens.tolist(), n_batch=n_batch)), wanted)
         print(f"{folder.name} ratio {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")

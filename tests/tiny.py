@@ -60,7 +60,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "n_group": 1,
             "topk_group": 1,
             "num_key_value_heads": 4,
-            "q_lora_rank": None,
+            "q_lora_rank": 32,
             "kv_lora_rank": 32,
             "qk_nope_head_dim": 16,
             "qk_rope_head_dim": 16,
