@@ -34,11 +34,7 @@ _PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-export`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
     args = _parser().parse_args(argv)
-    level = logging.INFO if args.verbose else logging.ERROR if args.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
-    if not args.verbose:  # llama.cpp's converter logs under these names
-        for name in ("hf-to-gguf", "gguf"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    _set_up_logging(verbose=args.verbose, quiet=args.quiet)
     try:
         return _dry_run(args) if args.dry_run else _export(args)
     except MoneError as error:
@@ -47,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mone-export: interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _set_up_logging(*, verbose: bool, quiet: bool) -> None:
+    """Say what we do, and with -v what transformers and llama.cpp's converter say, too."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    logging.getLogger("mone_export").setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 def _parser() -> argparse.ArgumentParser:

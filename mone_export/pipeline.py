@@ -63,7 +63,7 @@ def export(
     calibration = _reuse(stats, model_sha256, corpus)
     if calibration is None:
         if not files:
-            log.warning(_BUILTIN_TEXT)
+            log.info(_BUILTIN_TEXT)
         loaded = load(path, device=device, dtype=dtype)
         clock.lap("load")
         calibration = calibrate(loaded, corpus, model_sha256=model_sha256, progress=progress)
@@ -98,7 +98,8 @@ def announce(
         path, plan_without_scores(spec, ratio=ratio, min_kept=min_kept), outtype=outtype
     )
     size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
-    log.info("the file will have %.1f MB; disk needed: %.1f MB", size / 1e6, (size + intermediate) / 1e6)
+    temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
+    log.info("%s will have %.1f MB%s", outfile, size / 1e6, temporary)
     check_output(outfile, needed=size + intermediate)
     return size_unpruned, size
 
