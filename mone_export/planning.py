@@ -46,7 +46,9 @@ def plan(scores: Scores, *, ratio: float, min_kept: int | None = None) -> Plan:
     )
 
 
-def plan_without_scores(spec: MoeSpec, *, ratio: float, min_kept: int | None = None) -> Plan:
+def plan_without_scores(
+    spec: MoeSpec, *, ratio: float, min_kept: int | None = None, score: str = "mone"
+) -> Plan:
     """Return a plan with the right counts but arbitrary experts: enough to know the size of the output."""
-    blank = Scores(spec=spec, score="", values=torch.zeros(len(spec.moe_layers), spec.n_expert))
+    blank = Scores(spec=spec, score=score, values=torch.zeros(len(spec.moe_layers), spec.n_expert))
     return plan(blank, ratio=ratio, min_kept=min_kept)

@@ -6,9 +6,7 @@ from an intermediate file beside the output.
 """
 
 import logging
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,19 +22,12 @@ from mone_export.errors import MoneError
 from mone_export.gguf_format import FORMAT_VERSION, KEPT_COUNT_KEY, novice_tensor, part_of
 from mone_export.llamacpp import CONVERTER_TYPES, Conversion
 from mone_export.novices import novices
+from mone_export.quantizing import QUANTIZE_TYPES, quantize, quantized_size
 from mone_export.runtime import Progress
-from mone_export.runtime import path as runtime_path
 
 log = logging.getLogger(__name__)
 
-QUANTIZE_TYPES = (
-    *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
-    *("q5_k_s", "q5_k_m", "q6_k", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
-)
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
-
-_QUANTIZE_STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
-_QUANTIZE_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
 
 
 def write(
@@ -55,7 +46,7 @@ def write(
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
     vectors = {
-        layer.layer: novices(calibration.layers[layer.layer], novice).float()
+        layer.layer: _finite_novices(calibration, layer.layer, novice)
         for layer in plan.layers
         if layer.pruned
     }
@@ -67,13 +58,13 @@ def write(
         else:
             with _removed_on_failure(outfile.with_name(outfile.name + ".base.part")) as base:
                 _convert(path, plan, vectors, keys, base, outtype="auto", progress=progress)
-                _quantize(base, part, outtype, progress=progress)
+                quantize(base, part, outtype, progress=progress)
                 base.unlink()
         part.replace(outfile)
     return outfile.stat().st_size
 
 
-def measure(path: Path, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
+def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "auto") -> tuple[int, int]:
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
 
     The size is exact for the converter's types. For the others llama-quantize states it, in units of 0.01
@@ -84,7 +75,7 @@ def measure(path: Path, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]
         for layer in plan.layers
         if layer.pruned
     }
-    keys = _provenance(plan, "mean") | _origin("0" * 64, "0" * 64, 0, path)
+    keys = _provenance(plan, novice) | _origin("0" * 64, "0" * 64, 0, path)
     with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
         head = Path(folder) / "head.gguf"
         base_type = outtype if outtype in CONVERTER_TYPES else "auto"
@@ -96,20 +87,17 @@ def measure(path: Path, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]
         head_size = head.stat().st_size
         with head.open("r+b") as file:
             file.truncate(size)
-        lines = _run_quantize(["--dry-run", str(head), outtype.upper()])
-        found = _QUANTIZE_SIZE.search("\n".join(lines))
-        if found is None:
-            raise MoneError(
-                f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}"
-            )
-        return head_size + int(float(found[1]) * 2**20), size
+        return head_size + quantized_size(head, outtype), size
 
 
-def check_output(outfile: Path, *, needed: int = 0) -> None:
-    """Raise `MoneError` unless `outfile` can be created and its folder has `needed` bytes free."""
+def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:
+    """Raise `MoneError` unless `outfile` can be created and its folder has `needed` bytes free.
+
+    `option` is what the user should change.
+    """
     folder = outfile.resolve().parent
     if not folder.is_dir():
-        raise MoneError(f"the output folder {folder} does not exist: create it or choose another -o")
+        raise MoneError(f"the output folder {folder} does not exist: create it or choose another {option}")
     if outfile.is_dir():
         raise MoneError(f"the output {outfile} is a folder: name a file, such as {outfile / 'model.gguf'}")
     try:
@@ -117,14 +105,25 @@ def check_output(outfile: Path, *, needed: int = 0) -> None:
             pass
     except OSError as error:
         raise MoneError(
-            f"the output folder {folder} is not writable ({error.strerror}): choose another -o"
+            f"the output folder {folder} is not writable ({error.strerror}): choose another {option}"
         ) from None
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MoneError(
             f"{folder} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB: "
-            "free some space, choose another -o or a smaller --outtype"
+            f"free some space, choose another {option} or a smaller --outtype"
         )
+
+
+def _finite_novices(calibration: Calibration, layer: int, novice: str) -> Tensor:
+    """Return the novices of a layer as the file stores them, float32 [n_expert, d]."""
+    vectors = novices(calibration.layers[layer], novice).float()
+    if not torch.isfinite(vectors).all():
+        raise MoneError(
+            f"layer {layer}: novices are not finite in float32; calibrate again with --dtype float32, or "
+            "without this --stats file"
+        )
+    return vectors
 
 
 def _convert(
@@ -247,30 +246,6 @@ def _origin(model_sha256: str, corpus_sha256: str, n_token: int, path: Path) -> 
         "mone.calibration.sha256": ("STRING", corpus_sha256),
         "mone.calibration.tokens": ("UINT64", n_token),
     }
-
-
-def _quantize(base: Path, part: Path, outtype: str, *, progress: Progress | None) -> None:
-    lines = _run_quantize([str(base), str(part), outtype.upper()], progress=progress)
-    if not part.is_file():
-        raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
-
-
-def _run_quantize(arguments: list[str], *, progress: Progress | None = None) -> list[str]:
-    """Run the patched llama-quantize and return the lines it printed; `MoneError` when it fails."""
-    lines: list[str] = []
-    command = [str(runtime_path() / "llama-quantize"), *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if progress and (step := _QUANTIZE_STEP.match(line)):
-                progress(int(step[1]), int(step[2]), "quantizing (tensors)")
-    if process.returncode != 0:
-        reason = next((line for line in reversed(lines) if "error" in line or "failed" in line), lines[-1])
-        raise MoneError(f"llama-quantize failed: {reason}")
-    return lines
 
 
 @contextmanager

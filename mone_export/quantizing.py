@@ -1,0 +1,50 @@
+"""The types llama.cpp's converter cannot write: made by the patched llama-quantize, as a program."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from mone_export.errors import MoneError
+from mone_export.runtime import Progress, path
+
+QUANTIZE_TYPES = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
+    *("q5_k_s", "q5_k_m", "q6_k", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
+)
+
+_STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
+
+
+def quantize(base: Path, outfile: Path, outtype: str, *, progress: Progress | None = None) -> None:
+    """Quantise the GGUF `base` to one of `QUANTIZE_TYPES`; a `MoneError` gives llama-quantize's reason."""
+    lines = _run([str(base), str(outfile), outtype.upper()], progress=progress)
+    if not outfile.is_file():
+        raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
+
+
+def quantized_size(head: Path, outtype: str) -> int:
+    """Return the bytes of tensor data (to 0.01 MiB) that quantising `head` would give, from its header."""
+    lines = _run(["--dry-run", str(head), outtype.upper()])
+    found = _SIZE.search("\n".join(lines))
+    if found is None:
+        raise MoneError(f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}")
+    return int(float(found[1]) * 2**20)
+
+
+def _run(arguments: list[str], *, progress: Progress | None = None) -> list[str]:
+    """Run llama-quantize and return the lines it printed."""
+    lines: list[str] = []
+    command = [str(path() / "llama-quantize"), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if progress and (step := _STEP.match(line)):
+                progress(int(step[1]), int(step[2]), "quantizing (tensors)")
+    if process.returncode != 0:
+        reasons = [line for line in lines if "error" in line or "failed" in line]
+        raise MoneError(f"llama-quantize failed: {(reasons or lines or ['no output'])[-1]}")
+    return lines
