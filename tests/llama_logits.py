@@ -1,4 +1,4 @@
-"""Logits of a GGUF from llama-cpp-python, in this process or (for other libraries) as a program of its own."""
+"""Logits of a GGUF from llama-cpp-python, run as a program of its own so that libraries can be chosen."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
 """The pruned model in plain PyTorch, by definition: loop over experts, a novice where one was pruned.
 
-Shares no code with the package: it reads the file's own account of itself (keys and novice rows) and replaces the
-forward of transformers' expert stacks. `y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`.
+Shares no code with the package: it reads the file's own account of itself (keys and novice rows) and
+replaces the forward of transformers' expert stacks. `y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def _forward(novices: Mapping[int, Tensor]) -> Any:
         out = torch.zeros_like(hidden)
         for expert in range(self.down_proj.shape[0]):
             token, slot = torch.where(index == expert)
-            y = novices[expert].expand(len(token), -1) if expert in novices else _expert(self, expert, hidden[token])
+            y = novices[expert] if expert in novices else _expert(self, expert, hidden[token])
             out.index_add_(0, token, weights[token, slot, None] * y)
         return out
 
@@ -62,4 +62,6 @@ def _expert(self: Any, e: int, x: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias")[e] if self.has_bias else 0
         return a @ (weight if self.is_transposed else weight.T) + bias
 
-    return linear(self._apply_gate(linear(x, "gate_up_proj")), "down_proj")
+    if self.has_gate:
+        return linear(self._apply_gate(linear(x, "gate_up_proj")), "down_proj")
+    return linear(self.act_fn(linear(x, "up_proj")), "down_proj")

@@ -1,4 +1,4 @@
-"""The written file at work: llama-cli, llama-server, llama-cpp-python, and what unpatched llama.cpp makes of it."""
+"""The written file at work: llama-cli, llama-server, llama-cpp-python, and unpatched llama.cpp."""
 
 import json
 import socket
