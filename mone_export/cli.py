@@ -209,12 +209,22 @@ def _dry_run(args: argparse.Namespace) -> int:
     path = resolve(args.model)
     spec = inspect(path)
     size_unpruned, size = announce(
-        path, spec, ratio=args.ratio, min_kept=args.min_kept, outfile=args.outfile, outtype=args.outtype
+        path,
+        spec,
+        ratio=args.ratio,
+        min_kept=args.min_kept,
+        score=args.score,
+        novice=args.novice,
+        outfile=args.outfile,
+        outtype=args.outtype,
     )
     chosen = plan_without_scores(spec, ratio=args.ratio, min_kept=args.min_kept)
     has_ids = args.stats is not None and args.stats.exists()
     if has_ids:
-        scores = score(Calibration.load(args.stats), args.score, seed=args.seed)
+        calibration = Calibration.load(args.stats)
+        if calibration.spec != spec:
+            raise MoneError(f"{args.stats} was made from another model: choose another --stats file")
+        scores = score(calibration, args.score, seed=args.seed)
         chosen = plan(scores, ratio=args.ratio, min_kept=args.min_kept)
     _print_spec(spec)
     for layer in chosen.layers:
@@ -226,7 +236,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _chunks(args: argparse.Namespace) -> tuple[int, int]:
     n_row, seq_len = _DEMO_CHUNKS if args.model == "demo" else _PAPER_CHUNKS
-    return args.chunks or n_row, args.ctx_size or seq_len
+    return (
+        n_row if args.chunks is None else args.chunks,
+        seq_len if args.ctx_size is None else args.ctx_size,
+    )
 
 
 def _print_spec(spec: "MoeSpec") -> None:

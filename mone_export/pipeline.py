@@ -14,10 +14,12 @@ from mone_export.calibration import calibrate
 from mone_export.corpus import read_corpus
 from mone_export.errors import MoneError
 from mone_export.model import Dtype, fingerprint, inspect, load, load_tokenizer, resolve
+from mone_export.novices import NOVICES
 from mone_export.planning import kept_per_layer, plan, plan_without_scores
 from mone_export.runtime import Progress
+from mone_export.scoring import SCORE_NAMES
 from mone_export.scoring import score as score_experts
-from mone_export.writing import check_output, measure, write
+from mone_export.writing import OUTTYPES, check_output, measure, write
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +55,17 @@ def export(
     clock = _Clock()
     path = resolve(model)
     spec = inspect(path)
-    size_unpruned, needed = announce(
-        path, spec, ratio=ratio, min_kept=min_kept, outfile=outfile, outtype=outtype
+    if stats is not None and not stats.exists():
+        check_output(stats, option="--stats")
+    size_unpruned, _ = announce(
+        path,
+        spec,
+        ratio=ratio,
+        min_kept=min_kept,
+        score=score,
+        novice=novice,
+        outfile=outfile,
+        outtype=outtype,
     )
     corpus = read_corpus(files, load_tokenizer(path), n_row=n_row, seq_len=seq_len)
     clock.lap("checks")
@@ -85,18 +96,32 @@ def export(
 
 
 def announce(
-    path: Path, spec: MoeSpec, *, ratio: float, min_kept: int | None, outfile: Path, outtype: str
+    path: Path,
+    spec: MoeSpec,
+    *,
+    ratio: float,
+    min_kept: int | None,
+    score: str,
+    novice: str,
+    outfile: Path,
+    outtype: str,
 ) -> tuple[int, int]:
     """Check everything that needs no weights, and return the sizes in bytes: (unpruned file, pruned file).
 
-    Raises `MoneError` for a bad ratio, an output that cannot be written, a model llama.cpp cannot convert,
-    and too little disk for the file and its intermediate one together.
+    Raises `MoneError` for an unknown name, a bad ratio, an output that cannot be written, a model llama.cpp
+    cannot convert, and too little disk for the file and its intermediate one together.
     """
+    for what, name, known in (
+        ("--score", score, SCORE_NAMES),
+        ("--novice", novice, tuple(NOVICES)),
+        ("--outtype", outtype, OUTTYPES),
+    ):
+        if name not in known:
+            raise MoneError(f"unknown {what} {name}: choose from {', '.join(known)}")
     kept_per_layer(spec, ratio, min_kept=min_kept)
     check_output(outfile)
-    size, intermediate = measure(
-        path, plan_without_scores(spec, ratio=ratio, min_kept=min_kept), outtype=outtype
-    )
+    blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, score=score)
+    size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
     size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
     temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
     log.info("%s will have %.1f MB%s", outfile, size / 1e6, temporary)
@@ -107,8 +132,6 @@ def announce(
 def _reuse(stats: Path | None, model_sha256: str, corpus: Corpus) -> Calibration | None:
     """Load saved statistics when there are some, and insist that they belong to this model and text."""
     if stats is None or not stats.exists():
-        if stats is not None:
-            check_output(stats)
         return None
     calibration = Calibration.load(stats)
     for what, found, wanted in (

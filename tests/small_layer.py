@@ -1,4 +1,4 @@
-"""One layer's worth of explicit gates and outputs, and its statistics: what scores and novices are tested on."""
+"""A layer's explicit gates and outputs, and its statistics: what scores and novices are tested on."""
 
 from dataclasses import replace
 

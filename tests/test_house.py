@@ -15,18 +15,8 @@ PACKAGE = ROOT / "mone_export"
 # a module imports only from modules before it
 ORDER = (
     *("errors", "terminal", "runtime", "artifacts", "gguf_format", "architectures", "model", "corpus"),
-    *(
-        "observer",
-        "calibration",
-        "scoring",
-        "novices",
-        "planning",
-        "llamacpp",
-        "quantizing",
-        "writing",
-        "pipeline",
-        "cli",
-    ),
+    *("observer", "calibration", "scoring", "novices", "planning"),
+    *("llamacpp", "quantizing", "writing", "pipeline", "cli"),
 )
 TOP = ("__init__", "__main__", "cli_llama")  # they stand above the road
 

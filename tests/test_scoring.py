@@ -68,7 +68,7 @@ def calibration(*layers: Layer) -> Calibration:
 
 def test_every_score_has_a_formula_here() -> None:
     assert FORMULAS.keys() == SCORES.keys()
-    assert SCORE_NAMES == (*SCORES, "random")
+    assert (*SCORES, "random") == SCORE_NAMES
 
 
 @pytest.mark.parametrize("name", FORMULAS)

@@ -1,0 +1,337 @@
+"""The written file: upstream's own at ratio 0, the format's at any other, complete or not there at all."""
+
+import errno
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import gguf_file
+import numpy as np
+import pytest
+import torch
+from gguf_file import Contents
+from tiny import TINY, save_tiny
+
+from mone_export.artifacts import Calibration, Plan
+from mone_export.calibration import calibrate
+from mone_export.corpus import read_corpus
+from mone_export.errors import MoneError
+from mone_export.llamacpp import CONVERTER_TYPES, Conversion
+from mone_export.model import fingerprint, load
+from mone_export.novices import NOVICES, novices
+from mone_export.planning import plan, plan_without_scores
+from mone_export.scoring import score
+from mone_export.writing import check_output, measure, write
+
+FAMILIES_OF = {
+    "f32": tuple(TINY),
+    "bf16": ("OlmoeForCausalLM", "GptOssForCausalLM", "DeepseekV2ForCausalLM"),
+    "q8_0": ("Qwen3MoeForCausalLM", "GptOssForCausalLM"),
+}
+CASES = [(family, outtype) for outtype, families in FAMILIES_OF.items() for family in families]
+SMALL = ("small", "f32")
+
+
+def calibration_of(folder: Path, text: Path) -> Calibration:
+    model = load(folder, device="cpu")
+    corpus = read_corpus([text], model.tokenizer, n_row=2, seq_len=64)
+    return calibrate(model, corpus, model_sha256=fingerprint(folder))
+
+
+@pytest.fixture(scope="module")
+def folder_of(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model of a family, made when first asked for."""
+    folders = {"small": small}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny(family, tmp_path_factory.mktemp("models") / family)
+        return folders[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder_of: Callable[[str], Path], text: Path) -> Callable[[str], Calibration]:
+    found: dict[str, Calibration] = {}
+
+    def calibration(family: str) -> Calibration:
+        if family not in found:
+            found[family] = calibration_of(folder_of(family), text)
+        return found[family]
+
+    return calibration
+
+
+@pytest.fixture(scope="module")
+def upstream(
+    folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Contents]:
+    """What llama.cpp's own converter makes of a family's model."""
+    found: dict[tuple[str, str], Contents] = {}
+
+    def contents(family: str, outtype: str) -> Contents:
+        if (family, outtype) not in found:
+            outfile = tmp_path_factory.mktemp("upstream") / "model.gguf"
+            gguf_file.convert_upstream(folder_of(family), outfile, outtype)
+            found[family, outtype] = gguf_file.read(outfile)
+        return found[family, outtype]
+
+    return contents
+
+
+@pytest.fixture(params=[SMALL, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES)], ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+def chosen(calibration: Calibration, ratio: float, min_kept: int | None = None) -> Plan:
+    return plan(score(calibration), ratio=ratio, min_kept=min_kept)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def test_nothing_pruned_is_upstreams_own_file(
+    case: tuple[str, str],
+    folder_of: Callable[[str], Path],
+    calibrated: Callable[[str], Calibration],
+    upstream: Callable[[str, str], Contents],
+    tmp_path: Path,
+) -> None:
+    family, outtype = case
+    calibration = calibrated(family)
+    outfile = tmp_path / "model.gguf"
+    write(folder_of(family), calibration, chosen(calibration, 0), outfile, outtype=outtype)
+    ours, stock = gguf_file.read(outfile), upstream(family, outtype)
+    assert list(ours.tensors) == list(stock.tensors), "the same tensors in the same order"
+    for name, tensor in stock.tensors.items():
+        assert ours.tensors[name][:2] == tensor[:2], name
+        assert same_bits(ours.tensors[name].data, tensor.data), name
+    own_keys = {name: value for name, value in ours.keys.items() if not name.startswith("mone.")}
+    assert own_keys == stock.keys and list(own_keys) == list(stock.keys)
+    assert ours.keys["mone.ratio"] == (("FLOAT32",), 0.0)
+
+
+def test_pruned_file_is_upstreams_in_the_order_of_the_format(
+    case: tuple[str, str],
+    folder_of: Callable[[str], Path],
+    calibrated: Callable[[str], Calibration],
+    upstream: Callable[[str, str], Contents],
+    tmp_path: Path,
+) -> None:
+    family, outtype = case
+    calibration = calibrated(family)
+    outfile = tmp_path / "model.gguf"
+    decision = chosen(calibration, 0.5)
+    write(folder_of(family), calibration, decision, outfile, novice="least-squares", outtype=outtype)
+    ours, stock = gguf_file.read(outfile), upstream(family, outtype)
+    orders = orders_of(ours)
+    assert orders == {layer.layer: list(layer.order) for layer in decision.layers}
+    wanted = {name: tensor.data for name, tensor in stock.tensors.items()}
+    for layer, order in orders.items():
+        kept, pruned = order[:8], order[8:]
+        assert kept == sorted(kept) and pruned == sorted(pruned)
+        stand_ins = novices(calibration.layers[layer], "least-squares").float().numpy()
+        put_in_order(wanted, f"blk.{layer}.", kept, pruned, stand_ins)
+    assert ours.tensors.keys() == wanted.keys()
+    for name, data in wanted.items():
+        tensor = ours.tensors[name]
+        assert same_bits(tensor.data, data), name
+        added = name not in stock.tensors
+        assert tensor.kind == ("F32" if added else stock.tensors[name].kind), name
+        if not added:
+            assert tensor.shape[:-1] == stock.tensors[name].shape[:-1], name
+
+
+def put_in_order(
+    wanted: dict[str, np.ndarray], prefix: str, kept: list[int], pruned: list[int], stand_ins: np.ndarray
+) -> None:
+    """Edit a layer of upstream's tensors as section 2 of the format says."""
+    n_kept = len(kept)
+    for name in [name for name in wanted if name.startswith(prefix)]:
+        tensor = name.removeprefix(prefix)
+        if tensor in ("ffn_gate_inp.weight", "ffn_gate_inp.bias", "exp_probs_b.bias"):
+            wanted[name] = wanted[name][kept + pruned]
+        elif "_exps." in tensor and tensor.endswith(".weight"):
+            wanted[name] = wanted[name][kept]
+        elif "_exps." in tensor:
+            assert tensor.endswith(".bias")
+            wanted[name] = wanted[name][kept + pruned]
+            wanted[name][n_kept:] = 0
+    bias = wanted.setdefault(f"{prefix}ffn_down_exps.bias", np.zeros_like(stand_ins))
+    bias[n_kept:] = stand_ins[pruned]
+
+
+def orders_of(contents: Contents) -> dict[int, list[int]]:
+    """The file's own account of its pruned layers."""
+    arch = contents.keys["general.architecture"][1]
+    n_expert = contents.keys[f"{arch}.expert_count"][1]
+    pruned = [il for il, n in enumerate(contents.keys[f"{arch}.expert_kept_count"][1]) if 0 < n < n_expert]
+    order = contents.keys["mone.expert_order"][1]
+    assert len(order) == len(pruned) * n_expert
+    return {il: order[i * n_expert : (i + 1) * n_expert] for i, il in enumerate(pruned)}
+
+
+@pytest.mark.parametrize("family", ["small", pytest.param("DeepseekV2ForCausalLM", marks=pytest.mark.slow)])
+def test_keys_are_the_formats(
+    family: str,
+    folder_of: Callable[[str], Path],
+    calibrated: Callable[[str], Calibration],
+    tmp_path: Path,
+) -> None:
+    calibration, outfile = calibrated(family), tmp_path / "model.gguf"
+    write(folder_of(family), calibration, chosen(calibration, 0.3), outfile, novice="zero")
+    keys = gguf_file.read(outfile).keys
+    arch = keys["general.architecture"][1]
+    dense = 1 if family.startswith("Deepseek") else 0
+    assert keys[f"{arch}.expert_kept_count"] == (("ARRAY", "UINT32"), [0] * dense + [11] * (3 - dense))
+    assert keys[f"{arch}.expert_count"][1] == 16, "the router's width stays"
+    assert keys["mone.expert_order"][0] == ("ARRAY", "INT32")
+    assert keys["mone.format_version"] == (("UINT32",), 1)
+    assert keys["mone.ratio"] == (("FLOAT32",), np.float32(5 / 16))
+    assert keys["mone.calibration.tokens"] == (("UINT64",), 128)
+    for name, value in {
+        "mone.method": "mone",
+        "mone.score": "mone",
+        "mone.novice": "zero",
+        "mone.scope": "layer",
+        "mone.source.name": folder_of(family).name,
+        "mone.source.sha256": calibration.model_sha256,
+        "mone.calibration.sha256": calibration.corpus_sha256,
+    }.items():
+        assert keys[name] == (("STRING",), value), name
+    assert keys["mone.tool_version"][0] == ("STRING",)
+
+
+def test_ordinary_file_has_no_key_that_changes_loading(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path
+) -> None:
+    write(small, calibrated("small"), chosen(calibrated("small"), 0), tmp_path / "model.gguf")
+    keys = gguf_file.read(tmp_path / "model.gguf").keys
+    assert not [name for name in keys if "expert_kept_count" in name or "expert_order" in name]
+
+
+@pytest.mark.parametrize("novice", NOVICES)
+def test_rows_of_the_down_bias_are_the_novices(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, novice: str
+) -> None:
+    calibration = calibrated("small")
+    decision = chosen(calibration, 0.25)
+    write(small, calibration, decision, tmp_path / "model.gguf", novice=novice, outtype="q8_0")
+    tensors = gguf_file.read(tmp_path / "model.gguf").tensors
+    for layer in decision.layers:
+        bias = tensors[f"blk.{layer.layer}.ffn_down_exps.bias"]
+        vectors = novices(calibration.layers[layer.layer], novice).float()[list(layer.pruned)]
+        assert bias.kind == "F32" and bias.shape == (64, 16)
+        assert not bias.data[:12].any() and np.array_equal(bias.data[12:], vectors.numpy())
+
+
+@pytest.mark.parametrize("novice", NOVICES)
+@pytest.mark.parametrize("score_name", ["mone", "mone-paper", "frequency"])
+def test_measured_size_knows_the_names_in_the_header(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, score_name: str, novice: str
+) -> None:
+    calibration = calibrated("small")
+    decision = plan(score(calibration, score_name), ratio=0.5)
+    size = write(small, calibration, decision, tmp_path / "model.gguf", novice=novice)
+    blank = plan_without_scores(calibration.spec, ratio=0.5, score=score_name)
+    assert measure(small, blank, novice=novice) == (size, 0)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@pytest.mark.parametrize("outtype", CONVERTER_TYPES)
+def test_measured_size_is_the_real_one(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, outtype: str, ratio: float
+) -> None:
+    calibration, outfile = calibrated("small"), tmp_path / "model.gguf"
+    size = write(small, calibration, chosen(calibration, ratio), outfile, outtype=outtype)
+    assert size == outfile.stat().st_size
+    blank = plan_without_scores(calibration.spec, ratio=ratio)
+    assert measure(small, blank, outtype=outtype) == (size, 0)
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_same_input_gives_the_same_bytes(
+    small: Path, calibrated: Callable[[str], Calibration], text: Path, tmp_path: Path, outtype: str
+) -> None:
+    for number, calibration in enumerate([calibrated("small"), calibration_of(small, text)]):
+        write(small, calibration, chosen(calibration, 0.5), tmp_path / f"{number}.gguf", outtype=outtype)
+    assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("before", [None, b"an older file"])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), MoneError("no"), KeyboardInterrupt()]
+)
+def test_failure_midway_leaves_nothing(
+    small: Path,
+    calibrated: Callable[[str], Calibration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    before: bytes | None,
+) -> None:
+    def fail(self: Conversion, progress: object = None) -> None:
+        assert (tmp_path / "model.gguf.part").stat().st_size > 0, "the head is written"
+        raise failure
+
+    monkeypatch.setattr(Conversion, "write_tensors", fail)
+    outfile = tmp_path / "model.gguf"
+    if before:
+        outfile.write_bytes(before)
+    expected = MoneError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected) as error:
+        write(small, calibrated("small"), chosen(calibrated("small"), 0.5), outfile)
+    if isinstance(failure, OSError):
+        assert "No space left on device; free some space or choose another -o" in str(error.value)
+    if before:
+        assert outfile.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == (["model.gguf"] if before else [])
+
+
+def test_progress_ends_at_the_whole(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int, str]] = []
+    write(
+        small,
+        calibrated("small"),
+        chosen(calibrated("small"), 0.5),
+        tmp_path / "model.gguf",
+        progress=lambda *step: seen.append(step),
+    )
+    done, total, _ = seen[-1]
+    assert done == total and [step[0] for step in seen] == sorted(step[0] for step in seen)
+
+
+def test_plan_of_one_expert_per_layer_can_be_written(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path
+) -> None:
+    decision = chosen(calibrated("small"), 0.9, min_kept=1)
+    write(small, calibrated("small"), decision, tmp_path / "model.gguf")
+    contents = gguf_file.read(tmp_path / "model.gguf")
+    assert contents.keys["llama.expert_kept_count"][1] == [2, 2, 2]
+    assert contents.tensors["blk.0.ffn_up_exps.weight"].shape[-1] == 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e39])
+def test_novices_that_are_not_finite_are_never_written(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, value: float
+) -> None:
+    calibration = calibrated("small")
+    decision = chosen(calibration, 0.5)
+    out_mean = calibration.layers[1].out_mean.clone()
+    out_mean[decision.layers[1].pruned[0], 3] = value
+    broken = dict(calibration.layers) | {1: replace(calibration.layers[1], out_mean=out_mean)}
+    with pytest.raises(MoneError, match=r"layer 1: .* not finite"):
+        write(small, replace(calibration, layers=broken), decision, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_is_checked_without_leaving_a_file(tmp_path: Path) -> None:
+    check_output(tmp_path / "model.gguf", needed=1)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(MoneError, match=r"GB free, the export needs 1000000000\.00 GB: free some space"):
+        check_output(tmp_path / "model.gguf", needed=10**18)
