@@ -1,7 +1,6 @@
 """The pruned model in plain PyTorch, by definition: loop over experts, a novice where one was pruned.
 
-Shares no code with the package: it reads the file's own account of itself (keys and novice rows) and
-replaces the forward of transformers' expert stacks. `y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`.
+`y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`. Shares no code with the package.
 """
 
 from collections.abc import Mapping
@@ -9,33 +8,27 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
+from gguf import GGUFReader
 from torch import Tensor, nn
 
-Novices = Mapping[int, Mapping[int, Tensor]]  # layer -> original expert id -> vector
 
-
-def read_novices(gguf_file: Path) -> Novices:
-    """Read which experts a file has replaced, by original id, and by what."""
-    from gguf import GGUFReader
-
+def read_novices(gguf_file: Path) -> dict[int, dict[int, Tensor]]:
+    """Read what a file has put in the place of experts: layer -> original expert id -> vector."""
     reader = GGUFReader(gguf_file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    arch = fields["general.architecture"]
-    kept, n_expert = fields.get(f"{arch}.expert_kept_count", []), fields[f"{arch}.expert_count"]
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    order = iter(fields.get("mone.expert_order", []))
-    novices = {}
-    for layer, n_kept in enumerate(kept):
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    n_expert = keys[f"{keys['general.architecture']}.expert_count"]
+    rows = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    order, novices = iter(keys.get("mone.expert_order", [])), {}
+    for layer, n_kept in enumerate(keys.get(f"{keys['general.architecture']}.expert_kept_count", [])):
         if 0 < n_kept < n_expert:
             ids = [next(order) for _ in range(n_expert)]
-            rows = torch.from_numpy(np.array(tensors[f"blk.{layer}.ffn_down_exps.bias"].data))
-            novices[layer] = {ids[slot]: rows[slot] for slot in range(n_kept, n_expert)}
+            bias = rows[f"blk.{layer}.ffn_down_exps.bias"]
+            novices[layer] = {ids[slot]: bias[slot] for slot in range(n_kept, n_expert)}
     return novices
 
 
-def install(model: nn.Module, novices: Novices) -> None:
+def install(model: nn.Module, novices: Mapping[int, Mapping[int, Tensor]]) -> None:
     """Replace the forward of every expert stack of a transformers model by the definition above."""
     for name, module in model.named_modules():
         if name.endswith(".experts"):
@@ -62,6 +55,6 @@ def _expert(self: Any, e: int, x: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias")[e] if self.has_bias else 0
         return a @ (weight if self.is_transposed else weight.T) + bias
 
-    if self.has_gate:
-        return linear(self._apply_gate(linear(x, "gate_up_proj")), "down_proj")
-    return linear(self.act_fn(linear(x, "up_proj")), "down_proj")
+    gated = self.has_gate
+    hidden = self._apply_gate(linear(x, "gate_up_proj")) if gated else self.act_fn(linear(x, "up_proj"))
+    return linear(hidden, "down_proj")
