@@ -55,6 +55,5 @@ def _expert(self: Any, e: int, x: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias")[e] if self.has_bias else 0
         return a @ (weight if self.is_transposed else weight.T) + bias
 
-    gated = self.has_gate
-    hidden = self._apply_gate(linear(x, "gate_up_proj")) if gated else self.act_fn(linear(x, "up_proj"))
-    return linear(hidden, "down_proj")
+    h = self._apply_gate(linear(x, "gate_up_proj")) if self.has_gate else self.act_fn(linear(x, "up_proj"))
+    return linear(h, "down_proj")
