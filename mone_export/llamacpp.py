@@ -33,6 +33,10 @@ CONVERTER_TYPES = {
     "q8_0": "MOSTLY_Q8_0",
 }
 
+# what the converter raises for a model it cannot handle (NotImplementedError is a RuntimeError)
+_CONVERTER_ERRORS = (ValueError, KeyError, RuntimeError, OSError)
+_LONGEST_REASON = 200  # some list every tensor of a model
+
 
 class Conversion:
     """A model opened for conversion: every tensor is known by name, shape and type, none is read yet."""
@@ -50,8 +54,8 @@ class Conversion:
                 # the file name is only used to derive a model name where the model has none
                 self._model = opened(path, ftype, path)
                 self._model.prepare_tensors()
-            except (ValueError, KeyError, NotImplementedError, FileNotFoundError) as error:
-                raise MoneError(f"llama.cpp cannot convert {path}: {_first_line(error)}") from None
+            except _CONVERTER_ERRORS as error:
+                raise _cannot_convert(path, error) from None
         self.block_count: int = self._model.block_count
         self.arch: str = self._gguf.MODEL_ARCH_NAMES[self._model.model_arch]
 
@@ -73,8 +77,8 @@ class Conversion:
         with torch.inference_mode():
             try:
                 self._model.prepare_metadata(vocab_only=False)
-            except (ValueError, KeyError, NotImplementedError, FileNotFoundError, OSError) as error:
-                raise MoneError(f"llama.cpp cannot convert {self._path}: {_first_line(error)}") from None
+            except _CONVERTER_ERRORS as error:
+                raise _cannot_convert(self._path, error) from None
         types = self._gguf.GGUFValueType
         for key, (kind, value) in keys.items():
             if isinstance(value, list):
@@ -136,7 +140,10 @@ def _converter_class(conversion: Any, path: Path) -> Any:
         name = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
         return conversion.get_model_class(name)
     except (NotImplementedError, ValueError, KeyError) as error:
-        raise MoneError(f"llama.cpp has no converter for the model in {path}: {_first_line(error)}") from None
+        raise MoneError(
+            f"llama.cpp has no converter for the model in {path}: {_first_line(error)} "
+            "Only models that llama.cpp can run can be exported"
+        ) from None
 
 
 def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: Select, edit: Edit) -> Any:
@@ -186,5 +193,10 @@ def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: 
     )
 
 
+def _cannot_convert(path: Path, error: Exception) -> MoneError:
+    return MoneError(f"llama.cpp cannot convert {path}: {_first_line(error)}; is the folder complete?")
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."

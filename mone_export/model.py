@@ -137,7 +137,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the model's own tokenizer."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise MoneError(
             f"cannot load the tokenizer in {path}: {_first_line(error)}; is the folder complete?"
         ) from None
@@ -151,17 +151,23 @@ def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
     room for float32, where float32 is both faster and more exact.
     """
     spec = inspect(path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if dtype == "auto" and device == "cpu" and _float32_fits(path):
         torch_dtype = torch.float32
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype, device_map=None)
-    except (OSError, ValueError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype, device_map=None, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MoneError(
             f"cannot load the weights in {path}: {_first_line(error)}; is the folder complete?"
         ) from None
+    module, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise MoneError(
+            f"{path} lacks {len(missing)} of the model's tensors, {missing[0]} among them: get it again"
+        )
     try:
         module = module.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -172,6 +178,17 @@ def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
     return Model(spec=spec, path=path, module=module, tokenizer=load_tokenizer(path))
 
 
+def resolve_device(device: str) -> str:
+    """Return the device to calibrate on, `auto` is CUDA where there is one; refuse what torch lacks."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoneError(f"cannot use --device {device}: {_first_line(error)}; try --device cpu") from None
+    return device
+
+
 def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
     """Return the SHA-256 of a checkpoint's tensors, and refuse one with NaN or Inf in it.
 
@@ -179,13 +196,9 @@ def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
     dtype, the shape as a JSON list), then its bytes in the file's little-endian row-major layout. How tensors
     are spread over files does not matter.
     """
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise MoneError(f"{path} holds no .safetensors weights; convert the checkpoint to safetensors first")
+    owner = open_weights(path)
     digest = hashlib.sha256()
     try:
-        handles = [safe_open(file, framework="pt") for file in files]
-        owner = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 (not a dict)
         for done, name in enumerate(sorted(owner), start=1):
             tensor = owner[name].get_tensor(name)
             header = f"{name} {owner[name].get_slice(name).get_dtype()} {json.dumps(list(tensor.shape))}\n"
@@ -202,13 +215,39 @@ def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
+def open_weights(path: Path) -> dict[str, Any]:
+    """Return the open safetensors file of every tensor by name; reads the headers only.
+
+    Raises `MoneError` when there are no such files, or when one is missing, cut off or something else.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise MoneError(f"{path} holds no .safetensors weights; convert the checkpoint to safetensors first")
+    try:
+        index = path / "model.safetensors.index.json"
+        listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        if missing := sorted(listed - {file.name for file in files}):
+            raise MoneError(
+                f"{path} lacks {len(missing)} of {len(listed)} files of weights: get {missing[0]}"
+            )
+        handles = {file.name: safe_open(file, framework="pt") for file in files}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise MoneError(
+            f"cannot read the weights in {path}: {_first_line(error)}; download them again"
+        ) from None
+    return {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
+
+
 def _read_config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise MoneError(f"{path} has no config.json: pass the folder of a Hugging Face model")
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise MoneError(f"transformers does not know the model in {path}: {_first_line(error)}") from None
+        raise MoneError(
+            f"transformers does not know the model in {path}: {_first_line(error)} "
+            "Pass a complete folder of a model that this version of transformers has"
+        ) from None
 
 
 def _refuse_block_formats(config: Any, path: Path) -> None:

@@ -13,7 +13,16 @@ from mone_export.artifacts import Calibration, Corpus, MoeSpec, Plan, Report
 from mone_export.calibration import calibrate
 from mone_export.corpus import read_corpus
 from mone_export.errors import MoneError
-from mone_export.model import Dtype, fingerprint, inspect, load, load_tokenizer, resolve
+from mone_export.model import (
+    Dtype,
+    fingerprint,
+    inspect,
+    load,
+    load_tokenizer,
+    open_weights,
+    resolve,
+    resolve_device,
+)
 from mone_export.novices import NOVICES
 from mone_export.planning import kept_per_layer, plan, plan_without_scores
 from mone_export.runtime import Progress
@@ -55,8 +64,10 @@ def export(
     clock = _Clock()
     path = resolve(model)
     spec = inspect(path)
+    device = resolve_device(device)
     if stats is not None and not stats.exists():
         check_output(stats, option="--stats")
+    tokenizer = load_tokenizer(path)
     size_unpruned, _ = announce(
         path,
         spec,
@@ -67,7 +78,7 @@ def export(
         outfile=outfile,
         outtype=outtype,
     )
-    corpus = read_corpus(files, load_tokenizer(path), n_row=n_row, seq_len=seq_len)
+    corpus = read_corpus(files, tokenizer, n_row=n_row, seq_len=seq_len)
     clock.lap("checks")
     model_sha256 = fingerprint(path, progress=progress)
     clock.lap("fingerprint")
@@ -120,6 +131,7 @@ def announce(
             raise MoneError(f"unknown {what} {name}: choose from {', '.join(known)}")
     kept_per_layer(spec, ratio, min_kept=min_kept)
     check_output(outfile)
+    open_weights(path)
     blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, score=score)
     size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
     size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)

@@ -1,0 +1,484 @@
+"""The `mone-export` command: one line for whatever is wrong, nothing left behind, dry runs that hold."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import random_model, save_small
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mone_export import cli
+from mone_export.novices import NOVICES
+from mone_export.scoring import SCORE_NAMES
+from mone_export.writing import OUTTYPES
+
+Change = Callable[[Path], None]
+SMALL_TEXT = ["--chunks", "2", "-c", "32"]
+
+
+class Outcome:
+    """What a run of the command returned, said and left in the output folder."""
+
+    def __init__(self, status: int, out: str, err: str, left: list[str]) -> None:
+        self.status, self.out, self.err, self.left = status, out, err, left
+
+    def is_one_line(self, pattern: str) -> None:
+        """Assert that it failed with one line that matches, and left nothing."""
+        assert self.status == 1, self.err
+        (line,) = self.err.splitlines()
+        assert re.match(rf"mone-export: .*{pattern}", line), line
+        assert not self.left and not self.out
+
+
+@pytest.fixture
+def export(
+    small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the command in this process on a good model and text, unless arguments say otherwise."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def run(
+        *arguments: Any, model: Path | str = small, ratio: float = 0.5, file: Path | None = text
+    ) -> Outcome:
+        given = [str(argument) for argument in arguments]
+        if "-o" not in given:
+            given += ["-o", str(folder / "model.gguf")]
+        text_given = [] if file is None else ["-f", str(file)]
+        status = cli.main([str(model), "--ratio", str(ratio), *text_given, *SMALL_TEXT, "-q", *given])
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err, sorted(path.name for path in folder.iterdir()))
+
+    return run
+
+
+@pytest.fixture
+def changed(small: Path, tmp_path: Path) -> Callable[[Change], Path]:
+    """A copy of the good model with something done to it."""
+
+    def copy(change: Change) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(small, folder)
+        change(folder)
+        return folder
+
+    return copy
+
+
+def config(**values: Any) -> Change:
+    """Set keys of config.json."""
+
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def weights(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        )
+
+    return change
+
+
+def without(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def spoil(value: float) -> Change:
+    return weights(lambda tensors: tensors["model.norm.weight"].__setitem__(3, value))
+
+
+def of_type(model_type: str, **values: Any) -> Change:
+    """Put the config of another model type in place, tiny."""
+
+    def change(folder: Path) -> None:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+        other = AutoConfig.for_model(model_type, **sizes, vocab_size=400, pad_token_id=0, **values)
+        other.architectures = [type(AutoModelForCausalLM.from_config(other)).__name__]
+        other.save_pretrained(folder)
+
+    return change
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def split_weights(folder: Path) -> None:
+    """Claim that a second file of weights exists."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    files["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def drop_expert(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(name for name in tensors if re.search(r"layers\.1\..*experts\.3\.", name))]
+
+
+BROKEN: dict[str, tuple[Change, str]] = {
+    "no experts": (
+        of_type("llama", num_key_value_heads=4),
+        "no mixture-of-experts layers .*only models with",
+    ),
+    "no config": (without("config.json"), "has no config.json: pass the folder"),
+    "no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json' is not a valid JSON file.* Pass a complete folder",
+    ),
+    "unknown model type": (
+        config(model_type="mystery"),
+        "transformers does not know the model .*mystery.* Pass a complete folder",
+    ),
+    "unknown to the converter": (
+        of_type(
+            "flex_olmo", num_experts=8, num_experts_per_tok=2, num_key_value_heads=4, norm_topk_prob=False
+        ),
+        "llama.cpp has no converter for the model .*FlexOlmo.* Only models that llama.cpp can run",
+    ),
+    "grouped routing": (
+        of_type("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=0),
+        r"by group \(n_group = 2\)",
+    ),
+    "another normalisation": (
+        of_type("olmoe", num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
+        "norm_topk_prob = True, but llama.cpp always computes olmoe",
+    ),
+    "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), "MXFP4 blocks.*: pass a BF16"),
+    "NVFP4": (
+        config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+        "NVFP4 blocks.*: pass a BF16",
+    ),
+    "NaN": (spoil(float("nan")), "tensor model.norm.weight holds NaN or infinite values.*get it again"),
+    "infinity": (spoil(float("inf")), "tensor model.norm.weight holds NaN or infinite values"),
+    "no weights": (without("model.safetensors"), "holds no .safetensors weights; convert the checkpoint"),
+    "truncated weights": (truncate, "cannot read the weights .*; download them again"),
+    "no weights in the file": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
+        "cannot read the weights .*; download them again",
+    ),
+    "no safetensors": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "holds no .safetensors weights; convert the checkpoint",
+    ),
+    "a file of several missing": (
+        split_weights,
+        "lacks 1 of 2 files of weights: get model-00002-of-00002.safetensors",
+    ),
+    "an expert missing": (weights(drop_expert), r"Unprocessed experts.*\.\.\.; is the folder complete\?"),
+    "a norm missing": (
+        weights(lambda tensors: tensors.pop("model.norm.weight")),
+        "lacks 1 of the model's tensors, model.norm.weight among them: get it again",
+    ),
+    "a norm too short": (
+        weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)})),
+        "cannot load the weights",
+    ),
+    "no vocabulary": (without("tokenizer.model"), "cannot load the tokenizer .*; is the folder complete"),
+    "broken vocabulary": (
+        lambda folder: (folder / "tokenizer.model").write_bytes(b"hello"),
+        "cannot load the tokenizer .*; is the folder complete",
+    ),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        "cannot load the tokenizer .*; is the folder complete",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unusable_model_is_one_line(
+    export: Callable[..., Outcome], changed: Callable[[Change], Path], name: str
+) -> None:
+    change, message = BROKEN[name]
+    export(model=changed(change)).is_one_line(message)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere/to/be/found", "neither a folder nor a Hugging Face id like org/model"),
+        ("./missing", "neither a folder nor a Hugging Face id"),
+        (__file__, "neither a folder nor a Hugging Face id"),
+    ],
+)
+def test_model_that_is_no_folder_is_one_line(
+    export: Callable[..., Outcome], model: str, message: str
+) -> None:
+    export(model=model).is_one_line(message)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        (-0.1, "--ratio -0.1 is out of range: .* 0 <= ratio < 1"),
+        (1.0, "--ratio 1 is out of range"),
+        (float("nan"), "--ratio nan is out of range"),
+        (0.9, "--ratio 0.9 keeps 2 of 16 experts, fewer than 4: pass --ratio 0.75 or less"),
+    ],
+)
+def test_ratio_that_cannot_be_is_one_line(export: Callable[..., Outcome], ratio: float, message: str) -> None:
+    export(ratio=ratio).is_one_line(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--outtype", "q9_9"], f"unknown --outtype q9_9: choose from {', '.join(OUTTYPES)}"),
+        (["--chunks", "0"], "--chunks 0 of --ctx-size 32 tokens: at least 1 row"),
+        (["-c", "0"], "--chunks 2 of --ctx-size 0 tokens: at least 1 row"),
+        (["--chunks", "-5"], "--chunks -5 of"),
+        (["--min-kept", "17"], "--min-kept 17 is more than the 16 experts"),
+        (["--device", "tpu9"], "--device tpu9: .*try --device cpu"),
+        (
+            ["--chunks", "100000"],
+            r"gives \d+ rows of 32 tokens .*asks for 100000: add text or pass --chunks \d+",
+        ),
+    ],
+)
+def test_option_that_cannot_be_is_one_line(
+    export: Callable[..., Outcome], arguments: list[str], message: str
+) -> None:
+    export(*arguments).is_one_line(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the calibration text .*No such file or directory; pass a readable file"),
+        (b"", "is empty; pass text"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+        (b"three short words", "gives 0 rows of 32 tokens .*add text or lower --ctx-size"),
+    ],
+)
+def test_text_that_cannot_be_used_is_one_line(
+    export: Callable[..., Outcome], tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    export(file=path).is_one_line(message)
+
+
+def test_two_files_too_short_are_named_with_their_rows(
+    export: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a few words of text " * 20)
+    outcome = export("-f", tmp_path / "b.txt", "--chunks", "50", file=tmp_path / "a.txt")
+    outcome.is_one_line(r"a.txt, b.txt gives \d+ rows .*asks for 50: add text or pass --chunks \d+")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("missing/model.gguf", "output folder .*missing does not exist: create it or choose another -o"),
+        ("file/model.gguf", "output folder .*file .*choose another -o"),
+        ("out", "out is a folder: name a file"),
+        ("/proc/model.gguf", "output folder /proc is not writable .*choose another -o"),
+    ],
+)
+def test_output_that_cannot_be_is_one_line(
+    export: Callable[..., Outcome], tmp_path: Path, place: str, message: str
+) -> None:
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("needs a folder that nobody can write to")
+    (tmp_path / "file").touch()
+    export("-o", tmp_path / place).is_one_line(message)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_folder_without_permission_is_one_line(export: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    export("-o", folder / "model.gguf").is_one_line("is not writable .*choose another -o")
+
+
+def test_too_little_disk_is_one_line_before_any_work(
+    export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("mone_export.pipeline.fingerprint", None)  # would be the first reading of weights
+    export().is_one_line(r"has 0\.00 GB free, the export needs 0\.00 GB: free some space, choose another -o")
+
+
+def test_statistics_in_an_impossible_place_are_refused_before_any_work(
+    export: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mone_export.pipeline.fingerprint", None)
+    export("--stats", tmp_path / "missing" / "s").is_one_line("missing does not exist: .*another --stats")
+
+
+@pytest.fixture(scope="module")
+def stats(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the good model and text."""
+    folder = tmp_path_factory.mktemp("stats")
+    arguments = [str(small), "--ratio", "0.5", "-f", str(text), *SMALL_TEXT, "-q"]
+    assert cli.main([*arguments, "--stats", str(folder / "s"), "-o", str(folder / "model.gguf")]) == 0
+    return folder / "s"
+
+
+def test_statistics_of_another_model_are_refused_with_both_fingerprints(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path
+) -> None:
+    other = save_small(tmp_path / "other", seed=1)
+    pattern = (
+        r"s was made from another model \(SHA-256 ([0-9a-f]{16}), this one is (?!\1)[0-9a-f]{16}\): choose"
+    )
+    export("--stats", stats, model=other).is_one_line(pattern)
+
+
+def test_statistics_of_another_text_are_refused_with_both_fingerprints(
+    export: Callable[..., Outcome], stats: Path
+) -> None:
+    pattern = r"another calibration text \(SHA-256 ([0-9a-f]{16}), this one is (?!\1)[0-9a-f]{16}\): choose"
+    export("--stats", stats, "--chunks", "3").is_one_line(pattern)
+    export("--stats", stats, file=Path(__file__)).is_one_line(pattern)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_file_that_holds_no_statistics_is_refused(
+    export: Callable[..., Outcome], tmp_path: Path, more: list[str]
+) -> None:
+    (tmp_path / "s").write_text("something else")
+    export("--stats", tmp_path / "s", *more).is_one_line("s is not a statistics file .*remove it or choose")
+
+
+def test_dry_run_refuses_statistics_of_a_model_of_another_shape(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path
+) -> None:
+    other = save_small(tmp_path / "other", num_local_experts=8, num_experts_per_tok=2)
+    export("--stats", stats, "--dry-run", model=other).is_one_line("s was made from another model")
+
+
+def test_saved_statistics_give_the_same_file(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path
+) -> None:
+    for arguments in ([], ["--stats", stats]):
+        assert export(*arguments, "-o", tmp_path / f"{len(arguments)}.gguf").status == 0
+    assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@pytest.mark.parametrize(
+    "options", [[], ["--score", "frequency", "--novice", "least-squares"], ["--outtype", "q8_0"]], ids=str
+)
+def test_dry_run_writes_nothing_and_its_bytes_are_the_real_files(
+    export: Callable[..., Outcome], tmp_path: Path, ratio: float, options: list[str]
+) -> None:
+    outcome = export("--dry-run", *options, ratio=ratio)
+    assert (outcome.status, outcome.left, outcome.err) == (0, [], "")
+    (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)
+    assert outcome.out.count(f"keep {16 - round(16 * ratio)}, prune {round(16 * ratio)}") == 3
+    assert export(*options, ratio=ratio).left == ["model.gguf"]
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == int(announced)
+
+
+def test_dry_run_with_statistics_names_the_experts_of_the_real_file(
+    export: Callable[..., Outcome], stats: Path
+) -> None:
+    lines = re.findall(r"layer +\d+  keep 8, prune 8: ([\d ]+)", export("--dry-run", "--stats", stats).out)
+    ids = [[int(expert) for expert in line.split()] for line in lines]
+    assert len(ids) == 3 and all(len(layer) == 8 and layer == sorted(set(layer)) for layer in ids)
+
+
+def test_dry_run_of_an_impossible_ratio_is_one_line(export: Callable[..., Outcome]) -> None:
+    export("--dry-run", ratio=0.9).is_one_line("keeps 2 of 16 experts, fewer than 4")
+
+
+def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mone_export.llamacpp.Conversion.write_tensors", interrupt)
+    outcome = export()
+    assert outcome.status == 130 and not outcome.left
+    assert outcome.err == "mone-export: interrupted; nothing was written\n"
+
+
+def test_choices_are_the_registries() -> None:
+    assert cli._SCORES == SCORE_NAMES
+    assert tuple(NOVICES) == cli._NOVICES
+    named = re.findall(r"\w+", cli._parser().format_help().partition("TYPE  ")[2].partition("...")[0])
+    assert "f32" in named
+    assert set(named) <= set(OUTTYPES)
+
+
+def test_defaults_are_those_of_the_function(text: Path) -> None:
+    import inspect
+
+    from mone_export.pipeline import export
+
+    defaults = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
+    args = cli._parser().parse_args(["folder", "--ratio", "0.5", "-o", "x"])
+    for name in ("outtype", "score", "novice", "min_kept", "stats", "device", "dtype", "seed"):
+        assert getattr(args, name) == defaults[name], name
+    assert cli._chunks(args) == (defaults["n_row"], defaults["seq_len"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["model"], ["model", "--ratio", "x", "-o", "f"], ["--score", "magic"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: mone-export" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from mone_export.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print({'torch', 'transformers', 'numpy'} & sys.modules.keys())"
+    )
+    times = []
+    for _ in range(3):  # another process may be busy
+        start = time.monotonic()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - start)
+        if times[-1] < 2:
+            break
+    assert result.stdout.endswith("set()\n") and "--ratio" in result.stdout
+    assert min(times) < 2
+
+
+def test_terminal_sees_one_line_and_no_traceback(tmp_path: Path) -> None:
+    """A process of its own: nothing that transformers or torch say on their own account comes between."""
+    model = random_model("MixtralForCausalLM", 200)
+    model.config.model_type = "mystery"
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | {"model_type": "mystery"}))
+    command = [
+        sys.executable,
+        "-m",
+        "mone_export",
+        str(tmp_path),
+        "--ratio",
+        "0.5",
+        "-o",
+        str(tmp_path / "x.gguf"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith("mone-export: transformers does not know the model")
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
