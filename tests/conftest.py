@@ -3,7 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_small
+
+# the models are so small that threads would mostly wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
         "llama.cpp has no converter for the model .*FlexOlmo.* Only models that llama.cpp can run",
     ),
     "grouped routing": (
-        of_type("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1, first_k_dense_replace=0),
+        of_type(
+            "deepseek_v3", n_routed_experts=8, n_group=2, scoring_func="sigmoid", first_k_dense_replace=0
+        ),
         r"by group \(n_group = 2\)",
     ),
     "another normalisation": (

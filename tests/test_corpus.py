@@ -172,7 +172,7 @@ def test_fingerprint_changes_with_any_token() -> None:
 def few_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the standard library, since reading all of it takes seconds."""
     every = corpus._stdlib_sources()
-    monkeypatch.setattr(corpus, "_stdlib_sources", lambda: dict(itertools.islice(sorted(every.items()), 80)))
+    monkeypatch.setattr(corpus, "_stdlib_sources", lambda: dict(itertools.islice(sorted(every.items()), 40)))
 
 
 @pytest.mark.usefixtures("few_sources")
