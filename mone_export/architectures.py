@@ -4,32 +4,105 @@ A family that is not listed still works when transformers' experts interface and
 know it; it is merely not tested here. `requires` states config values the runtime takes for granted:
 llama.cpp hard-codes whether the routing weights of the selected experts are divided by their sum, whatever
 the config says (Source: the `norm_w` argument of `build_moe_ffn` in llama.cpp's `src/models/<arch>.cpp`).
+`states` are values that the converter reads from config.json and that transformers does not write into it:
+without them the file would route differently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """transformers' class, llama.cpp's architecture, an example checkpoint, config values relied upon."""
+    """transformers' class, llama.cpp's architecture, an example checkpoint, config values relied upon.
+
+    `after` gives, from the config, the factor by which the model multiplies the output of its experts module.
+    """
 
     hf_class: str
     gguf_arch: str
     example: str
     requires: Mapping[str, object] = field(default_factory=dict)
+    states: Mapping[str, object] = field(default_factory=dict)
+    after: Callable[[Any], float] | None = None
 
+
+_NORM: Mapping[str, object] = {"norm_topk_prob": True}
+_NO_NORM: Mapping[str, object] = {"norm_topk_prob": False}
+_SIGMOID: Mapping[str, object] = {"scoring_func": "sigmoid"}
 
 FAMILIES: tuple[Family, ...] = (
-    Family("OlmoeForCausalLM", "olmoe", "allenai/OLMoE-1B-7B-0125", {"norm_topk_prob": False}),
-    Family("Qwen3MoeForCausalLM", "qwen3moe", "Qwen/Qwen3-30B-A3B", {"norm_topk_prob": True}),
-    Family("Qwen2MoeForCausalLM", "qwen2moe", "Qwen/Qwen1.5-MoE-A2.7B", {"norm_topk_prob": False}),
+    Family("OlmoeForCausalLM", "olmoe", "allenai/OLMoE-1B-7B-0125", _NO_NORM),
+    Family("Qwen2MoeForCausalLM", "qwen2moe", "Qwen/Qwen1.5-MoE-A2.7B", _NO_NORM),
+    Family("Qwen3MoeForCausalLM", "qwen3moe", "Qwen/Qwen3-30B-A3B", _NORM),
+    Family("Qwen3NextForCausalLM", "qwen3next", "Qwen/Qwen3-Next-80B-A3B-Instruct", _NORM),
+    Family("Qwen3_5MoeForCausalLM", "qwen35moe", "Qwen/Qwen3.5-35B-A3B"),
+    Family("Qwen3_5MoeForConditionalGeneration", "qwen35moe", "Qwen/Qwen3.5-35B-A3B"),
+    Family("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
     Family("MixtralForCausalLM", "llama", "mistralai/Mixtral-8x7B-v0.1"),
-    Family("DeepseekV2ForCausalLM", "deepseek2", "deepseek-ai/DeepSeek-V2-Lite"),
+    Family("DeepseekV2ForCausalLM", "deepseek2", "deepseek-ai/DeepSeek-V2-Lite", _NO_NORM),
+    Family("DeepseekV3ForCausalLM", "deepseek2", "moonshotai/Moonlight-16B-A3B", states=_SIGMOID),
+    Family("DeepseekV32ForCausalLM", "deepseek32", "deepseek-ai/DeepSeek-V3.2-Exp", states=_SIGMOID),
+    Family("Glm4MoeForCausalLM", "glm4moe", "zai-org/GLM-4.5-Air"),
+    Family("Glm4MoeLiteForCausalLM", "deepseek2", "zai-org/GLM-4.7-Flash"),
+    Family("Glm4vMoeForConditionalGeneration", "glm4moe", "zai-org/GLM-4.5V"),
+    Family("GlmMoeDsaForCausalLM", "glm-dsa", "zai-org/GLM-5.2"),
+    Family("SolarOpenForCausalLM", "glm4moe", "upstage/Solar-Open-100B"),
+    Family("Dots1ForCausalLM", "dots1", "rednote-hilab/dots.llm1.inst", states=_SIGMOID),
+    Family("ExaoneMoeForCausalLM", "exaone-moe", "LGAI-EXAONE/K-EXAONE-236B-A23B", states=_SIGMOID),
+    Family("Ernie4_5_MoeForCausalLM", "ernie4_5-moe", "baidu/ERNIE-4.5-21B-A3B-PT"),
     Family("GptOssForCausalLM", "gpt-oss", "openai/gpt-oss-20b"),
+    Family("GraniteMoeForCausalLM", "granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct"),
+    Family("GraniteMoeSharedForCausalLM", "granitemoe", "ibm-research/moe-7b-1b-active-shared-experts"),
+    Family("GraniteMoeHybridForCausalLM", "granitehybrid", "ibm-granite/granite-4.0-h-tiny"),
+    Family("GraniteMoeSWAForCausalLM", "granite_swa", "no public example known"),
+    Family("HunYuanMoEV1ForCausalLM", "hunyuan-moe", "tencent/Hunyuan-A13B-Instruct"),
+    Family("HYV3ForCausalLM", "hy_v3", "tencent/Hy3", {"route_norm": True}),
+    Family("JambaForCausalLM", "jamba", "ai21labs/Jamba-v0.1"),
+    Family("Lfm2MoeForCausalLM", "lfm2moe", "LiquidAI/LFM2-8B-A1B", {**_NORM, "routed_scaling_factor": 1.0}),
+    Family("MiniMaxM2ForCausalLM", "minimax-m2", "MiniMaxAI/MiniMax-M2", states=_SIGMOID),
+    Family("NemotronHForCausalLM", "nemotron_h_moe", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
+    Family("AfmoeForCausalLM", "afmoe", "arcee-ai/Trinity-Mini", states={"route_norm": True}),
+    Family(
+        "Cohere2MoeForCausalLM",
+        "cohere2moe",
+        "CohereLabs/North-Mini-Code-1.0",
+        _NORM,
+        after=lambda config: 0.5 if config.num_shared_experts else 1.0,  # the average with the shared ones
+    ),
+    Family(
+        "LagunaForCausalLM",
+        "laguna",
+        "poolside/Laguna-XS.2",
+        after=lambda config: config.moe_routed_scaling_factor,
+    ),
+    Family("MellumForCausalLM", "mellum", "JetBrains/Mellum2-12B-A2.5B-Base", _NORM),
+    Family("Gemma4ForCausalLM", "gemma4", "google/gemma-4-26B-A4B-it"),
+    Family("Gemma4ForConditionalGeneration", "gemma4", "google/gemma-4-26B-A4B-it"),
 )
+
+# families that would give a wrong file or none, and why
+REFUSED: Mapping[str, str] = {
+    "Llama4ForCausalLM": "it weights the experts' input, not their output, so that no constant can stand in",
+    "Llama4ForConditionalGeneration": (
+        "it weights the experts' input, not their output, so that no constant can stand in"
+    ),
+    "DbrxForCausalLM": "its experts are not behind transformers' experts interface",
+    "JetMoeForCausalLM": "its experts are not behind transformers' experts interface",
+    "LongcatFlashForCausalLM": "its experts are not behind transformers' experts interface",
+    "Step3p7ForConditionalGeneration": "its experts are not behind transformers' experts interface",
+    "PhiMoEForCausalLM": "llama.cpp weights its experts otherwise than the model (softmax, not sparsemixer)",
+    "PhimoeForCausalLM": "llama.cpp weights its experts otherwise than the model (softmax, not sparsemixer)",
+}
 
 
 def family_of(hf_class: str) -> Family | None:
     """Return the row of a transformers class, or None when the tests do not cover it."""
     return next((family for family in FAMILIES if family.hf_class == hf_class), None)
+
+
+def factor_after_experts(hf_class: str, config: Any) -> float:
+    """Return what the model multiplies the output of its experts module by, beyond the routing weights."""
+    family = family_of(hf_class)
+    return float(family.after(config)) if family and family.after else 1.0

@@ -7,7 +7,7 @@ what it was made from, so that a stage can refuse what does not belong together.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,19 @@ class ExpertStats:
             max_abs=torch.maximum(self.max_abs, other.max_abs),
             **merged,
         )
+
+    def weighted(self, factor: float) -> "ExpertStats":
+        """Return the statistics as they are when a model multiplies all weights by a constant."""
+        powers = {
+            "gate_sum": 1,
+            "gate_sq_sum": 2,
+            "gated_out_sum": 1,
+            "gated2_out_sum": 2,
+            "gated_norm_sum": 1,
+            "gated2_norm_sq_sum": 2,
+            "gate_gram": 2,
+        }
+        return replace(self, **{name: getattr(self, name) * factor**n for name, n in powers.items()})
 
 
 _STAT_TENSORS = tuple(field.name for field in fields(ExpertStats) if field.name != "n_token")

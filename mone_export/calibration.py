@@ -2,6 +2,7 @@
 
 import torch
 
+from mone_export.architectures import factor_after_experts
 from mone_export.artifacts import Calibration, Corpus, ExpertStats
 from mone_export.errors import MoneError
 from mone_export.model import Model
@@ -30,7 +31,8 @@ def calibrate(
             done += rows.numel()
             if progress:
                 progress(done, corpus.tokens.numel(), "calibrating (tokens)")
-        stats = dict(layers)
+        factor = factor_after_experts(model.spec.arch, model.module.config.get_text_config())
+        stats = {layer: of_layer.weighted(factor) for layer, of_layer in layers.items()}
     _check_finite(stats)
     return Calibration(
         spec=model.spec,

@@ -8,6 +8,7 @@ ascending order of the original ids (the layer's `order`).
     blk.N.ffn_gate_inp.*, blk.N.exp_probs_b*       router and selection bias: M rows or entries, in `order`
     blk.N.ffn_down_exps.bias                       F32, M rows: own bias or 0 for kept, novices for pruned
     blk.N.ffn_{gate,up,gate_up}_exps.bias          M rows in `order`, 0 for pruned
+    blk.N.ffn_down_exps.scale                      M entries in `order`, 1 for pruned: novices contain it
     everything else, and every layer with R = M    untouched
 
 A routed id >= R selects no matrix: its product is zero by definition of the runtime's flagged MUL_MAT_ID, the
@@ -20,6 +21,7 @@ bias addition gives it its novice, and the router's weight multiplies that as it
 """
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 FORMAT_VERSION = 1
@@ -43,6 +45,12 @@ def part_of(name: str) -> tuple[int, Part] | None:
             return layer, "down bias" if matrix == "down" else "bias"
         return layer, "scale"
     return None
+
+
+def holds_ids(names: Iterable[str], layer: int) -> str | None:
+    """Return the first tensor of a layer that depends on the numbers of experts, if there is one."""
+    pattern = re.compile(rf"blk\.{layer}\.(ffn_gate_tid2eid|ffn_(gate|up|down)_chexps)\..*")
+    return next((name for name in names if pattern.fullmatch(name)), None)
 
 
 def novice_tensor(layer: int) -> str:

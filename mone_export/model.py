@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from mone_export.architectures import family_of
+from mone_export.architectures import REFUSED, family_of
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError
 from mone_export.runtime import Progress
@@ -85,15 +86,20 @@ def inspect(path: Path) -> MoeSpec:
     """
     config = _read_config(path)
     arch = (config.architectures or [type(config).__name__])[0]
+    if arch in REFUSED:
+        raise MoneError(f"{arch} cannot be pruned: {REFUSED[arch]}")
     _refuse_block_formats(config, path)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = auto_class(config).from_config(config)
     except (ValueError, KeyError, ImportError) as error:
         raise MoneError(
             f"transformers cannot build {arch} as a language model: {_first_line(error)}"
         ) from None
-    experts = dict(expert_modules(skeleton))
+    modules = list(expert_modules(skeleton))
+    experts = dict(modules)
+    if len(modules) > len(experts):
+        raise MoneError(f"{arch} has layers with several expert stacks: such models are not supported")
     text_config = config.get_text_config()
     if not experts:
         hint = (
@@ -102,7 +108,6 @@ def inspect(path: Path) -> MoeSpec:
             else "only models with routed experts can be pruned"
         )
         raise MoneError(f"{arch} in {path} has no mixture-of-experts layers that can be read: {hint}")
-    _check_runtime_assumptions(arch, text_config)
     shapes = {(int(module.down_proj.shape[0]), *_widths(module)) for module in experts.values()}
     if len(shapes) > 1:
         raise MoneError(f"{arch}: layers with different expert shapes {sorted(shapes)} are not supported")
@@ -112,6 +117,7 @@ def inspect(path: Path) -> MoeSpec:
         raise MoneError(
             f"{arch} selects experts by group (n_group = {n_group}): grouped routing is not supported yet"
         )
+    _check_runtime_assumptions(arch, text_config)
     return MoeSpec(
         arch=arch,
         n_layer=int(text_config.num_hidden_layers),
@@ -122,6 +128,12 @@ def inspect(path: Path) -> MoeSpec:
         hidden_size=hidden_size,
         expert_size=expert_size,
     )
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class that builds a model: with its vision part where transformers has no other."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def expert_modules(module: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -156,7 +168,7 @@ def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
     if dtype == "auto" and device == "cpu" and _float32_fits(path):
         torch_dtype = torch.float32
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(_read_config(path)).from_pretrained(
             path, dtype=torch_dtype, device_map=None, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -274,11 +286,19 @@ def _check_runtime_assumptions(arch: str, config: Any) -> None:
                 f"{arch}: config has {key} = {found}, but llama.cpp always computes {family.gguf_arch} with "
                 f"{key} = {value}: the file would route differently from the model"
             )
+    for key, value in family.states.items():
+        if getattr(config, key, None) != value:
+            raise MoneError(
+                f"{arch}: llama.cpp's converter looks for {key} = {value} in config.json, without success: "
+                f'add "{key}": {json.dumps(value)}, as in the published model'
+            )
 
 
 def _top_k(config: Any, arch: str) -> int:
     for key in _TOP_K_KEYS:
         value = getattr(config, key, None)
+        if isinstance(value, list) and len(set(value)) == 1:  # some configs name it for each layer
+            value = value[0]
         if isinstance(value, int):
             return value
     raise MoneError(

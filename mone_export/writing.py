@@ -19,7 +19,7 @@ from torch import Tensor
 from mone_export import __version__
 from mone_export.artifacts import Calibration, LayerPlan, Plan
 from mone_export.errors import MoneError
-from mone_export.gguf_format import FORMAT_VERSION, KEPT_COUNT_KEY, novice_tensor, part_of
+from mone_export.gguf_format import FORMAT_VERSION, KEPT_COUNT_KEY, holds_ids, novice_tensor, part_of
 from mone_export.llamacpp import CONVERTER_TYPES, Conversion
 from mone_export.novices import novices
 from mone_export.quantizing import QUANTIZE_TYPES, quantize, quantized_size
@@ -151,6 +151,7 @@ def _convert(
 def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: str) -> Conversion:
     """Open the conversion with every tensor of the plan's layers cut or edited as the format says."""
     pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
+    scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
 
     def select(name: str) -> tuple[int, ...] | None:
         layer, part = part_of(name) or (-1, None)
@@ -162,6 +163,8 @@ def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: 
         layer, part = part_of(name) or (-1, None)
         if part is None or layer not in pruned:
             return tensor
+        if part == "scale":
+            scales[layer] = _scale(name, tensor)
         return _edit_part(part, tensor, pruned[layer], vectors[layer])
 
     n_expert = plan.spec.n_expert
@@ -170,6 +173,8 @@ def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: 
         if novice_tensor(layer.layer) not in conversion.shapes:
             rows = torch.zeros_like(vectors[layer.layer])
             rows[len(layer.kept) :] = vectors[layer.layer][list(layer.pruned)]
+            if layer.layer in scales:
+                rows[len(layer.kept) :] *= scales[layer.layer][list(layer.pruned), None]
             conversion.add_tensor(novice_tensor(layer.layer), rows)
     _check_complete(conversion, plan)
     return conversion
@@ -182,22 +187,28 @@ def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> 
         return (
             tensor[list(layer.order)] if tensor.shape[0] == len(layer.order) else tensor[:, list(layer.order)]
         )
-    if part == "scale":
-        raise MoneError(
-            f"layer {layer.layer}: experts with an output scale of their own are not supported yet"
-        )
     own = tensor[list(layer.kept)]
-    rows = (
-        vectors[list(layer.pruned)]
-        if part == "down bias"
-        else torch.zeros(len(layer.pruned), *tensor.shape[1:])
-    )
+    rows = torch.zeros(len(layer.pruned), *tensor.shape[1:])
+    if part == "down bias":
+        rows = vectors[list(layer.pruned)]
+    elif part == "scale":
+        rows = torch.ones(len(layer.pruned))
     return torch.cat([own, type(tensor).from_eager(rows)])  # type: ignore[attr-defined]
+
+
+def _scale(name: str, tensor: Tensor) -> Tensor:
+    """Return the experts' output scale, [M]: the runtime applies it before the novices are added."""
+    if not name.endswith("ffn_down_exps.scale") or not tensor.is_floating_point():
+        raise MoneError(f"{name}: experts in blocks with scales cannot be pruned: pass a BF16 checkpoint")
+    values: Tensor = type(tensor).to_eager(tensor)  # type: ignore[attr-defined]
+    return values.float()
 
 
 def _check_complete(conversion: Conversion, plan: Plan) -> None:
     """Refuse to write where the converter bypassed the seam: wrong counts would only surface when loading."""
     for layer in plan.layers:
+        if layer.pruned and (name := holds_ids(conversion.shapes, layer.layer)):
+            raise MoneError(f"{name} refers to experts by their number: such layers are not supported yet")
         experts = {
             name: shape
             for name, shape in conversion.shapes.items()

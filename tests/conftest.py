@@ -10,6 +10,10 @@ from tiny import save_small
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families-json", help="keep what tests/test_families.py measured in this file")
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of a few thousand tokens: the package's own sources."""
