@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import ROWS, Row
 from family_models import calibrated, random_tokens, save_config, save_family, without_vocabulary
 from gguf import GGUFReader
@@ -43,17 +44,27 @@ def token_ids_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What was measured, by class; printed at the end, and kept where `--families-json` says."""
+    """What was found, by name of the row; printed at the end, and kept where `--families-json` says."""
     found: dict[str, Any] = {}
     yield found
-    for family, values in found.items():
-        print(
-            f"\n{family:36}",
-            *(f"{value:.1e}" if isinstance(value, float) else value for value in values.values()),
-            end="",
-        )
+    rows = [
+        {
+            "name": row.name,
+            "routing": row.routing,
+            "bias": row.bias,
+            "shared": row.shared,
+            "note": row.note,
+            **found[row.name],
+        }
+        for row in ROWS
+        if row.name in found
+    ]
+    for row in rows:
+        print(f"\n{row['name']:36} {row.get('unpruned', '')} {row.get('novice', '')}", end="")
     if target := request.config.getoption("--families-json"):
-        Path(target).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        data = {"kind": "families", "versions": versions, "rows": rows}
+        Path(target).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def nmse(found: Tensor, wanted: Tensor) -> float:
@@ -157,9 +168,10 @@ def first(output: Any) -> Any:
 
 
 @pytest.mark.parametrize("row", REFUSING, ids=name)
-def test_refusal_comes_before_the_weights(row: Row, tmp_path: Path) -> None:
+def test_refusal_comes_before_the_weights(row: Row, tmp_path: Path, record: dict[str, Any]) -> None:
     folder = save_family(row, tmp_path) if row.saved else save_config(row, tmp_path)
     assert row.refused is not None
     with pytest.raises(MoneError, match=re.escape(row.refused)) as error:
         measure(folder, plan_without_scores(inspect(folder), ratio=0.25))
     assert "\n" not in str(error.value)
+    record[row.name] = {"refused": str(error.value).replace(str(tmp_path), "the model")}

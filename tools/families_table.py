@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Write docs/families.md from docs/measurements/families.json, which the tests write:
+
+pytest -m families --families-json docs/measurements/families.json
+python tools/families_table.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+HEAD = """# Model families
+
+Written by `tools/families_table.py` from what `pytest -m families` measured; not to be edited.
+
+One small random model of each family (4 layers, 16 experts, 4 used; its routing features on, selection
+biases random) is calibrated, exported unpruned and with half of its experts replaced, and run in the patched
+llama.cpp. NMSE: squared difference to the logits of the definition in plain PyTorch, over their squared norm,
+100 tokens, float32. A family works when the pruned file is no worse than twice the unpruned one, or 1e-6.
+Selection bias: added to the scores for choosing experts, not to their weights.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    data = json.loads((DOCS / "measurements" / "families.json").read_text())
+    works = [row for row in data["rows"] if "novice" in row]
+    refused = [row for row in data["rows"] if "refused" in row]
+    lines = [
+        HEAD,
+        f"## {len(works)} families that work",
+        "",
+        "| transformers class | GGUF arch | routing | selection bias | shared experts | NMSE unpruned "
+        "| half novices |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            _line(*_facts(row, row["arch"]), *(f"{row[key]:.0e}" for key in ("unpruned", "novice")))
+            for row in works
+        ),
+        "",
+        *(f"- {row['name']}: {row['note']}." for row in works if row["note"]),
+        "",
+        f"## {len(refused)} that are refused, before any weights are read",
+        "",
+        "| transformers class | routing | message |",
+        "|---|---|---|",
+        *(_line(row["name"], row["routing"], _message(row)) for row in refused),
+        "",
+        f"Measured with transformers {data['versions']['transformers']}, torch {data['versions']['torch']}.",
+    ]
+    (DOCS / "families.md").write_text("\n".join(lines) + "\n")
+
+
+def _facts(row: dict[str, Any], arch: str) -> tuple[str, ...]:
+    return row["name"], arch, row["routing"], "yes" if row["bias"] else "", row["shared"]
+
+
+def _message(row: dict[str, Any]) -> str:
+    return f"{row['refused']} ({row['note']})" if row["note"] else row["refused"]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    main()
