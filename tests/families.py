@@ -85,6 +85,7 @@ class Row:
     shared: str = ""
     outer: dict[str, Any] = field(default_factory=dict)
     transposed: bool = False  # experts' matrices stand the other way round in published checkpoints
+    mtp: bool = False  # with one block behind the last layer that predicts further tokens
     variant: str = ""
     refused: str | None = None
     saved: bool = False  # the refusal is the converter's, which wants to see the tensors
@@ -163,6 +164,21 @@ ROWS: tuple[Row, ...] = (
         | {"first_k_dense_replace": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0},
         bias=True,
         shared="yes",
+    ),
+    Row(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        "sigmoid, norm, scale",
+        _ROUTED
+        | _UNGROUPED
+        | _SCALED
+        | {"first_k_dense_replace": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0},
+        {"num_nextn_predict_layers": 1},
+        bias=True,
+        shared="yes",
+        variant="with an MTP block",
+        mtp=True,
+        note="the block that predicts further tokens, which no calibration sees, keeps all experts",
     ),
     Row(
         "Glm4MoeLiteForCausalLM",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import COMMON, Row
+from families import COMMON, N_LAYER, Row
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -42,8 +42,20 @@ def save_family(row: Row, folder: Path) -> Path:
             if name in model.state_dict() and "bias" in name:
                 tensor.normal_(0.0, 0.1)
     model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if row.mtp:
+        tensors = load_file(file)
+        last, behind = f"model.layers.{N_LAYER - 1}.", f"model.layers.{N_LAYER}."
+        width = COMMON["hidden_size"]
+        block = {
+            name.replace(last, behind): tensor.clone() for name, tensor in tensors.items() if last in name
+        }
+        block |= {
+            f"{behind}{name}.weight": torch.ones(width) for name in ("enorm", "hnorm", "shared_head.norm")
+        }
+        block[f"{behind}eh_proj.weight"] = torch.randn(width, 2 * width)
+        save_file(tensors | block, file, metadata={"format": "pt"})
     if row.transposed:
-        file = folder / "model.safetensors"
         tensors = load_file(file)
         turned = {
             name: tensor.transpose(1, 2).contiguous()
@@ -84,9 +96,9 @@ def without_vocabulary(converter_class: Callable[[Any, Path], Any]) -> Callable[
 
     def find(conversion: Any, path: Path) -> Any:
         base = converter_class(conversion, path)
-        return type(
-            base.__name__, (base,), {"model_arch": base.model_arch, "set_vocab": set_vocab, "no_mtp": True}
-        )
+        config = json.loads((path / "config.json").read_text())
+        changes = {"set_vocab": set_vocab, "no_mtp": not config.get("num_nextn_predict_layers")}
+        return type(base.__name__, (base,), {"model_arch": base.model_arch, **changes})
 
     return find
 

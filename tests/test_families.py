@@ -6,13 +6,14 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import ROWS, Row
+from families import COMMON, N_EXPERT, N_LAYER, ROWS, Row
 from family_models import calibrated, random_tokens, save_config, save_family, without_vocabulary
 from gguf import GGUFReader
 from llama_logits import logits
@@ -165,6 +166,47 @@ def watch(block: Any, experts: Any, layer: int, added: dict[int, Tensor]) -> Non
 
 def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("row", [row for row in EXPORTED if row.mtp], ids=name)
+def test_blocks_behind_the_last_layer_stay_whole(row: Row, tmp_path: Path) -> None:
+    folder = save_family(row, tmp_path / "model")
+    spec = inspect(folder)
+    calibration = calibrated(folder, spec)[1]
+    write(folder, calibration, plan(score(calibration), ratio=0.5), tmp_path / "model.gguf", outtype="f32")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    arch = reader.fields["general.architecture"].contents()
+    kept = reader.fields[f"{arch}.expert_kept_count"].contents()
+    assert kept == [*(N_EXPERT // 2 if layer in spec.moe_layers else 0 for layer in range(N_LAYER)), 0]
+    shapes = {tensor.name: tensor.data.shape for tensor in reader.tensors}
+    assert shapes[f"blk.{N_LAYER}.ffn_down_exps.weight"][0] == N_EXPERT
+    assert f"blk.{N_LAYER}.ffn_down_exps.bias" not in shapes
+
+
+RELIED_UPON = [
+    (row, key, value)
+    for row in EXPORTED
+    if (family := family_of(row.hf_class))
+    for key, value in family.requires.items()
+]
+
+
+@pytest.mark.parametrize(("row", "key", "value"), RELIED_UPON, ids=lambda part: getattr(part, "name", None))
+def test_another_routing_than_the_runtimes_is_refused(
+    row: Row, key: str, value: object, tmp_path: Path
+) -> None:
+    other = not value if isinstance(value, bool) else 0.5
+    config = COMMON | row.config | {key: other}
+    with pytest.raises(MoneError, match=f"config has {key} = {other}"):
+        inspect(save_config(replace(row, config=config), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in EXPORTED if (family := family_of(row.hf_class)) and family.states], ids=name
+)
+def test_what_only_the_published_config_states_is_asked_for(row: Row, tmp_path: Path) -> None:
+    with pytest.raises(MoneError, match="looks for .* in config.json, without success"):
+        inspect(save_config(replace(row, config=COMMON | row.config, hub={}), tmp_path))
 
 
 @pytest.mark.parametrize("row", REFUSING, ids=name)
