@@ -399,6 +399,30 @@ ROWS: tuple[Row, ...] = (
         shared="yes",
     ),
     Row(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        "sigmoid, norm, scale",
+        _ROUTED
+        | _UNGROUPED
+        | _SCALED
+        | {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_latent_size": 48,
+            "ssm_state_size": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "expand": 2,
+            "chunk_size": 32,
+            "num_nextn_predict_layers": 0,
+            "use_mamba_kernels": False,
+        },
+        bias=True,
+        shared="yes",
+        variant="with a latent width",
+    ),
+    Row(
         "AfmoeForCausalLM",
         "afmoe",
         "sigmoid, norm, scale",
@@ -516,6 +540,26 @@ ROWS: tuple[Row, ...] = (
         shared="dense MLP",
         limit=1e-3,
         note="llama.cpp computes GELU from a table of 16-bit numbers",
+    ),
+    Row(
+        "Gemma4ForConditionalGeneration",
+        "gemma4",
+        "softmax, norm, scale per expert",
+        _EXPERTS
+        | {
+            "top_k_experts": TOP_K,
+            "enable_moe_block": True,
+            "layer_types": _WINDOWED,
+            "sliding_window": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+            "num_global_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        shared="dense MLP",
+        limit=1e-3,
+        note="llama.cpp computes GELU from a table of 16-bit numbers",
+        outer={"vision_config": None, "audio_config": None, "tie_word_embeddings": True},
     ),
     Row(
         "DeepseekV3ForCausalLM",

@@ -21,6 +21,7 @@ from reference import install, read_novices
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import mone_export
 from mone_export import llamacpp
 from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration
@@ -142,11 +143,14 @@ def test_recorded_weights_are_those_that_multiply(row: Row, tmp_path: Path) -> N
 
 
 def block_of(model: nn.Module, experts: nn.Module) -> nn.Module:
-    """Return the module around the experts, or the experts where that is a whole layer with its attention."""
+    """Return the module around the experts, or the experts where more than a sum follows inside it."""
     around = next(module for module in model.modules() if experts in list(module.children()))
-    return (
-        experts if any("attn" in child or "norm" in child for child, _ in around.named_children()) else around
-    )
+    more = [
+        child
+        for child, module in around.named_children()
+        if "attn" in child or "norm" in child or ("latent" in child and isinstance(module, nn.Linear))
+    ]
+    return experts if more else around
 
 
 def watch(block: Any, experts: Any, layer: int, added: dict[int, Tensor]) -> None:
@@ -217,3 +221,14 @@ def test_refusal_comes_before_the_weights(row: Row, tmp_path: Path, record: dict
         measure(folder, plan_without_scores(inspect(folder), ratio=0.25))
     assert "\n" not in str(error.value)
     record[row.name] = {"refused": str(error.value).replace(str(tmp_path), "the model")}
+
+
+def test_only_the_table_of_families_names_one() -> None:
+    names = re.compile("|".join({row.hf_class for row in ROWS} | {f'"{row.model_type}"' for row in ROWS}))
+    package = Path(mone_export.__file__).parent
+    found = {
+        file.name: match[0]
+        for file in package.rglob("*.py")
+        if file.name != "architectures.py" and (match := names.search(file.read_text(encoding="utf-8")))
+    }
+    assert not found
