@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/families.md from docs/measurements/families.json, which the tests write:
 
-pytest -m families --families-json docs/measurements/families.json
+pytest -m families --families-json=docs/measurements/families.json
 python tools/families_table.py
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     refused = [row for row in data["rows"] if "refused" in row]
     lines = [
         HEAD,
-        f"## {len(works)} families that work",
+        f"## {len(works)} models of {len({row['name'].split()[0] for row in works})} classes that work",
         "",
         "| transformers class | GGUF arch | routing | selection bias | shared experts | NMSE unpruned "
         "| half novices |",
