@@ -1,4 +1,4 @@
-# make demo | test | check | clean        BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | check | check-vulkan | clean        BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
 # spares the download of the CUDA libraries.
 PYTHON  ?= python3
@@ -6,7 +6,7 @@ BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
 
-.PHONY: demo test check clean llama
+.PHONY: demo test check check-vulkan clean llama
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -16,6 +16,10 @@ test: llama
 
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
+
+check-vulkan: $(READY)
+	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
+	$(VENV)/bin/python -m pytest -s tests/test_vulkan.py $(PYTEST_ARGS)
 
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
