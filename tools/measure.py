@@ -53,6 +53,8 @@ Q4_0_BLOCK, Q4_0_BYTES = 32, 18
 def main() -> int:
     """Run one measurement, write its JSON and print its table."""
     args = _parser().parse_args()
+    # threads that wait for each other by spinning starve one another on a machine that is not idle
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported, and for llama.cpp's programs
     started = environment()
     data = {"kind": args.command} | started | args.measure(args)
     data["machine"]["load_average_after"] = [round(load, 1) for load in os.getloadavg()]
@@ -234,10 +236,11 @@ def ideals(rows: Sequence[Json], share: Json, test: str, number: int) -> Iterato
 def bench(bin_dir: Path, file: Path, tests: Json, args: argparse.Namespace) -> Iterator[Json]:
     """Yield wall and CPU time per token of llama-bench's tests on a file.
 
-    A first run does nearly nothing but load (and repack) the weights; its CPU time is subtracted.
+    Two runs first do nearly nothing but load (and repack) the weights: one brings the file into memory, the
+    other's CPU time is subtracted.
     """
     common = [str(bin_dir / "llama-bench"), "-m", str(file), "-t", str(args.threads), "-o", "json"]
-    _, load = run_bench([*common, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])
+    load = min(run_bench([*common, "-p", "1", "-n", "0", "-r", "1", "--no-warmup"])[1] for _ in range(2))
     for test, (option, n_token) in tests.items():
         lengths = {"-p": 0, "-n": 0} | {option: n_token}
         flags = [str(word) for pair in lengths.items() for word in pair]
@@ -255,10 +258,7 @@ def bench(bin_dir: Path, file: Path, tests: Json, args: argparse.Namespace) -> I
 def run_bench(command: Sequence[str]) -> tuple[Json, float]:
     """Run llama-bench with one test; return its result and the seconds of CPU time it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # threads that wait for each other by spinning starve one another on a machine that is not idle
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_WAIT_POLICY": "passive"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
         raise SystemExit(f"llama-bench failed: {done.stderr[-2000:]}")
@@ -397,6 +397,11 @@ def measure_share(file: Path, n_prompt: int, n_gen: int) -> Json:
             slots.append(selected_ids(tensor))
         return wanted if ask else True
 
+    @llama_cpp.llama_log_callback
+    def silent(*_: Any) -> None:
+        pass
+
+    llama_cpp.llama_log_set(silent, None)
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.cb_eval = n_prompt + n_gen, n_prompt, see
@@ -482,6 +487,7 @@ def measure_calibrate(args: argparse.Namespace) -> Json:
         with running_statistics(model):
             forward()
 
+    torch.set_num_threads(args.threads[0])
     fastest, seconds = fastest_implementation(model, forward)
     model.set_experts_implementation(fastest)
     competitors = {"plain": forward, "observed": observed, "expert by expert": expert_by_expert}
@@ -648,9 +654,7 @@ def perplexity(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace) 
     """Return llama-perplexity's estimate and its standard error."""
     command = [str(bin_dir / "llama-perplexity"), "-m", str(file), "-f", str(text), "-c", "512"]
     command += ["--chunks", str(args.chunks), "-t", str(args.threads)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_WAIT_POLICY": "passive"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
     if done.returncode != 0 or not found:
         raise SystemExit(
