@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mone_export.errors import MoneError
+from mone_export.errors import MoneError, first_line
 from mone_export.runtime import Progress, tree
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ CONVERTER_TYPES = {
 
 # what the converter raises for a model it cannot handle (NotImplementedError is a RuntimeError)
 _CONVERTER_ERRORS = (ValueError, KeyError, RuntimeError, OSError)
-_LONGEST_REASON = 200  # some list every tensor of a model
 
 
 class Conversion:
@@ -141,7 +140,7 @@ def _converter_class(conversion: Any, path: Path) -> Any:
         return conversion.get_model_class(name)
     except (NotImplementedError, ValueError, KeyError) as error:
         raise MoneError(
-            f"llama.cpp has no converter for the model in {path}: {_first_line(error)} "
+            f"llama.cpp has no converter for the model in {path}: {first_line(error)} "
             "Only models that llama.cpp can run can be exported"
         ) from None
 
@@ -194,9 +193,4 @@ def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: 
 
 
 def _cannot_convert(path: Path, error: Exception) -> MoneError:
-    return MoneError(f"llama.cpp cannot convert {path}: {_first_line(error)}; is the folder complete?")
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."
+    return MoneError(f"llama.cpp cannot convert {path}: {first_line(error)}; is the folder complete?")

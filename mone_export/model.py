@@ -27,7 +27,7 @@ from transformers import (
 
 from mone_export.architectures import REFUSED, family_of
 from mone_export.artifacts import MoeSpec
-from mone_export.errors import MoneError
+from mone_export.errors import MoneError, first_line
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def inspect(path: Path) -> MoeSpec:
             skeleton = auto_class(config).from_config(config)
     except (ValueError, KeyError, ImportError) as error:
         raise MoneError(
-            f"transformers cannot build {arch} as a language model: {_first_line(error)}"
+            f"transformers cannot build {arch} as a language model: {first_line(error)}"
         ) from None
     modules = list(expert_modules(skeleton))
     experts = dict(modules)
@@ -151,7 +151,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise MoneError(
-            f"cannot load the tokenizer in {path}: {_first_line(error)}; is the folder complete?"
+            f"cannot load the tokenizer in {path}: {first_line(error)}; is the folder complete?"
         ) from None
     return tokenizer
 
@@ -173,7 +173,7 @@ def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MoneError(
-            f"cannot load the weights in {path}: {_first_line(error)}; is the folder complete?"
+            f"cannot load the weights in {path}: {first_line(error)}; is the folder complete?"
         ) from None
     module, found = loaded
     if missing := sorted(found["missing_keys"]):
@@ -184,7 +184,7 @@ def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
         module = module.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise MoneError(
-            f"cannot move the model to --device {device}: {_first_line(error)}; try --device cpu"
+            f"cannot move the model to --device {device}: {first_line(error)}; try --device cpu"
         ) from None
     log.info("loaded %s as %s on %s", path.name, module.dtype, device)
     return Model(spec=spec, path=path, module=module, tokenizer=load_tokenizer(path))
@@ -197,7 +197,7 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise MoneError(f"cannot use --device {device}: {_first_line(error)}; try --device cpu") from None
+        raise MoneError(f"cannot use --device {device}: {first_line(error)}; try --device cpu") from None
     return device
 
 
@@ -222,7 +222,7 @@ def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
                 progress(done, len(owner), "reading the checkpoint")
     except (OSError, SafetensorError) as error:
         raise MoneError(
-            f"cannot read the weights in {path}: {_first_line(error)}; download them again"
+            f"cannot read the weights in {path}: {first_line(error)}; download them again"
         ) from None
     return digest.hexdigest()
 
@@ -245,7 +245,7 @@ def open_weights(path: Path) -> dict[str, Any]:
         handles = {file.name: safe_open(file, framework="pt") for file in files}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise MoneError(
-            f"cannot read the weights in {path}: {_first_line(error)}; download them again"
+            f"cannot read the weights in {path}: {first_line(error)}; download them again"
         ) from None
     return {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
 
@@ -257,7 +257,7 @@ def _read_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise MoneError(
-            f"transformers does not know the model in {path}: {_first_line(error)} "
+            f"transformers does not know the model in {path}: {first_line(error)} "
             "Pass a complete folder of a model that this version of transformers has"
         ) from None
 
@@ -322,7 +322,3 @@ def _refuse_non_finite(name: str, tensor: Tensor, path: Path) -> None:
         raise MoneError(
             f"{path}: tensor {name} holds NaN or infinite values; the checkpoint is broken, get it again"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
