@@ -1,4 +1,4 @@
-# make demo | test | check | check-vulkan | clean        BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
 # spares the download of the CUDA libraries.
 PYTHON  ?= python3
@@ -6,7 +6,7 @@ BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
 
-.PHONY: demo test check check-vulkan clean llama
+.PHONY: demo test check check-vulkan check-cuda check-arm64 clean llama
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -20,6 +20,15 @@ check: $(READY)
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
 	$(VENV)/bin/python -m pytest -s tests/test_vulkan.py $(PYTEST_ARGS)
+
+check-cuda: $(READY)
+	$(VENV)/bin/python tools/check_cuda.py
+
+check-arm64: $(READY)
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || \
+		{ echo "needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(VENV)/bin/mone-llama build > /dev/null
+	CHECK_ARM64=1 $(VENV)/bin/python -m pytest -s tests/test_arm64.py $(PYTEST_ARGS)
 
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null

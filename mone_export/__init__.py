@@ -11,15 +11,16 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 if TYPE_CHECKING:
     from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores
-    from mone_export.calibration import calibrate
-    from mone_export.corpus import read_corpus
+    from mone_export.calibration.corpus import read_corpus
+    from mone_export.calibration.loading import Model, load
+    from mone_export.calibration.passes import calibrate
     from mone_export.errors import MoneError
-    from mone_export.model import Model, fingerprint, inspect, load
-    from mone_export.novices import novices
+    from mone_export.model import fingerprint, inspect
+    from mone_export.output.writing import write
     from mone_export.pipeline import export
-    from mone_export.planning import plan
-    from mone_export.scoring import score
-    from mone_export.writing import write
+    from mone_export.pruning.novices import novices
+    from mone_export.pruning.planning import plan
+    from mone_export.pruning.scoring import score
 
 # loaded on first use (PEP 562), so that `mone-export --help` does not wait for torch
 _HOME = {
@@ -27,17 +28,17 @@ _HOME = {
         ("Calibration", "Corpus", "ExpertStats", "MoeSpec", "Plan", "Report", "Scores"), "artifacts"
     ),
     "MoneError": "errors",
-    "Model": "model",
-    "calibrate": "calibration",
+    "Model": "calibration.loading",
+    "calibrate": "calibration.passes",
     "export": "pipeline",
     "fingerprint": "model",
     "inspect": "model",
-    "load": "model",
-    "novices": "novices",
-    "plan": "planning",
-    "read_corpus": "corpus",
-    "score": "scoring",
-    "write": "writing",
+    "load": "calibration.loading",
+    "novices": "pruning.novices",
+    "plan": "pruning.planning",
+    "read_corpus": "calibration.corpus",
+    "score": "pruning.scoring",
+    "write": "output.writing",
 }
 __all__ = [
     "Calibration",

@@ -18,6 +18,8 @@ class Family:
     """transformers' class, llama.cpp's architecture, an example checkpoint, config values relied upon.
 
     `after` gives, from the config, the factor by which the model multiplies the output of its experts module.
+    `differs` says, from the config, what llama.cpp computes otherwise than the model: nothing if empty.
+    `weights_inputs` marks a family that weights what goes into its experts, not what comes out.
     """
 
     hf_class: str
@@ -26,6 +28,8 @@ class Family:
     requires: Mapping[str, object] = field(default_factory=dict)
     states: Mapping[str, object] = field(default_factory=dict)
     after: Callable[[Any], float] | None = None
+    weights_inputs: bool = False
+    differs: Callable[[Any], str] | None = None
 
 
 _NORM: Mapping[str, object] = {"norm_topk_prob": True}
@@ -41,7 +45,13 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3_5MoeForConditionalGeneration", "qwen35moe", "Qwen/Qwen3.5-35B-A3B"),
     Family("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
     Family("MixtralForCausalLM", "llama", "mistralai/Mixtral-8x7B-v0.1"),
-    Family("DeepseekV2ForCausalLM", "deepseek2", "deepseek-ai/DeepSeek-V2-Lite", _NO_NORM),
+    Family(
+        "DeepseekV2ForCausalLM",
+        "deepseek2",
+        "deepseek-ai/DeepSeek-V2-Lite",
+        # llama.cpp scores a group by its two best experts, this family by the best one
+        {**_NO_NORM, "topk_method": "greedy", "n_group": 1},
+    ),
     Family("DeepseekV3ForCausalLM", "deepseek2", "moonshotai/Moonlight-16B-A3B", states=_SIGMOID),
     Family("DeepseekV32ForCausalLM", "deepseek32", "deepseek-ai/DeepSeek-V3.2-Exp", states=_SIGMOID),
     Family("Glm4MoeForCausalLM", "glm4moe", "zai-org/GLM-4.5-Air"),
@@ -77,16 +87,36 @@ FAMILIES: tuple[Family, ...] = (
         "poolside/Laguna-XS.2",
         after=lambda config: config.moe_routed_scaling_factor,
     ),
-    Family("MellumForCausalLM", "mellum", "JetBrains/Mellum2-12B-A2.5B-Base", _NORM),
+    Family(
+        "MellumForCausalLM",
+        "mellum",
+        "JetBrains/Mellum2-12B-A2.5B-Base",
+        _NORM,
+        differs=lambda config: (
+            "positions, where rope_theta depends on the kind of layer"
+            if len({rope["rope_theta"] for rope in config.rope_parameters.values()}) > 1
+            else ""
+        ),
+    ),
+    Family("Llama4ForCausalLM", "llama4", "meta-llama/Llama-4-Scout-17B-16E-Instruct", weights_inputs=True),
+    Family(
+        "Llama4ForConditionalGeneration",
+        "llama4",
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        weights_inputs=True,
+    ),
     Family("Gemma4ForCausalLM", "gemma4", "google/gemma-4-26B-A4B-it"),
     Family("Gemma4ForConditionalGeneration", "gemma4", "google/gemma-4-26B-A4B-it"),
 )
 
 # families that would give a wrong file or none, and why
 REFUSED: Mapping[str, str] = {
-    "Llama4ForCausalLM": "it weights the experts' input, not their output, so that no constant can stand in",
-    "Llama4ForConditionalGeneration": (
-        "it weights the experts' input, not their output, so that no constant can stand in"
+    "DeepseekV4ForCausalLM": (
+        "in its first layers a table of tokens names the experts (hash routing), which is not renumbered yet"
+    ),
+    "Qwen4ExpForCausalLM": "llama.cpp computes other logits for it than transformers, unpruned as well",
+    "Qwen4ExpForConditionalGeneration": (
+        "llama.cpp computes other logits for it than transformers, unpruned as well"
     ),
     "DbrxForCausalLM": "its experts are not behind transformers' experts interface",
     "JetMoeForCausalLM": "its experts are not behind transformers' experts interface",
@@ -106,3 +136,9 @@ def factor_after_experts(hf_class: str, config: Any) -> float:
     """Return what the model multiplies the output of its experts module by, beyond the routing weights."""
     family = family_of(hf_class)
     return float(family.after(config)) if family and family.after else 1.0
+
+
+def weights_inputs(hf_class: str) -> bool:
+    """Return whether the model weights what goes into its experts, so that their outputs have no weight."""
+    family = family_of(hf_class)
+    return family is not None and family.weights_inputs

@@ -7,7 +7,7 @@ what it was made from, so that a stage can refuse what does not belong together.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class MoeSpec:
     """The mixture-of-experts shape of a model, read from its config alone.
 
     `moe_layers` are the layers (by number) that hold routed experts; `hidden_size` is the width of an
-    expert's output, `expert_size` that of its intermediate channels.
+    expert's output, `expert_size` that of its intermediate channels. The experts of a token come from
+    `topk_group` of `n_group` groups of equal size, groups of neighbouring numbers.
     """
 
     arch: str
@@ -35,15 +36,22 @@ class MoeSpec:
     n_group: int
     hidden_size: int
     expert_size: int
+    topk_group: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
-    """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values."""
+    """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values.
+
+    `sources` says how many of the tokens each text gave, by name; `origin`, int16 [n_row, seq_len], which of
+    them each token is from.
+    """
 
     tokens: Tensor
     name: str
     sha256: str
+    sources: Mapping[str, int] = field(default_factory=dict)
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,10 +59,13 @@ class ExpertStats:
     """What calibration measured in one layer. M experts, outputs of width d; all float64 but `count` (int64).
 
     For a token routed to expert e, `f` is the expert's output [d] and `g` the weight that multiplies it.
+    `count` is always what was really seen. Every other sum, and the mean, takes each token as often as its
+    text weighs (`reweighted`): once, unless files were merged with weights.
     """
 
     n_token: int  # tokens the layer saw
     count: Tensor  # [M] tokens routed to each expert
+    weight: Tensor  # [M] sum of those tokens' weights: `count`, unless files were merged with weights
     gate_sum: Tensor  # [M] sum of g
     gate_sq_sum: Tensor  # [M] sum of g^2
     out_mean: Tensor  # [M, d] mean of f
@@ -69,7 +80,7 @@ class ExpertStats:
     gate_gram: Tensor  # [M, M] sum of g_e g_e' over tokens routed to both
 
     @classmethod
-    def empty(cls, n_expert: int, hidden_size: int) -> "ExpertStats":
+    def empty(cls, n_expert: int, hidden_size: int, *, device: torch.device | None = None) -> "ExpertStats":
         """Return the statistics of no tokens at all, the neutral element of `merge`."""
         shapes = {
             "out_mean": (n_expert, hidden_size),
@@ -79,7 +90,9 @@ class ExpertStats:
         }
         zeros = {
             name: torch.zeros(
-                shapes.get(name, (n_expert,)), dtype=torch.int64 if name == "count" else torch.float64
+                shapes.get(name, (n_expert,)),
+                dtype=torch.int64 if name == "count" else torch.float64,
+                device=device,
             )
             for name in _STAT_TENSORS
         }
@@ -90,8 +103,8 @@ class ExpertStats:
 
         Source: Chan, Golub, LeVeque (1979), the pairwise update of mean and M2.
         """
-        count = self.count + other.count
-        share = other.count.double() / count.clamp(min=1)  # [M], 0 where neither saw a token
+        weight = self.weight + other.weight
+        share = other.weight / torch.where(weight > 0, weight, 1)  # [M], 0 where neither saw a token
         delta = other.out_mean - self.out_mean
         merged = {
             name: getattr(self, name) + getattr(other, name)
@@ -101,10 +114,24 @@ class ExpertStats:
         return ExpertStats(
             n_token=self.n_token + other.n_token,
             out_mean=self.out_mean + delta * share[:, None],
-            out_m2=self.out_m2 + other.out_m2 + delta.square().sum(1) * self.count * share,
+            out_m2=self.out_m2 + other.out_m2 + delta.square().sum(1) * self.weight * share,
             max_abs=torch.maximum(self.max_abs, other.max_abs),
             **merged,
         )
+
+    def reweighted(self, times: float) -> "ExpertStats":
+        """Return the statistics as they are when each token counts `times` times: all sums but `count`.
+
+        `n_token`, `count`, `out_mean` and `max_abs` stay: they say what was seen, or do not depend on it.
+        """
+        kept = ("count", "out_mean", "max_abs")
+        return replace(
+            self, **{name: getattr(self, name) * times for name in _STAT_TENSORS if name not in kept}
+        )
+
+    def to(self, device: torch.device | str) -> "ExpertStats":
+        """Return the statistics on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _STAT_TENSORS})
 
     def weighted(self, factor: float) -> "ExpertStats":
         """Return the statistics as they are when a model multiplies all weights by a constant."""
@@ -123,9 +150,51 @@ class ExpertStats:
 _STAT_TENSORS = tuple(field.name for field in fields(ExpertStats) if field.name != "n_token")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Text that was calibrated in one go: its rows' fingerprint and its tokens by source.
+
+    Each of its tokens counts `weight` times; 1, unless files were merged with weights.
+    """
+
+    corpus_sha256: str
+    sources: Mapping[str, int]
+    weight: float = 1.0
+
+    @property
+    def n_token(self) -> int:
+        """Tokens of all sources."""
+        return sum(self.sources.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residual:
+    """What a layer's pruned experts P add to its output, r_t = sum_{e in S_t and P} g_te f_te; float64.
+
+    The squared error that any novices N leave in the layer, over all its tokens together, follows from it.
+    """
+
+    gram: Tensor  # [M, M] sum over tokens of g_e g_e', rows and columns outside P are zero
+    cross: Tensor  # [M, d] sum over tokens of g_e r_t
+    norm_sq: float  # sum over tokens of ||r_t||^2
+
+    def merge(self, other: "Residual") -> "Residual":
+        """Return the residual of both token sets together."""
+        return Residual(self.gram + other.gram, self.cross + other.cross, self.norm_sq + other.norm_sq)
+
+    def error(self, vectors: Tensor) -> float:
+        """Return sum_t ||r_t - sum_e g_te N_e||^2 for novices N [M, d]."""
+        return float(
+            self.norm_sq - 2 * (vectors * self.cross).sum() + (vectors * (self.gram @ vectors)).sum()
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """The statistics of all mixture-of-experts layers, with what they were measured on."""
+    """The statistics of all mixture-of-experts layers, with what they were measured on.
+
+    `parts` names the text: one part, or several where files were merged.
+    """
 
     spec: MoeSpec
     model_sha256: str
@@ -133,43 +202,25 @@ class Calibration:
     corpus_name: str
     n_token: int
     layers: Mapping[int, ExpertStats]
+    parts: tuple[Part, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file whose metadata holds everything that is not a tensor."""
         header = {
-            "version": 1,
             "spec": asdict(self.spec),
             "model_sha256": self.model_sha256,
             "corpus_sha256": self.corpus_sha256,
             "corpus_name": self.corpus_name,
             "n_token": self.n_token,
-            "layer_n_token": {str(layer): stats.n_token for layer, stats in self.layers.items()},
+            "parts": [asdict(part) for part in self.parts],
         }
-        tensors = {
-            f"layers.{layer}.{name}": getattr(stats, name)
-            for layer, stats in self.layers.items()
-            for name in _STAT_TENSORS
-        }
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, part, metadata={"mone_calibration": json.dumps(header)})
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):  # where the folder is the problem there is nothing to remove
-                part.unlink()
-            raise MoneError(
-                f"cannot write the statistics to {path}: {error}; choose another --stats file"
-            ) from None
+        save_layers(path, self.layers, header)
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         """Read what `save` wrote; `MoneError` when the file is something else."""
+        header, layers = load_layers(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["mone_calibration"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if header["version"] != 1:
-                raise ValueError(f"version {header['version']}, this mone-export reads version 1")
             spec = MoeSpec(**header["spec"] | {"moe_layers": tuple(header["spec"]["moe_layers"])})
             return cls(
                 spec=spec,
@@ -177,17 +228,59 @@ class Calibration:
                 corpus_sha256=header["corpus_sha256"],
                 corpus_name=header["corpus_name"],
                 n_token=header["n_token"],
-                layers={layer: _stats_of(layer, header, tensors) for layer in spec.moe_layers},
+                layers={layer: layers[layer] for layer in spec.moe_layers},
+                parts=tuple(Part(**part) for part in header["parts"]),
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise MoneError(
-                f"{path} is not a statistics file of mone-export ({error}): remove it or choose another"
-            ) from None
+        except (KeyError, TypeError) as error:
+            raise _not_ours(path, error) from None
 
 
-def _stats_of(layer: int, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> ExpertStats:
-    own = {name: tensors[f"layers.{layer}.{name}"] for name in _STAT_TENSORS}
-    return ExpertStats(n_token=header["layer_n_token"][str(layer)], **own)
+def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[str, Any]) -> None:
+    """Write layers' statistics to a safetensors file, whose metadata holds what is not a tensor as JSON.
+
+    The file appears when it is complete. Raises `MoneError` when it cannot be written.
+    """
+    n_token = {str(layer): stats.n_token for layer, stats in layers.items()}
+    metadata = {"mone_calibration": json.dumps({"version": 2, **header, "layer_n_token": n_token})}
+    tensors = {
+        f"layers.{layer}.{name}": getattr(stats, name)
+        for layer, stats in layers.items()
+        for name in _STAT_TENSORS
+    }
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, metadata=metadata)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # where the folder is the problem there is nothing to remove
+            part.unlink()
+        raise MoneError(
+            f"cannot write the statistics to {path}: {error}; free some space, or choose another "
+            "--stats file or --workdir"
+        ) from None
+
+
+def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
+    """Read what `save_layers` wrote: (header, statistics by layer)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["mone_calibration"])
+            if header["version"] != 2:
+                raise ValueError(f"version {header['version']}, this mone-export reads version 2")
+            layers = {
+                int(layer): ExpertStats(
+                    n_token=n_token,
+                    **{name: file.get_tensor(f"layers.{layer}.{name}") for name in _STAT_TENSORS},
+                )
+                for layer, n_token in header["layer_n_token"].items()
+            }
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _not_ours(path, error) from None
+    return header, layers
+
+
+def _not_ours(path: Path, error: Exception) -> MoneError:
+    return MoneError(f"{path} is not a statistics file of mone-export ({error}): remove it or choose another")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,12 +324,38 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Stability:
+    """How much of each layer's decision stood when the text was doubled to `n_token`: overlaps, 0 to 1.
+
+    An overlap is the Jaccard index of the experts pruned now and at half the text, or a little before.
+    """
+
+    n_token: int
+    overlaps: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the layers."""
+        return sum(self.overlaps.values()) / len(self.overlaps)
+
+    @property
+    def lowest(self) -> float:
+        """The least stable layer's."""
+        return min(self.overlaps.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What an export did: sizes in bytes, experts kept per layer, seconds per stage, remarks for the user."""
+    """What an export did: sizes in bytes, experts kept per layer, text, seconds per stage, remarks.
+
+    `stability` is None where no text was read, or too little to compare.
+    """
 
     outfile: Path
     size: int
     size_unpruned: int
     n_kept: Mapping[int, int]
+    parts: tuple[Part, ...]
+    stability: Stability | None
     seconds: Mapping[str, float]
     remarks: tuple[str, ...]

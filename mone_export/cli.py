@@ -5,16 +5,17 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mone_export import __version__
 from mone_export.errors import MoneError
-from mone_export.terminal import ProgressLine
+from mone_export.terminal import Display, JsonEvents, ProgressLine, logging_to
 
 if TYPE_CHECKING:
-    from mone_export.artifacts import MoeSpec, Report
+    from mone_export.artifacts import MoeSpec, Part, Report
 
 _DESCRIPTION = (
     "Prune the experts a mixture-of-experts model can spare, put a constant vector (a novice) in the place "
@@ -33,22 +34,42 @@ _PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-export`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
-    _set_up_logging(verbose=args.verbose, quiet=args.quiet)
+    args = _parse(argv)
+    display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
+    if args.json:
+        display = JsonEvents(enabled=not args.quiet)
     try:
-        return _dry_run(args) if args.dry_run else _export(args)
+        with _logging(display, verbose=args.verbose, quiet=args.quiet), closing(display):
+            return _dry_run(args, display) if args.dry_run else _export(args, display)
     except MoneError as error:
-        print(f"mone-export: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, str(error)
     except KeyboardInterrupt:
-        print("mone-export: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        status, message = 130, "interrupted; nothing was written"
+    if isinstance(display, JsonEvents):
+        display.event("error", message=message, status=status)
+    print(f"mone-export: {message}", file=sys.stderr)
+    return status
 
 
-def _set_up_logging(*, verbose: bool, quiet: bool) -> None:
-    """Say what we do, and with -v what transformers and llama.cpp's converter say, too."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
-    logging.getLogger("mone_export").setLevel(logging.ERROR if quiet else logging.INFO)
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; `--stock` decides the method where none is named."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.stock and args.method == "mone":
+        parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
+    args.method = args.method or ("drop" if args.stock else "mone")
+    args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
+    return args
+
+
+def _logging(display: Display, *, verbose: bool, quiet: bool) -> AbstractContextManager[None]:
+    """Say what we do, and with -v in detail, and what transformers and llama.cpp's converter say, too."""
+    own = logging.DEBUG if verbose else logging.INFO
+    return logging_to(
+        display,
+        level=logging.INFO if verbose else logging.ERROR,
+        own_level=logging.ERROR if quiet else own,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,11 +92,20 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-f",
         "--file",
-        type=Path,
         action="append",
         default=[],
-        metavar="TEXT",
-        help='calibration text, repeatable: plain, or .jsonl with a "text" field (default: built-in text)',
+        metavar="TEXT[=WEIGHT]",
+        help="calibration text, repeatable: plain, or .jsonl of texts or chats (default: built-in text)",
+    )
+    group.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="ID[:CONFIG][:SPLIT][=WEIGHT]",
+        help="calibration text from a Hugging Face dataset, id or folder; repeatable, with or without -f",
+    )
+    group.add_argument(
+        "--field", default="text", metavar="NAME", help="where records hold their text (default text)"
     )
     group.add_argument(
         "--chunks",
@@ -89,6 +119,12 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help=f"tokens per row (default {_PAPER_CHUNKS[1]}; demo {_DEMO_CHUNKS[1]})",
+    )
+    group.add_argument(
+        "--until-stable",
+        type=float,
+        metavar="X",
+        help="stop reading text when this much of the decision stands while the text doubles, e.g. 0.95",
     )
     group.add_argument(
         "--stats",
@@ -107,10 +143,19 @@ def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
         help="share of the experts to prune in each layer, e.g. 0.5",
     )
     group.add_argument(
+        "--method",
+        choices=_METHODS,
+        help="mone: novices stand in (default); drop: the router loses them, too; dern: others absorb parts",
+    )
+    group.add_argument(
+        "--stock",
+        action="store_true",
+        help="write a file that unpatched llama.cpp runs: --method drop, unless another is named",
+    )
+    group.add_argument(
         "--score",
         choices=_SCORES,
-        default="mone",
-        help="which experts stay: the best by this score (default mone)",
+        help="which experts stay: the best by this score (default mone; with drop reap, with dern gate)",
     )
     group.add_argument(
         "--novice", choices=_NOVICES, default="mean", help="what stands in for a pruned expert (default mean)"
@@ -121,7 +166,32 @@ def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="experts that must stay in a layer (default: as many as a token uses)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="for --score random (default 0)")
+    group.add_argument(
+        "--scope",
+        choices=("layer", "model"),
+        default="layer",
+        help="layer: prune the same share of each (default); model: layers compete by relative score",
+    )
+    group.add_argument(
+        "--allocate",
+        choices=("even", "search"),
+        default="even",
+        help="search: how many experts each layer keeps is decided by measuring the model (default even)",
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_true",
+        help="calibrate each layer behind the pruned ones before it: one more pass over the text per layer",
+    )
+    group.add_argument(
+        "--no-guard",
+        dest="guarded",
+        action="store_false",
+        help="let experts of extreme outputs be pruned like others",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="for --dataset and --score random (default 0)"
+    )
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
@@ -141,7 +211,7 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)"
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (default auto)"
     )
     group.add_argument(
         "--dtype",
@@ -149,11 +219,33 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="precision of the calibration (default auto: the checkpoint's, on a CPU float32 where it fits)",
     )
-    group.add_argument("-v", "--verbose", action="store_true", help="say more")
+    group.add_argument(
+        "--stream",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="bring the model's layers into memory one at a time (default auto: if they do not fit together)",
+    )
+    group.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="memory the calibration may use, e.g. 12G (default: what is free)",
+    )
+    group.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="keep unfinished work in DIR: the same command goes on where it was stopped",
+    )
+    group.add_argument("-v", "--verbose", action="store_true", help="say more: a line for every stage, too")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
+    group.add_argument(
+        "--json", action="store_true", help="progress and report as JSON on stdout, one event per line"
+    )
 
 
 # written out so that `--help` need not import torch; a test holds them against the registries
+_METHODS = ("mone", "drop", "dern")
 _SCORES = (
     "mone",
     "mone-paper",
@@ -166,72 +258,127 @@ _SCORES = (
     "msan",
     "error",
     "random",
+    "aimer",
 )
-_NOVICES = ("mean", "gate-weighted", "least-squares", "zero")
+_NOVICES = ("mean", "gate-weighted", "least-squares", "zero", "joint")
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
     from mone_export.pipeline import export
 
     n_row, seq_len = _chunks(args)
-    with closing(ProgressLine(enabled=not args.quiet)) as progress:
-        report = export(
-            args.model,
-            ratio=args.ratio,
-            outfile=args.outfile,
-            outtype=args.outtype,
-            files=args.file,
-            n_row=n_row,
-            seq_len=seq_len,
-            score=args.score,
-            novice=args.novice,
-            min_kept=args.min_kept,
-            stats=args.stats,
-            device=args.device,
-            dtype=args.dtype,
-            seed=args.seed,
-            progress=progress,
-        )
-    if not args.quiet:
+    report = export(
+        args.model,
+        ratio=args.ratio,
+        outfile=args.outfile,
+        outtype=args.outtype,
+        files=args.file,
+        datasets=args.dataset,
+        field=args.field,
+        n_row=n_row,
+        seq_len=seq_len,
+        method=args.method,
+        score=args.score,
+        novice=args.novice,
+        min_kept=args.min_kept,
+        scope=args.scope,
+        allocate=args.allocate,
+        sequential=args.sequential,
+        guarded=args.guarded,
+        stats=args.stats,
+        workdir=args.workdir,
+        device=args.device,
+        dtype=args.dtype,
+        stream=args.stream,
+        memory=args.memory,
+        seed=args.seed,
+        until_stable=args.until_stable,
+        progress=display,
+    )
+    display.close()
+    if report is None:  # another process has it
+        return 0
+    if isinstance(display, JsonEvents):
+        display.event("report", **_report_values(report))
+    elif not args.quiet:
         _print_report(report)
     return 0
 
 
-def _dry_run(args: argparse.Namespace) -> int:
+def _dry_run(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
-    from mone_export.artifacts import Calibration
-    from mone_export.model import inspect, resolve
-    from mone_export.pipeline import announce
-    from mone_export.planning import plan, plan_without_scores
-    from mone_export.scoring import score
+    from mone_export.artifacts import Calibration, Part
+    from mone_export.calibration.corpus import read_corpus
+    from mone_export.model import inspect, load_tokenizer, resolve
+    from mone_export.pipeline import announce, rank
+    from mone_export.pruning.planning import METHODS, plan, plan_without_scores
 
+    if args.allocate == "search":
+        raise MoneError("--allocate search measures the model, --dry-run does not load it: leave one out")
     path = resolve(args.model)
     spec = inspect(path)
+    score_name = args.score or METHODS[args.method]
     size_unpruned, size = announce(
         path,
         spec,
         ratio=args.ratio,
         min_kept=args.min_kept,
-        score=args.score,
+        method=args.method,
+        scope=args.scope,
+        score=score_name,
         novice=args.novice,
         outfile=args.outfile,
         outtype=args.outtype,
     )
-    chosen = plan_without_scores(spec, ratio=args.ratio, min_kept=args.min_kept)
+    chosen = plan_without_scores(spec, ratio=args.ratio, min_kept=args.min_kept, method=args.method)
     has_ids = args.stats is not None and args.stats.exists()
-    if has_ids:
+    if not has_ids:
+        n_row, seq_len = _chunks(args)
+        corpus = read_corpus(
+            args.file,
+            load_tokenizer(path),
+            datasets=args.dataset,
+            field=args.field,
+            seed=args.seed,
+            n_row=n_row,
+            seq_len=seq_len,
+        )
+        parts: tuple[Part, ...] = (Part(corpus.sha256, corpus.sources),)
+    else:
         calibration = Calibration.load(args.stats)
+        parts = calibration.parts
         if calibration.spec != spec:
             raise MoneError(f"{args.stats} was made from another model: choose another --stats file")
-        scores = score(calibration, args.score, seed=args.seed)
-        chosen = plan(scores, ratio=args.ratio, min_kept=args.min_kept)
+        scores = rank(path, calibration, score_name, guarded=args.guarded, seed=args.seed)
+        chosen = plan(scores, ratio=args.ratio, min_kept=args.min_kept, method=args.method, scope=args.scope)
+    if isinstance(display, JsonEvents):
+        display.event(
+            "plan",
+            spec=asdict(spec),
+            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers},
+            pruned={layer.layer: layer.pruned for layer in chosen.layers} if has_ids else None,
+            parts=[asdict(part) for part in parts],
+            size=size,
+            size_unpruned=size_unpruned,
+        )
+        return 0
     _print_spec(spec)
     for layer in chosen.layers:
         pruned = f": {' '.join(map(str, layer.pruned))}" if has_ids else ""
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
+    _print_text(parts)
     _print_sizes(size_unpruned, size)
     return 0
+
+
+def _size(text: str) -> int:
+    """Return the bytes that `512M`, `1.5G` or a plain number mean."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    factors = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+    if unit not in factors:
+        raise ValueError(text)
+    return int(float(number) * factors[unit])
 
 
 def _chunks(args: argparse.Namespace) -> tuple[int, int]:
@@ -249,14 +396,35 @@ def _print_spec(spec: "MoeSpec") -> None:
     )
 
 
+def _report_values(report: "Report") -> dict[str, Any]:
+    """Return a report as JSON has it: paths as text, the stability with its mean."""
+    values = asdict(report) | {"outfile": str(report.outfile)}
+    if report.stability:
+        values["stability"] |= {"mean": report.stability.mean}
+    return values
+
+
 def _print_report(report: "Report") -> None:
     print(f"wrote {report.outfile}")
     kept = sorted(set(report.n_kept.values()))
     print(f"experts  {' to '.join(map(str, kept))} kept in each of {len(report.n_kept)} layers")
+    _print_text(report.parts)
+    if report.stability:
+        found = report.stability
+        print(
+            f"stable   {found.mean:.2f} (least stable layer {found.lowest:.2f}): overlap of the experts "
+            f"pruned at {found.n_token} tokens and at half of them"
+        )
     _print_sizes(report.size_unpruned, report.size)
     print(f"time     {_durations(report.seconds)}")
     for remark in report.remarks:
         print(f"note     {remark}")
+
+
+def _print_text(parts: Sequence["Part"]) -> None:
+    for part in parts:
+        sources = ", ".join(f"{name} {n_token} tokens" for name, n_token in part.sources.items())
+        print(f"text     {sources}{'' if part.weight == 1 else f', weighted {part.weight:.3g}'}")
 
 
 def _print_sizes(unpruned: int, size: int) -> None:
@@ -268,8 +436,10 @@ def _durations(seconds: Mapping[str, float]) -> str:
 
 
 def _quiet_transformers() -> None:
-    """Keep transformers' own bars and notices off the terminal: errors reach the user as ours."""
+    """Keep Hugging Face's own bars and notices off the terminal: errors reach the user as ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Models: `inspect()` reads the shape from the config alone, `load()` brings the weights.
+"""Model folders: `inspect()` reads the shape from the config alone, `fingerprint()` reads all weights.
 
 The shape comes from the model built without weights (on torch's meta device), so that no family has code of
 its own: transformers names an expert stack the same way in every family that uses its experts interface.
@@ -7,11 +7,10 @@ its own: transformers names an expert stack the same way in every family that us
 import hashlib
 import json
 import logging
-import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,8 +31,6 @@ from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
 _TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -42,17 +39,8 @@ _TOP_K_KEYS = (
     "top_k_experts",
     "moe_k",
 )
-_BLOCK_FORMATS = ("mxfp4", "nvfp4")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Model:
-    """A loaded model: the one value of the road that is never saved."""
-
-    spec: MoeSpec
-    path: Path
-    module: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+# quantised checkpoints that transformers unpacks on any device, and llama.cpp's converter as well
+_UNPACKED = ("mxfp4", "fp8")
 
 
 def resolve(name: str) -> Path:
@@ -81,22 +69,14 @@ def inspect(path: Path) -> MoeSpec:
     """Read the mixture-of-experts shape of a model folder without its weights.
 
     Raises `MoneError` for a missing or unknown config, a model without routed experts, and the families that
-    cannot be exported (grouped routing, experts stored in 4-bit blocks, experts outside transformers' experts
-    interface).
+    cannot be exported (weights in a form transformers cannot unpack, experts outside its experts interface).
     """
-    config = _read_config(path)
+    config = read_config(path)
     arch = (config.architectures or [type(config).__name__])[0]
     if arch in REFUSED:
         raise MoneError(f"{arch} cannot be pruned: {REFUSED[arch]}")
-    _refuse_block_formats(config, path)
-    try:
-        with torch.device("meta"):
-            skeleton = auto_class(config).from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        raise MoneError(
-            f"transformers cannot build {arch} as a language model: {first_line(error)}"
-        ) from None
-    modules = list(expert_modules(skeleton))
+    _refuse_packed(config, path)
+    modules = list(expert_modules(skeleton(config)))
     experts = dict(modules)
     if len(modules) > len(experts):
         raise MoneError(f"{arch} has layers with several expert stacks: such models are not supported")
@@ -112,11 +92,6 @@ def inspect(path: Path) -> MoeSpec:
     if len(shapes) > 1:
         raise MoneError(f"{arch}: layers with different expert shapes {sorted(shapes)} are not supported")
     n_expert, hidden_size, expert_size = shapes.pop()
-    n_group = int(getattr(text_config, "n_group", None) or 1)
-    if n_group > 1:
-        raise MoneError(
-            f"{arch} selects experts by group (n_group = {n_group}): grouped routing is not supported yet"
-        )
     _check_runtime_assumptions(arch, text_config)
     return MoeSpec(
         arch=arch,
@@ -124,9 +99,10 @@ def inspect(path: Path) -> MoeSpec:
         moe_layers=tuple(sorted(experts)),
         n_expert=n_expert,
         top_k=_top_k(text_config, arch),
-        n_group=n_group,
+        n_group=int(getattr(text_config, "n_group", None) or 1),
         hidden_size=hidden_size,
         expert_size=expert_size,
+        topk_group=int(getattr(text_config, "topk_group", None) or 1),
     )
 
 
@@ -136,13 +112,37 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
+def skeleton(config: Any) -> PreTrainedModel:
+    """Build a model without weights, on torch's meta device."""
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = auto_class(config).from_config(config)
+    except (ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        arch = (config.architectures or [type(config).__name__])[0]
+        raise MoneError(
+            f"transformers cannot build {arch} as a language model: {first_line(error)}"
+        ) from None
+    return skeleton
+
+
 def expert_modules(module: nn.Module) -> Iterator[tuple[int, Any]]:
-    """Yield (layer number, experts module) for every expert stack behind transformers' experts interface."""
+    """Yield (layer number, experts module) for every expert stack laid out as in transformers' interface."""
     for name, child in module.named_modules():
-        if hasattr(child, "has_post_expert_norm") and hasattr(
-            child, "down_proj"
-        ):  # set by transformers' decorator
+        if not hasattr(child, "has_post_expert_norm"):
+            _mark(child)
+        if hasattr(child, "has_post_expert_norm") and hasattr(child, "down_proj"):
             yield int(next(part for part in name.split(".") if part.isdecimal())), child
+
+
+def _mark(module: Any) -> None:
+    """Mark experts that are not behind the interface, but laid out like those, as its decorator would."""
+    stacks = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    first, down = (
+        stack if isinstance(stack, nn.Parameter) and stack.dim() == 3 else None for stack in stacks
+    )
+    if first is not None and down is not None:
+        module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False
+        module.is_transposed = first.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -156,43 +156,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load(path: Path, *, device: str = "auto", dtype: Dtype = "auto") -> Model:
-    """Load weights and tokenizer for calibration.
-
-    `device` auto means CUDA when there is one; `dtype` auto means the checkpoint's own, except on a CPU with
-    room for float32, where float32 is both faster and more exact.
-    """
-    spec = inspect(path)
-    device = resolve_device(device)
-    torch_dtype: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if dtype == "auto" and device == "cpu" and _float32_fits(path):
-        torch_dtype = torch.float32
-    try:
-        loaded: Any = auto_class(_read_config(path)).from_pretrained(
-            path, dtype=torch_dtype, device_map=None, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise MoneError(
-            f"cannot load the weights in {path}: {first_line(error)}; is the folder complete?"
-        ) from None
-    module, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise MoneError(
-            f"{path} lacks {len(missing)} of the model's tensors, {missing[0]} among them: get it again"
-        )
-    try:
-        module = module.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise MoneError(
-            f"cannot move the model to --device {device}: {first_line(error)}; try --device cpu"
-        ) from None
-    log.info("loaded %s as %s on %s", path.name, module.dtype, device)
-    return Model(spec=spec, path=path, module=module, tokenizer=load_tokenizer(path))
-
-
 def resolve_device(device: str) -> str:
-    """Return the device to calibrate on, `auto` is CUDA where there is one; refuse what torch lacks."""
+    """Return the device to calibrate on, `auto` is a GPU where there is one; refuse what torch lacks."""
     if device == "auto":
+        # not Apple's: it lacks float64, and what the statistics lose by that is not measured
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
@@ -230,6 +197,8 @@ def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
 def open_weights(path: Path) -> dict[str, Any]:
     """Return the open safetensors file of every tensor by name; reads the headers only.
 
+    What is taken from them is read, not mapped: the pages of a large file would fill the memory.
+
     Raises `MoneError` when there are no such files, or when one is missing, cut off or something else.
     """
     files = sorted(path.glob("*.safetensors"))
@@ -242,7 +211,7 @@ def open_weights(path: Path) -> dict[str, Any]:
             raise MoneError(
                 f"{path} lacks {len(missing)} of {len(listed)} files of weights: get {missing[0]}"
             )
-        handles = {file.name: safe_open(file, framework="pt") for file in files}
+        handles = {file.name: safe_open(file, framework="pt", backend="pread") for file in files}
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise MoneError(
             f"cannot read the weights in {path}: {first_line(error)}; download them again"
@@ -250,7 +219,34 @@ def open_weights(path: Path) -> dict[str, Any]:
     return {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
 
 
-def _read_config(path: Path) -> Any:
+def prediction_tensors(path: Path, n_layer: int) -> list[str]:
+    """Return the tensors behind the last layer, of blocks that predict further tokens: never run here."""
+    numbered = re.compile(r"^(model\.)?(language_model\.)?(model\.)?layers\.(\d+)\.")
+    return [
+        name
+        for name in (open_weights(path) if any(path.glob("*.safetensors")) else ())
+        if re.search(r"(^|\.)mtp\.", name) or ((match := numbered.match(name)) and int(match[4]) >= n_layer)
+    ]
+
+
+def check_weights(path: Path) -> None:
+    """Raise `MoneError` unless all weights are there and transformers unpacks them right; reads headers only.
+
+    It takes the size of FP8 blocks from the number of scales, which is wrong where the last block is cut off.
+    """
+    owner = open_weights(path)
+    block = packing(read_config(path)).get("weight_block_size") or (1, 1)
+    for name in owner:
+        shape = owner[name].get_slice(name).get_shape()
+        if f"{name}_scale_inv" in owner and any(size % b for size, b in zip(shape, block, strict=True)):
+            raise MoneError(
+                f"{path}: {name} {shape} does not consist of whole blocks of {list(block)} FP8 values: "
+                "transformers would unpack it wrongly; pass the model's BF16 checkpoint"
+            )
+
+
+def read_config(path: Path) -> Any:
+    """Return transformers' config of a model folder."""
     if not (path / "config.json").is_file():
         raise MoneError(f"{path} has no config.json: pass the folder of a Hugging Face model")
     try:
@@ -262,14 +258,22 @@ def _read_config(path: Path) -> Any:
         ) from None
 
 
-def _refuse_block_formats(config: Any, path: Path) -> None:
-    quantization = json.dumps(getattr(config, "quantization_config", None) or {}, default=str).lower()
-    for name in _BLOCK_FORMATS:
-        if name in quantization:
-            raise MoneError(
-                f"{path} stores its experts as {name.upper()} blocks, which cannot be pruned yet: "
-                "pass a BF16 or F16 checkpoint of the model"
-            )
+def packing(config: Any) -> dict[str, Any]:
+    """Return what a config says about quantised weights, empty when they are not."""
+    for holder in (config, config.get_text_config()):
+        if found := getattr(holder, "quantization_config", None):
+            return dict(found if isinstance(found, dict) else found.to_dict())
+    return {}
+
+
+def _refuse_packed(config: Any, path: Path) -> None:
+    found = packing(config)
+    method = str(found.get("quant_method") or found.get("quant_algo") or "an unknown method")
+    if found and method not in _UNPACKED:
+        raise MoneError(
+            f"{path} is quantised by {method}, whose weights transformers cannot unpack for calibration: "
+            f"pass the model's BF16 or F16 checkpoint, or one in {' or '.join(_UNPACKED)}"
+        )
 
 
 def _check_runtime_assumptions(arch: str, config: Any) -> None:
@@ -280,12 +284,14 @@ def _check_runtime_assumptions(arch: str, config: Any) -> None:
         )
         return
     for key, value in family.requires.items():
-        found = getattr(config, key, value)
-        if found != value:
+        found = getattr(config, key, None)
+        if found is not None and found != value:
             raise MoneError(
                 f"{arch}: config has {key} = {found}, but llama.cpp always computes {family.gguf_arch} with "
                 f"{key} = {value}: the file would route differently from the model"
             )
+    if family.differs and (what := family.differs(config)):
+        raise MoneError(f"{arch}: llama.cpp computes otherwise than the model: {what}")
     for key, value in family.states.items():
         if getattr(config, key, None) != value:
             raise MoneError(
@@ -309,12 +315,6 @@ def _top_k(config: Any, arch: str) -> int:
 def _widths(module: Any) -> tuple[int, int]:
     first, second = (int(size) for size in module.down_proj.shape[1:])
     return (second, first) if module.is_transposed else (first, second)
-
-
-def _float32_fits(path: Path) -> bool:
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 * size < free / 2  # checkpoints hold two bytes per weight, float32 four
 
 
 def _refuse_non_finite(name: str, tensor: Tensor, path: Path) -> None:

@@ -5,7 +5,7 @@ feature, and, for a family that is refused, the words that say so. Adding a fami
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 N_LAYER, N_EXPERT, TOP_K = 4, 16, 4
 
@@ -28,6 +28,7 @@ _EXPERTS = {"num_experts": N_EXPERT, "moe_intermediate_size": 32}
 _LOCAL = {"num_local_experts": N_EXPERT}
 _ROUTED = {"n_routed_experts": N_EXPERT, "moe_intermediate_size": 32, "n_shared_experts": 1}
 _UNGROUPED = {"n_group": 1, "topk_group": 1}
+_GROUPED = {"n_group": 4, "topk_group": 2}
 _LATENT_ATTENTION = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -58,6 +59,39 @@ _DEEPSEEK = (
     _ROUTED | _UNGROUPED | _LATENT_ATTENTION | _SCALED | {"first_k_dense_replace": 1, "norm_topk_prob": True}
 )
 _WINDOWED = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_GPT_OSS = _LOCAL | {
+    "sliding_window": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "moe_shared_expert_intermediate_size": 32,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "expand": 2,
+    "chunk_size": 32,
+    "num_nextn_predict_layers": 0,
+    "use_mamba_kernels": False,
+}
+_LLAMA4 = _LOCAL | {
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attn_temperature_tuning": False,
+}
+_SMALL_VISION = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    }
+}
 _GRANITE = _LOCAL | {
     "intermediate_size": 32,
     "embedding_multiplier": 12.0,
@@ -65,6 +99,9 @@ _GRANITE = _LOCAL | {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }
+
+
+_MTP_KEPT = "the block that predicts further tokens, which no calibration sees, keeps all experts"
 
 
 @dataclass(frozen=True)
@@ -84,8 +121,12 @@ class Row:
     bias: bool = False
     shared: str = ""
     outer: dict[str, Any] = field(default_factory=dict)
+    projector: bool = True  # the converter knows the names that transformers gives the vision part
     transposed: bool = False  # experts' matrices stand the other way round in published checkpoints
-    mtp: bool = False  # with one block behind the last layer that predicts further tokens
+    packed: str = ""  # how the checkpoint is quantised
+    # with a block behind the last layer that predicts further tokens: a layer with the next number, or `mtp`
+    mtp: Literal["", "layer", "mtp"] = ""
+    mtp_kept: bool = True  # by llama.cpp's converter
     variant: str = ""
     refused: str | None = None
     saved: bool = False  # the refusal is the converter's, which wants to see the tensors
@@ -138,6 +179,55 @@ ROWS: tuple[Row, ...] = (
         shared="yes",
     ),
     Row(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | _GROUPED | {"q_lora_rank": 32, "num_nextn_predict_layers": 0},
+        {"scoring_func": "sigmoid"},
+        variant="with groups",
+        bias=True,
+        shared="yes",
+    ),
+    Row(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        "sigmoid, norm, scale",
+        _ROUTED
+        | _GROUPED
+        | _SCALED
+        | {"first_k_dense_replace": 1, "use_qk_norm": True, "num_nextn_predict_layers": 0},
+        variant="with groups",
+        bias=True,
+        shared="yes",
+    ),
+    Row(
+        "Dots1ForCausalLM",
+        "dots1",
+        "sigmoid, norm, scale",
+        _ROUTED
+        | _GROUPED
+        | _SCALED
+        | {
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "sliding_window": None,
+            "num_key_value_heads": 4,
+        },
+        {"scoring_func": "sigmoid"},
+        variant="with groups",
+        bias=True,
+        shared="yes",
+    ),
+    Row(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        "sigmoid, norm, scale",
+        _ROUTED | _GROUPED | _SCALED | _NEMOTRON,
+        variant="with groups",
+        bias=True,
+        shared="yes",
+    ),
+    Row(
         "DeepseekV32ForCausalLM",
         "deepseek_v32",
         "sigmoid, norm, scale",
@@ -177,8 +267,8 @@ ROWS: tuple[Row, ...] = (
         bias=True,
         shared="yes",
         variant="with an MTP block",
-        mtp=True,
-        note="the block that predicts further tokens, which no calibration sees, keeps all experts",
+        mtp="layer",
+        note=_MTP_KEPT,
     ),
     Row(
         "Glm4MoeLiteForCausalLM",
@@ -271,7 +361,7 @@ ROWS: tuple[Row, ...] = (
         "GptOssForCausalLM",
         "gpt_oss",
         "top-k, softmax",
-        _LOCAL | {"sliding_window": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        _GPT_OSS,
     ),
     Row("GraniteMoeForCausalLM", "granitemoe", "top-k, softmax", _GRANITE),
     Row(
@@ -380,21 +470,7 @@ ROWS: tuple[Row, ...] = (
         "NemotronHForCausalLM",
         "nemotron_h",
         "sigmoid, norm, scale",
-        _ROUTED
-        | _UNGROUPED
-        | _SCALED
-        | {
-            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-            "moe_shared_expert_intermediate_size": 32,
-            "ssm_state_size": 16,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "n_groups": 2,
-            "expand": 2,
-            "chunk_size": 32,
-            "num_nextn_predict_layers": 0,
-            "use_mamba_kernels": False,
-        },
+        _ROUTED | _UNGROUPED | _SCALED | _NEMOTRON,
         bias=True,
         shared="yes",
     ),
@@ -402,22 +478,7 @@ ROWS: tuple[Row, ...] = (
         "NemotronHForCausalLM",
         "nemotron_h",
         "sigmoid, norm, scale",
-        _ROUTED
-        | _UNGROUPED
-        | _SCALED
-        | {
-            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-            "moe_shared_expert_intermediate_size": 32,
-            "moe_latent_size": 48,
-            "ssm_state_size": 16,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "n_groups": 2,
-            "expand": 2,
-            "chunk_size": 32,
-            "num_nextn_predict_layers": 0,
-            "use_mamba_kernels": False,
-        },
+        _ROUTED | _UNGROUPED | _SCALED | _NEMOTRON | {"moe_latent_size": 48},
         bias=True,
         shared="yes",
         variant="with a latent width",
@@ -562,22 +623,108 @@ ROWS: tuple[Row, ...] = (
         outer={"vision_config": None, "audio_config": None, "tie_word_embeddings": True},
     ),
     Row(
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        "softmax, norm",
+        _EXPERTS | _LINEAR_ATTENTION,
+        shared="gated",
+        variant="with an MTP block",
+        mtp="mtp",
+        note=_MTP_KEPT,
+    ),
+    Row(
+        "Qwen3_5MoeForCausalLM",
+        "qwen3_5_moe_text",
+        "softmax, norm",
+        _EXPERTS | _LINEAR_ATTENTION | _MROPE,
+        {"mtp_num_hidden_layers": 1},
+        shared="gated",
+        variant="with an MTP block",
+        mtp="mtp",
+        note=_MTP_KEPT,
+    ),
+    Row(
         "DeepseekV3ForCausalLM",
         "deepseek_v3",
-        "sigmoid, norm, scale, groups",
-        {"num_hidden_layers": 4},
-        variant="n_group > 1",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | {"q_lora_rank": 32},
+        {"scoring_func": "sigmoid", "num_nextn_predict_layers": 1},
         bias=True,
         shared="yes",
-        refused="grouped routing is not supported yet",
+        variant="with an MTP block",
+        mtp="layer",
+        mtp_kept=False,
+        note="llama.cpp's converter leaves out the block that predicts further tokens; the exporter says so",
+    ),
+    Row(
+        "Glm4MoeLiteForCausalLM",
+        "glm4_moe_lite",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | {"q_lora_rank": 32, "mlp_layer_types": _DENSE_FIRST},
+        {"scoring_func": "sigmoid", "num_nextn_predict_layers": 1},
+        bias=True,
+        shared="yes",
+        variant="with an MTP block",
+        mtp="layer",
+        note=_MTP_KEPT,
+    ),
+    Row(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        "top-k, softmax",
+        _GPT_OSS,
+        variant="in MXFP4",
+        packed="mxfp4",
+        limit=1e-4,
+        note="as published: experts stay in 4-bit blocks, with which llama.cpp multiplies 8-bit activations",
+    ),
+    Row(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | {"q_lora_rank": 32, "num_nextn_predict_layers": 0},
+        {"scoring_func": "sigmoid"},
+        variant="in FP8",
+        bias=True,
+        shared="yes",
+        packed="fp8",
+    ),
+    Row(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "softmax, norm",
+        _EXPERTS | {"norm_topk_prob": True},
+        variant="in FP8",
+        packed="fp8",
     ),
     Row(
         "Llama4ForCausalLM",
         "llama4_text",
         "sigmoid on the input",
-        {},
+        _LLAMA4,
         shared="yes",
-        refused="it weights the experts' input",
+        note="novices are added without a weight",
+    ),
+    Row(
+        "Llama4ForConditionalGeneration",
+        "llama4",
+        "sigmoid on the input",
+        _LLAMA4,
+        shared="yes",
+        note="novices are added without a weight",
+        projector=False,
+        outer={
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 128,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "image_size": 28,
+            }
+        },
     ),
     Row("DbrxForCausalLM", "dbrx", "softmax, norm", {}, refused="not behind transformers' experts interface"),
     Row(
@@ -606,32 +753,6 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("PhimoeForCausalLM", "phimoe", "sparsemixer", {}, refused="llama.cpp weights its experts otherwise"),
     Row(
-        "DeepseekV4ForCausalLM",
-        "deepseek_v4",
-        "sqrtsoftplus, norm, scale, hash",
-        _ROUTED
-        | {
-            "head_dim": 64,
-            "q_lora_rank": 32,
-            "o_lora_rank": 32,
-            "o_groups": 2,
-            "qk_rope_head_dim": 16,
-            "num_key_value_heads": 1,
-            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
-            "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
-            "index_n_heads": 2,
-            "index_head_dim": 64,
-            "num_nextn_predict_layers": 0,
-            "partial_rotary_factor": 0.25,
-        },
-        {"num_hash_layers": 1},
-        bias=True,
-        shared="yes",
-        refused="llama.cpp cannot convert",
-        saved=True,
-        note="transformers saves names that the converter does not know; published checkpoints not tried",
-    ),
-    Row(
         "KimiLinearForCausalLM",
         "kimi_linear",
         "sigmoid, norm, scale",
@@ -649,7 +770,7 @@ ROWS: tuple[Row, ...] = (
         shared="yes",
         refused="llama.cpp cannot convert",
         saved=True,
-        note="transformers saves names that the converter does not know; published checkpoints not tried",
+        note="transformers saves names that the converter does not know",
     ),
     Row(
         "HYV4ForCausalLM",
@@ -669,7 +790,7 @@ ROWS: tuple[Row, ...] = (
         shared="yes",
         refused="llama.cpp cannot convert",
         saved=True,
-        note="transformers saves names that the converter does not know; published checkpoints not tried",
+        note="transformers saves names that the converter does not know",
     ),
     Row(
         "Qwen3_5MoeForConditionalGeneration",
@@ -677,15 +798,7 @@ ROWS: tuple[Row, ...] = (
         "softmax, norm",
         _EXPERTS | _LINEAR_ATTENTION | _MROPE,
         shared="gated",
-        outer={
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-            }
-        },
+        outer=_SMALL_VISION,
     ),
     Row(
         "Qwen3VLMoeForConditionalGeneration",
@@ -733,15 +846,100 @@ ROWS: tuple[Row, ...] = (
         {},
         bias=True,
         shared="yes",
-        outer={
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-            }
+        outer=_SMALL_VISION,
+    ),
+    Row(
+        "Dots3NoteForCausalLM",
+        "dots3_note_text",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | {"q_lora_rank": 32, "mlp_layer_types": _DENSE_FIRST},
+        {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        bias=True,
+        shared="yes",
+        refused="llama.cpp cannot convert",
+        saved=True,
+        note="its converter reads `swa_qk_nope_head_dim`, which transformers drops from the config",
+    ),
+    Row(
+        "Glm5NextForConditionalGeneration",
+        "glm5_next",
+        "sigmoid, norm, scale",
+        _DEEPSEEK | {"qk_rope_head_dim": 0, "q_lora_rank": 32, "mlp_layer_types": _DENSE_FIRST},
+        bias=True,
+        shared="yes",
+        outer=_SMALL_VISION,
+        refused="llama.cpp cannot convert",
+        saved=True,
+        note="its converter knows no name for a bias that transformers' model has",
+    ),
+    Row(
+        "MiniMaxM3SparseForConditionalGeneration",
+        "minimax_m3_vl",
+        "sigmoid, norm, scale after the experts",
+        _LOCAL | {"intermediate_size": 32},
+        {"n_shared_experts": 1},
+        bias=True,
+        shared="yes",
+        outer=_SMALL_VISION,
+        refused="llama.cpp cannot convert",
+        saved=True,
+        note="its converter reads `sparse_attention_config`, which transformers drops from the config",
+    ),
+    Row(
+        "MellumForCausalLM",
+        "mellum",
+        "softmax, norm",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": _WINDOWED,
+            "mlp_layer_types": ["sparse"] * 4,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
         },
+        variant="with two values of rope_theta",
+        refused="where rope_theta depends on the kind of layer",
+    ),
+    *(
+        Row(hf_class, model_type, routing, {}, refused=refused)
+        for hf_class, model_type, routing, refused in (
+            ("DeepseekV4ForCausalLM", "deepseek_v4", "sqrtsoftplus, norm, scale, hash", "hash routing"),
+            ("Qwen4ExpForCausalLM", "qwen4_exp_text", "softmax, norm", "other logits"),
+            (
+                "Ernie4_5_VLMoeForConditionalGeneration",
+                "ernie4_5_vl_moe",
+                "softmax, norm",
+                "several expert stacks",
+            ),
+            (
+                "Qwen3OmniMoeForConditionalGeneration",
+                "qwen3_omni_moe",
+                "softmax, norm",
+                "as a language model",
+            ),
+            (
+                "DeepseekOcr2ForConditionalGeneration",
+                "deepseek_ocr2",
+                "softmax, scale",
+                "as a language model",
+            ),
+            ("DiffusionGemmaForBlockDiffusion", "diffusion_gemma", "softmax, norm", "as a language model"),
+            (
+                "OpenAIPrivacyFilterForTokenClassification",
+                "openai_privacy_filter",
+                "top-k, softmax",
+                "as a language",
+            ),
+            ("NllbMoeForConditionalGeneration", "nllb-moe", "softmax", "as a language model"),
+            (
+                "SwitchTransformersForConditionalGeneration",
+                "switch_transformers",
+                "softmax",
+                "as a language model",
+            ),
+        )
     ),
     *(
         Row(
@@ -760,7 +958,12 @@ ROWS: tuple[Row, ...] = (
             ("FlexOlmoForCausalLM", "flex_olmo", "softmax"),
             ("FlintForCausalLM", "flint", "sigmoid"),
             ("Kolibri1ForCausalLM", "kolibri1", "sigmoid of the selected"),
+            ("Inkling2ForCausalLM", "inkling2_text", "sigmoid, norm, scale"),
+            ("InklingForCausalLM", "inkling_text", "sigmoid, norm with the shared experts, scale"),
             ("MiniMaxForCausalLM", "minimax", "softmax, norm"),
+            ("MistralLarge4ForConditionalGeneration", "mistral_large4", "softmax, norm, scale"),
+            ("MuseSparkForConditionalGeneration", "muse_spark", "sigmoid, norm, scale"),
+            ("UnlimitedOcrForConditionalGeneration", "unlimited_ocr", "softmax, scale"),
             ("Mistral4ForCausalLM", "mistral4", "softmax, norm, scale"),
             ("ZayaForCausalLM", "zaya", "softmax with a skip expert"),
         )

@@ -1,9 +1,10 @@
 """The pruned model in plain PyTorch, by definition: loop over experts, a novice where one was pruned.
 
-`y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`. Shares no code with the package.
+`y = sum over selected e of g_e * (novice_e if pruned else E_e(x))`. With the methods that take experts out of
+the router it is the same model built with fewer experts. Shares no code with the package.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def read_novices(gguf_file: Path) -> dict[int, dict[int, Tensor]]:
@@ -38,6 +40,8 @@ def install(model: nn.Module, novices: Mapping[int, Mapping[int, Tensor]]) -> No
 
 def _forward(novices: Mapping[int, Tensor]) -> Any:
     def forward(self: Any, hidden: Tensor, *args: Tensor, **named: Tensor) -> Tensor:
+        if not args and not named:  # what goes in is weighted already, for all experts one after the other
+            return weighted_before(self, hidden)
         index, weights = (*args, *named.values())  # gpt-oss passes them by names of its own
         out = torch.zeros_like(hidden)
         for expert in range(self.down_proj.shape[0]):
@@ -45,6 +49,13 @@ def _forward(novices: Mapping[int, Tensor]) -> Any:
             y = novices[expert] if expert in novices else _expert(self, expert, hidden[token])
             out.index_add_(0, token, weights[token, slot, None] * y)
         return out
+
+    def weighted_before(self: Any, hidden: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden).view(len(self.down_proj), -1, hidden.shape[-1])
+        for expert, x in enumerate(hidden.view_as(out)):
+            token = x.any(-1)  # all zero: not selected
+            out[expert, token] = novices[expert] if expert in novices else _expert(self, expert, x[token])
+        return out.view_as(hidden)
 
     return forward
 
@@ -55,5 +66,34 @@ def _expert(self: Any, e: int, x: Tensor) -> Tensor:
         bias = getattr(self, f"{name}_bias")[e] if self.has_bias else 0
         return a @ (weight if self.is_transposed else weight.T) + bias
 
-    h = self._apply_gate(linear(x, "gate_up_proj")) if self.has_gate else self.act_fn(linear(x, "up_proj"))
+    if not self.has_gate:
+        h = self.act_fn(linear(x, "up_proj"))
+    elif hasattr(self, "_apply_gate"):
+        h = self._apply_gate(linear(x, "gate_up_proj"))
+    else:
+        gate, up = linear(x, "gate_up_proj").chunk(2, dim=-1)
+        h = self.act_fn(gate) * up
     return linear(h, "down_proj")
+
+
+def without_experts(model: PreTrainedModel, kept: Mapping[int, Sequence[int]]) -> PreTrainedModel:
+    """Build the model anew with the kept experts (layer -> ids) and their rows of the router alone."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    (key,) = {"num_local_experts", "num_experts", "n_routed_experts"} & config.to_dict().keys()
+    (n_kept,) = {len(experts) for experts in kept.values()}
+    setattr(config, key, n_kept)
+    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = model.state_dict()
+    for name, value in smaller.state_dict().items():
+        if state[name].shape != value.shape:
+            layer = int(next(part for part in name.split(".") if part.isdecimal()))
+            state[name] = state[name][list(kept[layer])]
+    smaller.load_state_dict(state)
+    return smaller
+
+
+def set_experts(module: Any, experts: Sequence[Tensor]) -> None:
+    """Put segments [n_segment, 3, d] (gate row, up row, down column) in the place of a stack's experts."""
+    for expert, segments in enumerate(experts):
+        module.gate_up_proj.data[expert] = torch.cat([segments[:, 0], segments[:, 1]])
+        module.down_proj.data[expert] = segments[:, 2].T

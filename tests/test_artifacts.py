@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mone_export.artifacts import Calibration, ExpertStats, LayerPlan, MoeSpec, Plan
+from mone_export.artifacts import Calibration, ExpertStats, LayerPlan, MoeSpec, Part, Plan
+from mone_export.calibration.observer import expert_stats
 from mone_export.errors import MoneError
-from mone_export.observer import expert_stats
 
 N_EXPERT, WIDTH = 6, 5
 FIELDS = [field.name for field in fields(ExpertStats)]
@@ -97,6 +97,16 @@ def test_nothing_is_neutral() -> None:
     assert all(torch.equal(getattr(twice, name), getattr(nothing, name)) for name in FIELDS[1:])
 
 
+def test_token_that_counts_three_times_is_three_tokens() -> None:
+    """Integer weights are repetitions, but for `count` and `n_token`: they say what was seen."""
+    once, other = stats_of(*slots(100, mean=3.0)), stats_of(*slots(40, mean=-2.0, seed=1))
+    found = once.reweighted(3).merge(other)
+    wanted = merged([once, once, once, other])
+    assert found.n_token == 140 and torch.equal(found.count, once.count + other.count)
+    assert torch.equal(found.weight, wanted.count.double())
+    assert_equal(replace(found, n_token=wanted.n_token, count=wanted.count), wanted)
+
+
 @pytest.fixture
 def calibration() -> Calibration:
     return Calibration(
@@ -106,6 +116,7 @@ def calibration() -> Calibration:
         corpus_name="text é.txt",
         n_token=300,
         layers={0: stats_of(*slots(300)), 2: stats_of(*slots(300, seed=1))},
+        parts=(Part("c" * 64, {"a é.txt": 200, "b": 50}), Part("d" * 64, {"c": 50}, weight=1 / 3)),
     )
 
 
@@ -151,7 +162,7 @@ def rewrite(path: Path, change: object) -> None:
     [
         {"spec": None},
         {"model_sha256": None},
-        {"version": 2},
+        {"version": 3},
         {"spec": asdict(SPEC) | {"n_wings": 2}},
         "layers.2.out_m2",
         [],
@@ -195,7 +206,7 @@ def test_calibration_that_cannot_be_saved_is_a_moneerror(
     calibration: Calibration, tmp_path: Path, parent: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MoneError, match="choose another --stats file"):
+    with pytest.raises(MoneError, match="another --stats file"):
         calibration.save(tmp_path / parent / "model.stats")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

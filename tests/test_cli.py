@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_file
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +19,11 @@ from tiny import random_model, save_small
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mone_export import cli
-from mone_export.novices import NOVICES
-from mone_export.scoring import SCORE_NAMES
-from mone_export.writing import OUTTYPES
+from mone_export.artifacts import Calibration
+from mone_export.output.writing import OUTTYPES
+from mone_export.pruning.novices import NOVICE_NAMES
+from mone_export.pruning.planning import METHODS
+from mone_export.pruning.scoring import SCORE_NAMES
 
 Change = Callable[[Path], None]
 SMALL_TEXT = ["--chunks", "2", "-c", "32"]
@@ -154,21 +157,20 @@ BROKEN: dict[str, tuple[Change, str]] = {
         ),
         "llama.cpp has no converter for the model .*FlexOlmo.* Only models that llama.cpp can run",
     ),
-    "grouped routing": (
-        of_type(
-            "deepseek_v3", n_routed_experts=8, n_group=2, scoring_func="sigmoid", first_k_dense_replace=0
-        ),
-        r"by group \(n_group = 2\)",
+    "groups by their best expert": (
+        of_type("deepseek_v2", n_group=2, topk_method="group_limited_greedy", norm_topk_prob=False),
+        "topk_method = group_limited_greedy, but llama.cpp always computes deepseek2 with .* = greedy",
     ),
     "another normalisation": (
         of_type("olmoe", num_experts=8, num_experts_per_tok=2, norm_topk_prob=True),
         "norm_topk_prob = True, but llama.cpp always computes olmoe",
     ),
-    "MXFP4": (config(quantization_config={"quant_method": "mxfp4"}), "MXFP4 blocks.*: pass a BF16"),
     "NVFP4": (
         config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-        "NVFP4 blocks.*: pass a BF16",
+        "quantised by modelopt, .* cannot unpack for calibration: pass the model's BF16",
     ),
+    "AWQ": (config(quantization_config={"quant_method": "awq", "bits": 4}), "quantised by awq, .*: pass the"),
+    "FP8 without a method": (config(quantization_config={"bits": 8}), "quantised by an unknown method"),
     "NaN": (spoil(float("nan")), "tensor model.norm.weight holds NaN or infinite values.*get it again"),
     "infinity": (spoil(float("inf")), "tensor model.norm.weight holds NaN or infinite values"),
     "no weights": (without("model.safetensors"), "holds no .safetensors weights; convert the checkpoint"),
@@ -245,6 +247,10 @@ def test_ratio_that_cannot_be_is_one_line(export: Callable[..., Outcome], ratio:
     ("arguments", "message"),
     [
         (["--outtype", "q9_9"], f"unknown --outtype q9_9: choose from {', '.join(OUTTYPES)}"),
+        (
+            ["--outtype", "iq2_xs"],
+            r"--outtype iq2_xs needs an importance matrix .*llama-quantize --imatrix .*\.gguf iq2_xs`",
+        ),
         (["--chunks", "0"], "--chunks 0 of --ctx-size 32 tokens: at least 1 row"),
         (["-c", "0"], "--chunks 2 of --ctx-size 0 tokens: at least 1 row"),
         (["--chunks", "-5"], "--chunks -5 of"),
@@ -357,6 +363,39 @@ def test_statistics_of_another_text_are_refused_with_both_fingerprints(
     export("--stats", stats, file=Path(__file__)).is_one_line(pattern)
 
 
+def test_statistics_are_taken_as_they_are_where_no_text_is_given(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path, text: Path
+) -> None:
+    assert export("-o", tmp_path / "text.gguf").status == 0
+    assert export("--stats", stats, "-o", tmp_path / "none.gguf", file=None).status == 0
+    assert (tmp_path / "text.gguf").read_bytes() == (tmp_path / "none.gguf").read_bytes()
+    assert f"text     {text.name} 64 tokens" in export("--stats", stats, "--dry-run", file=None).out
+
+
+def test_mix_of_texts_is_reported_and_announced(
+    export: Callable[..., Outcome],
+    small: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "word " * 100}))
+    options = ["-f", f"{text}=3", "-f", f"{tmp_path / 'b.jsonl'}=1", "--field", "body", "--chunks", "4"]
+    wanted = f"text     {text.name} 96 tokens, b.jsonl 32 tokens"
+    assert wanted in export(*options, "--dry-run", file=None).out
+    stats = str(tmp_path / "s")
+    arguments = ["--ratio", "0.5", "-c", "32", *options, "--stats", stats, "-o", str(tmp_path / "x.gguf")]
+    assert cli.main([str(small), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert wanted in out
+    count = Calibration.load(Path(stats)).layers[0].count.tolist()
+    rare = [expert for expert, n in enumerate(count) if n < 32]
+    notes = re.findall(
+        r"note     layer 0: (\d+) experts seen .* 32 of 128 tokens \((\d+) never, .*: (.*)", out
+    )
+    assert notes == [(str(len(rare)), str(count.count(0)), ", ".join(map(str, rare)))]
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_file_that_holds_no_statistics_is_refused(
     export: Callable[..., Outcome], tmp_path: Path, more: list[str]
@@ -407,19 +446,77 @@ def test_dry_run_of_an_impossible_ratio_is_one_line(export: Callable[..., Outcom
     export("--dry-run", ratio=0.9).is_one_line("keeps 2 of 16 experts, fewer than 4")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ([], "mone"),
+        (["--stock"], "drop"),
+        (["--method", "drop"], "drop"),
+        (["--stock", "--method", "drop"], "drop"),
+    ],
+)
+def test_stock_decides_the_method_where_none_is_named(arguments: list[str], method: str) -> None:
+    assert cli._parse(["folder", "--ratio", "0.5", "-o", "x", *arguments]).method == method
+
+
+def test_stock_contradicts_novices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["folder", "--ratio", "0.5", "-o", "x", "--stock", "--method", "mone"])
+    assert stop.value.code == 2
+    assert "novices need the patched llama.cpp" in capsys.readouterr().err
+
+
+def test_counts_are_searched_in_the_model(export: Callable[..., Outcome], tmp_path: Path) -> None:
+    for number in range(2):
+        outcome = export("--allocate", "search", "-o", tmp_path / f"{number}.gguf")
+        assert outcome.status == 0, outcome.err
+    keys = gguf_file.read(tmp_path / "0.gguf").keys
+    counts = keys["llama.expert_kept_count"][1]
+    assert sum(count or 16 for count in counts) == 3 * 8 and keys["mone.scope"][1] == "search"
+    assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+    export("--allocate", "search", "--stock").is_one_line("--allocate search does not: leave one of them out")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--score", "aimer"], ["--scope", "model"], ["--no-guard"], ["--sequential"]]
+)
+def test_pruning_options_are_carried_out(
+    export: Callable[..., Outcome], arguments: list[str], tmp_path: Path
+) -> None:
+    outcome = export(*arguments, "-o", tmp_path / "model.gguf")
+    assert outcome.status == 0, outcome.err
+    keys = gguf_file.read(tmp_path / "model.gguf").keys
+    counts = keys["llama.expert_kept_count"][1]
+    assert sum(counts) == 3 * 8 and min(counts) >= 4
+    if len(arguments) > 1:
+        assert keys[f"mone.{arguments[0][2:]}"][1] == arguments[1]
+
+
+def test_joint_novices_are_written(export: Callable[..., Outcome], tmp_path: Path) -> None:
+    for name in ("joint", "least-squares"):
+        outcome = export("--novice", name, "-o", tmp_path / f"{name}.gguf")
+        assert outcome.status == 0, outcome.err
+    joint, single = (gguf_file.read(tmp_path / f"{name}.gguf") for name in ("joint", "least-squares"))
+    assert joint.keys["mone.novice"][1] == "joint"
+    for name, tensor in single.tensors.items():
+        other = joint.tensors[name].data
+        assert (other.tobytes() != tensor.data.tobytes()) == name.endswith("ffn_down_exps.bias"), name
+
+
 def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mone_export.llamacpp.Conversion.write_tensors", interrupt)
+    monkeypatch.setattr("mone_export.output.llamacpp.Conversion.write_tensors", interrupt)
     outcome = export()
     assert outcome.status == 130 and not outcome.left
     assert outcome.err == "mone-export: interrupted; nothing was written\n"
 
 
 def test_choices_are_the_registries() -> None:
+    assert tuple(METHODS) == cli._METHODS
     assert cli._SCORES == SCORE_NAMES
-    assert tuple(NOVICES) == cli._NOVICES
+    assert cli._NOVICES == NOVICE_NAMES
     named = re.findall(r"\w+", cli._parser().format_help().partition("TYPE  ")[2].partition("...")[0])
     assert "f32" in named
     assert set(named) <= set(OUTTYPES)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mone_export.gguf_format import KEPT_COUNT_KEY, novice_tensor, part_of
+from mone_export.output.gguf_format import KEPT_COUNT_KEY, novice_tensor, part_of, slot_tensor
 
 NAMES = {
     "ffn_gate_exps.weight": "experts",
@@ -60,4 +60,5 @@ def test_name_outside_a_block_has_none(prefix: str) -> None:
 def test_names_of_our_own() -> None:
     assert novice_tensor(12) == "blk.12.ffn_down_exps.bias"
     assert part_of(novice_tensor(12)) == (12, "down bias")
+    assert slot_tensor(12) == "blk.12.ffn_exps_slot" and part_of(slot_tensor(12)) is None
     assert KEPT_COUNT_KEY.format(arch="gpt-oss") == "gpt-oss.expert_kept_count"

@@ -6,8 +6,8 @@ from small_layer import LAYER, N_EXPERT, N_TOKEN, WIDTH, Layer
 from torch import Tensor
 
 from mone_export.errors import MoneError
-from mone_export.novices import NOVICES, novices
-from mone_export.scoring import SCORES
+from mone_export.pruning.novices import NOVICES, novices
+from mone_export.pruning.scoring import SCORES
 
 SEEN = [e for e in range(N_EXPERT) if len(LAYER.gates[e])]
 

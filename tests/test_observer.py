@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mone_export.artifacts import ExpertStats
-from mone_export.observer import expert_stats, observe
+from mone_export.calibration.observer import _all_together, _one_by_one, expert_stats, grouped_stats, observe
+from mone_export.model import expert_modules
 
 N_VOCAB = 200
 FIELDS = [field.name for field in fields(ExpertStats)]
@@ -78,6 +79,7 @@ def by_definition(tokens: Tokens, n_expert: int, width: int) -> ExpertStats:
             f = output.double()
             norm = f.square().sum().sqrt()
             s.count[e] += 1
+            s.weight[e] += 1
             s.gate_sum[e] += g
             s.gate_sq_sum[e] += g * g
             s.out_mean[e] += f
@@ -152,16 +154,19 @@ def grouped_linear(
     return out if bias is None else out + bias
 
 
-@pytest.fixture(scope="module")
-def exact(model: PreTrainedModel) -> Exact:
+@pytest.fixture(scope="module", params=[_one_by_one, _all_together], ids=["cpu", "gpu"])
+def exact(model: PreTrainedModel, request: pytest.FixtureRequest) -> Exact:
     """Per layer of a float64 copy: statistics, the recorded call, and its tokens' selections by a loop.
+
+    Both ways to run the experts are tried, the one for GPUs on a CPU.
 
     torch's grouped product knows no float64, so a loop takes its place: then the statistics can be held to
     1e-9 end to end, where in float32 any comparison would be one of matrix products.
     """
     model = copy.deepcopy(model).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mone_export.observer._grouped_linear", grouped_linear)
+        patch.setattr("mone_export.calibration.observer._grouped_linear", grouped_linear)
+        patch.setattr("mone_export.calibration.observer._one_by_one", request.param)
         with recorded(model) as calls, observe(model) as layers:
             model(tokens_for(2))
     return [(layers[layer], call, selections(call)) for layer, call in calls.items()]
@@ -194,14 +199,18 @@ def test_sums_over_given_outputs_are_exact(dtype: torch.dtype, mean: float) -> N
     count = torch.tensor([5, 0, 1, 40, 2])
     outputs = (torch.randn(48, 7, generator=random, dtype=torch.float64) + mean).to(dtype)
     gates = torch.rand(48, generator=random).to(dtype)
-    found = expert_stats(outputs, gates, count, n_token=30)
+    ids = torch.repeat_interleave(count)
+    for found in (expert_stats(outputs, gates, count, n_token=30), grouped_stats(outputs, gates, count, ids)):
+        assert_sums(found, outputs, gates, count, cancels=mean == 0)
+
+
+def assert_sums(found: ExpertStats, outputs: Tensor, gates: Tensor, count: Tensor, *, cancels: bool) -> None:
     slots = zip(torch.repeat_interleave(count).tolist(), gates.tolist(), outputs, strict=True)
     wanted = by_definition([[slot] for slot in slots], 5, 7)
     for name in FIELDS[1:-1]:
         a, b = getattr(found, name), getattr(wanted, name)
         # sums around a mean of 0 may cancel in single channels
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 if mean == 0 else 0)
-    assert found.n_token == 30
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 if cancels else 0)
 
 
 def test_batches_add_up(model: PreTrainedModel) -> None:
@@ -216,7 +225,22 @@ def test_batches_add_up(model: PreTrainedModel) -> None:
     assert {stats.n_token for stats in parts.values()} == {rows.numel()}
 
 
+def test_a_gpu_is_never_waited_for() -> None:
+    """Tensors without values cannot be read: any look at them while the experts run would be an error."""
+    with torch.device("meta"):
+        model = random_model("Qwen3MoeForCausalLM", N_VOCAB, dtype=torch.bfloat16)
+        hidden, gates = torch.empty(24, 64, dtype=torch.bfloat16), torch.empty(24, 4, dtype=torch.bfloat16)
+        ids = torch.empty(24, 4, dtype=torch.int64)
+    with observe(model) as layers, torch.inference_mode():
+        for _, module in 2 * list(expert_modules(model)):
+            assert module(hidden, ids, gates).shape == hidden.shape
+    assert sorted(layers) == [0, 1, 2]
+    assert all(stats.n_token == 48 for stats in layers.values())
+    assert all(stats.out_mean.device.type == "meta" for stats in layers.values())
+
+
 def test_dense_layers_are_not_observed() -> None:
     model = random_model("DeepseekV2ForCausalLM", N_VOCAB)  # layer 0 is dense
-    with observe(model) as layers:
-        assert sorted(layers) == [1, 2]
+    with observe(model) as layers, torch.inference_mode():
+        model(tokens_for(1))
+    assert sorted(layers) == [1, 2]

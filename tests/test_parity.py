@@ -1,22 +1,34 @@
 """The file in llama.cpp against the definition in PyTorch (`reference.py`), logit by logit."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from llama_logits import logits
-from reference import install, read_novices
+from reference import install, read_novices, set_experts, without_experts
 from tiny import TINY, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mone_export.model import resolve
+from mone_export import runtime
+from mone_export.artifacts import Calibration
+from mone_export.model import expert_modules, resolve
 from mone_export.pipeline import export
+from mone_export.pruning.dern import recombine
+from mone_export.pruning.planning import METHODS, plan
+from mone_export.pruning.scoring import score
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
 N_TOKEN = 200
 LIMIT = 1e-6
+
+
+def read_segments(experts: Any, e: int) -> Tensor:
+    gate, up = experts.gate_up_proj[e].detach().chunk(2)
+    return torch.stack([gate, up, experts.down_proj[e].detach().T], dim=1)
 
 
 def nmse_per_position(found: Tensor, wanted: Tensor) -> Tensor:
@@ -48,4 +60,38 @@ def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp
     for n_batch in (N_TOKEN, 1):
         nmse = nmse_per_position(torch.from_numpy(logits(outfile, tokens.tolist(), n_batch=n_batch)), wanted)
         print(f"{folder.name} ratio {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")
+        assert nmse.max() < LIMIT
+
+
+@pytest.fixture(scope="module")
+def stock_libraries() -> Path:
+    return runtime.build(patched=False, targets=("llama",)).bin
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("drop", 0.25), ("drop", 0.5), ("dern", 0.5)])
+def test_unpatched_llama_cpp_runs_ordinary_files(
+    folder: Path, method: str, ratio: float, text: Path, tmp_path: Path, stock_libraries: Path
+) -> None:
+    if method == "dern" and "GptOss" in folder.name:
+        pytest.skip("its experts have biases")
+    outfile, stats = tmp_path / "model.gguf", tmp_path / "stats"
+    options: dict[str, Any] = {"files": [text], "n_row": 8, "seq_len": 128, "stats": stats}
+    export(str(folder), ratio=ratio, outfile=outfile, outtype="f32", method=method, **options)
+    calibration = Calibration.load(stats)
+    chosen = plan(score(calibration, METHODS[method]), ratio=ratio, method=method)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    smaller = without_experts(model, {layer.layer: layer.kept for layer in chosen.layers})
+    if method == "dern":
+        before, after = (dict(expert_modules(each)) for each in (model, smaller))
+        for layer in chosen.layers:
+            importance = calibration.layers[layer.layer].gate_sum
+            read = partial(read_segments, before[layer.layer])
+            set_experts(after[layer.layer], list(recombine(read, layer.kept, layer.pruned, importance)))
+    tokens = torch.randint(3, model.config.vocab_size, (N_TOKEN,), generator=torch.Generator().manual_seed(1))
+    unpruned, wanted = (each(tokens[None]).logits[0].detach() for each in (model, smaller))
+    assert nmse_per_position(unpruned, wanted).median() > 20 * LIMIT, "a forgotten row must not pass"
+    for n_batch in (N_TOKEN, 1):
+        found = logits(outfile, tokens.tolist(), n_batch=n_batch, libraries=stock_libraries)
+        nmse = nmse_per_position(torch.from_numpy(found), wanted)
+        print(f"{folder.name} {method} {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")
         assert nmse.max() < LIMIT

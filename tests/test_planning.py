@@ -1,18 +1,21 @@
 """Counts are exact, ties go to the lower id, and what cannot be is refused with the numbers."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from mone_export.artifacts import MoeSpec, Plan, Scores
 from mone_export.errors import MoneError
-from mone_export.planning import kept_per_layer, plan, plan_without_scores
+from mone_export.pruning.planning import kept_per_layer, plan, plan_without_scores
 
 
 def spec(n_expert: int, top_k: int = 2) -> MoeSpec:
     return MoeSpec("TinyForCausalLM", 4, (0, 2, 3), n_expert, top_k, 1, 8, 4)
 
 
-def planned(values: list[float], ratio: float, **options: int) -> Plan:
+def planned(values: list[float], ratio: float, **options: Any) -> Plan:
     shape = spec(len(values))
     table = torch.tensor([values] * 3, dtype=torch.float64)
     return plan(Scores(spec=shape, score="mone", values=table), ratio=ratio, **options)
@@ -94,6 +97,90 @@ def test_fewer_than_one_expert_cannot_be_asked_for(min_kept: int) -> None:
         kept_per_layer(spec(16), 0.99, min_kept=min_kept)
 
 
+def test_routing_by_groups_cannot_lose_experts() -> None:
+    with pytest.raises(MoneError, match="--method drop .* by 4 groups .* use --method mone"):
+        kept_per_layer(replace(spec(16), n_group=4), 0.5, method="drop")
+
+
+def test_a_router_needs_as_many_experts_as_it_selects() -> None:
+    shape = spec(16, top_k=4)
+    with pytest.raises(MoneError, match="--min-kept 3 with --method drop: .* pass 4 or more"):
+        kept_per_layer(shape, 0.8, min_kept=3, method="drop")
+    assert kept_per_layer(shape, 0.75, min_kept=4, method="drop") == 4
+    assert kept_per_layer(shape, 0.8, min_kept=3) == 3, "a novice is selected like an expert"
+
+
+def over_model(values: list[list[float]], ratio: float, **options: int) -> list[int]:
+    """How many experts each layer keeps when all compete."""
+    table = torch.tensor(values, dtype=torch.float64)
+    chosen = plan(
+        Scores(spec=spec(len(values[0])), score="mone", values=table), ratio=ratio, scope="model", **options
+    )
+    assert chosen.scope == "model"
+    return [len(layer.kept) for layer in chosen.layers]
+
+
+def test_layers_compete_relative_to_their_own_mean() -> None:
+    even, uneven = [4.0, 4, 4, 4, 4, 4, 4, 4], [9.0, 9, 9, 1, 1, 1, 1, 1]
+    assert over_model([even, uneven, even], 0.5) == [5, 3, 4], (
+        "12 places: 3 above 1, then ties by layer and place"
+    )
+    assert over_model([even, [value * 1000 for value in uneven], even], 0.5) == [5, 3, 4]
+
+
+def test_no_layer_falls_below_the_floor() -> None:
+    flat, steep = [1.0] * 8, [1e6] + [0.0] * 7
+    assert over_model([flat, steep, flat], 0.5) == [5, 2, 5]
+    assert over_model([flat, steep, flat], 0.5, min_kept=1) == [6, 1, 5]
+    assert sum(over_model([flat, steep, flat], 0.625)) == 9
+
+
+def test_experts_never_seen_and_guarded_ones_compete_too() -> None:
+    row = [float("inf"), 5, 1, 1, 1, 1, float("-inf"), float("-inf")]
+    assert over_model([row, row, row], 0.5) == [4, 4, 4]
+    assert over_model([row, row, row], 0.25) == [6, 6, 6]
+
+
+@pytest.mark.parametrize("method", ["drop", "dern"])
+def test_ordinary_files_have_one_count(method: str) -> None:
+    with pytest.raises(MoneError, match=f"--method {method} keeps the same number .* --scope model does not"):
+        planned([1.0] * 8, 0.5, method=method, scope="model")
+
+
 def test_plan_without_scores_has_the_counts_of_the_real_one() -> None:
     blank = plan_without_scores(spec(13), ratio=0.4)
     assert [len(layer.kept) for layer in blank.layers] == [8, 8, 8]
+
+
+GROUPED = replace(
+    spec(8), n_group=4, topk_group=2, top_k=3
+)  # two experts each, so that two groups hold three
+
+
+def in_groups(values: list[float], ratio: float, **options: int) -> tuple[int, ...]:
+    table = torch.tensor([values] * 3, dtype=torch.float64)
+    return plan(Scores(spec=GROUPED, score="mone", values=table), ratio=ratio, **options).layers[0].kept
+
+
+def test_any_choice_of_groups_holds_enough_experts() -> None:
+    wide = replace(spec(12, top_k=2), n_group=3, topk_group=2)  # one of four in each group
+    table = torch.arange(36, dtype=torch.float64).reshape(3, 12)
+    for layer in plan(Scores(spec=wide, score="mone", values=table), ratio=0.5).layers:
+        assert layer.kept == (3, 7, 8, 9, 10, 11), "the best of each group, then the best of all"
+    for layer in plan(Scores(spec=wide, score="mone", values=table), ratio=0.75).layers:
+        assert layer.kept == (3, 7, 11)
+
+
+def test_ratio_that_leaves_groups_short_is_refused() -> None:
+    assert in_groups([1.0] * 8, 0) == tuple(range(8))
+    with pytest.raises(
+        MoneError, match=r"fewer than 8: pass --ratio 0 .*\(3 experts of 2 of 4 groups are used"
+    ):
+        in_groups([1.0] * 8, 0.25)
+
+
+def test_min_kept_allows_groups_to_run_short() -> None:
+    assert in_groups([8, 7, 6, 5, 4, 3, 2, 1], 0.5, min_kept=4) == (0, 2, 4, 6), (
+        "still shared among the groups"
+    )
+    assert in_groups([8, 7, 6, 5, 4, 3, 2, 1], 0.625, min_kept=2) == (0, 1, 2)

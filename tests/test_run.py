@@ -1,10 +1,6 @@
 """The written file at work: llama-cli, llama-server, llama-cpp-python, and unpatched llama.cpp."""
 
-import json
-import socket
 import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_logits import logits
+from programs import post, running_server
 
 from mone_export import runtime
 from mone_export.pipeline import export
@@ -49,28 +46,8 @@ def stock_libraries() -> Path:
 
 @pytest.fixture
 def server(novice_file: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        tool("llama-server"),
-        "-m",
-        novice_file,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        port,
-        "-c",
-        512,
-        "-t",
-        2,
-    ]
-    with subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL) as process:
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    with running_server(runtime.path(), "-m", novice_file, "-c", 512) as found:
+        yield found.url
 
 
 def tool(name: str) -> Path:
@@ -80,24 +57,6 @@ def tool(name: str) -> Path:
 def run(*command: object) -> subprocess.CompletedProcess[str]:
     arguments = [str(part) for part in command]
     return subprocess.run(arguments, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        assert process.poll() is None, "llama-server has ended"
-        try:
-            with urllib.request.urlopen(url) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(url)
-
-
-def post(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
 
 
 def test_llama_cli_answers(novice_file: Path) -> None:

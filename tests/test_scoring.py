@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from small_layer import LAYER, N_EXPERT, N_TOKEN, SPEC, Layer
+from tiny import random_model
 
 from mone_export.artifacts import Calibration
+from mone_export.calibration.loading import Model
+from mone_export.calibration.observer import expert_stats
 from mone_export.errors import MoneError
-from mone_export.planning import plan
-from mone_export.scoring import SCORE_NAMES, SCORES, score, standard_deviation
+from mone_export.pruning.planning import plan
+from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation
 
 
 def deviation(layer: Layer, e: int) -> float:
@@ -68,7 +72,7 @@ def calibration(*layers: Layer) -> Calibration:
 
 def test_every_score_has_a_formula_here() -> None:
     assert FORMULAS.keys() == SCORES.keys()
-    assert (*SCORES, "random") == SCORE_NAMES
+    assert (*SCORES, "random", "aimer") == SCORE_NAMES
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -97,7 +101,7 @@ def test_single_token_gets_the_median_of_an_even_number_too() -> None:
 
 def test_layer_of_single_tokens_has_finite_scores() -> None:
     layer = Layer(counts=(1, 1, 1, 0, 0, 0))
-    for name in SCORE_NAMES:
+    for name in (*SCORES, "random"):
         values = score(calibration(layer), name).values[0]
         assert torch.isfinite(values[:3]).all() and not values.isnan().any()
 
@@ -119,6 +123,94 @@ def test_layers_stand_in_the_order_of_the_spec() -> None:
     other = Layer(counts=(3, 4, 5, 6, 7, 8))
     values = score(calibration(LAYER, other), "frequency").values
     assert values[1].tolist() == [3, 4, 5, 6, 7, 8]
+
+
+def reference_fluctuation(batches: list[torch.Tensor]) -> torch.Tensor:
+    """The running variance as MoNE's reference code has it, per channel.
+
+    Nothing is added for an expert's first batch; every later batch of m tokens, after n, gives
+    V <- V (n - 1) / (n + m - 1) + sum (f - new mean)^2 / (n + m). Written anew from the formula.
+    """
+    n, mean, fluctuation = (
+        0,
+        torch.zeros(batches[0].shape[1]).double(),
+        torch.zeros(batches[0].shape[1]).double(),
+    )
+    for f in batches:
+        m = len(f)
+        mean = (n * mean + f.sum(0)) / (n + m)
+        if n > 0:
+            fluctuation = fluctuation * (n - 1) / (n + m - 1) + (f - mean).square().sum(0) / (n + m)
+        n += m
+    return fluctuation
+
+
+def test_the_reference_agrees_where_every_expert_is_in_every_batch() -> None:
+    """Its first batch is missing for all experts alike: the same ranking, and nearly the same values."""
+    n_batch, n_row, random = 50, 20, torch.Generator().manual_seed(1)
+    outputs = [
+        torch.randn(n_batch * n_row, 8, dtype=torch.float64, generator=random) * (1 + e / 3) for e in range(6)
+    ]
+    gates = [torch.rand(n_batch * n_row, dtype=torch.float64, generator=random) for _ in outputs]
+    stats = expert_stats(
+        torch.cat(outputs), torch.cat(gates), torch.tensor([n_batch * n_row] * 6), n_token=n_batch * n_row
+    )
+    exact = SCORES["mone"].function(stats)
+    reference = torch.stack(
+        [
+            g.sum() / len(g) * reference_fluctuation(list(f.split(n_row))).sum().sqrt()
+            for f, g in zip(outputs, gates, strict=True)
+        ]
+    )
+    assert exact.argsort().tolist() == reference.argsort().tolist()
+    share = (reference / exact).square() * n_batch / (n_batch - 1)
+    torch.testing.assert_close(share, torch.ones_like(share), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("n_batch", "share"), [(1, 0), (2, 1 / 2), (4, 3 / 4)])
+def test_the_reference_parts_where_an_expert_is_in_few_batches(n_batch: int, share: float) -> None:
+    """One batch of the n is never counted: an expert seen in one only has no variance and goes first."""
+    random = torch.Generator().manual_seed(2)
+    f = torch.randn(400, 8, dtype=torch.float64, generator=random)
+    stats = expert_stats(f, torch.ones(400).double(), torch.tensor([400]), n_token=400)
+    exact = float(standard_deviation(stats)[0]) ** 2
+    assert exact == pytest.approx(float(f.var(0).sum()), rel=1e-9)
+    reference = float(reference_fluctuation(list(f.split(400 // n_batch))).sum())
+    assert reference / exact == pytest.approx(share, abs=0.02)
+
+
+def test_the_reference_misses_what_differs_between_batches() -> None:
+    """Batches of different means: each is compared with the mean so far, never with the final one."""
+    early, late = torch.zeros(100, 4).double(), torch.full((100, 4), 2.0).double()
+    exact = float(torch.cat([early, late]).var(0, unbiased=False).sum())  # 4 channels of variance 1
+    assert exact == pytest.approx(4)
+    assert float(reference_fluctuation([early, late]).sum()) == pytest.approx(2), "half of it"
+    assert float(reference_fluctuation([torch.cat([early, late])]).sum()) == 0
+
+
+def test_aimer_is_its_formula() -> None:
+    module = random_model("MixtralForCausalLM", 100)
+    spec = replace(SPEC, moe_layers=(0, 1, 2), n_expert=16)
+    found = score_weights(Model(spec=spec, path=Path(), module=module, tokenizer=None))
+    assert found.score == "aimer" and found.values.shape == (3, 16)
+    layer = module.model.layers[1].mlp.experts
+    for e in range(16):
+        w = torch.cat([layer.gate_up_proj[e].flatten(), layer.down_proj[e].flatten()]).double()
+        wanted = -w.abs().mean() / w.square().mean().sqrt()
+        assert found.values[1, e].item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+def test_aimer_prunes_the_evenly_spread_expert() -> None:
+    module = random_model("MixtralForCausalLM", 100)
+    with torch.no_grad():
+        for matrix in (
+            module.model.layers[0].mlp.experts.gate_up_proj,
+            module.model.layers[0].mlp.experts.down_proj,
+        ):
+            matrix[3] = matrix[3].sign()
+    spec = replace(SPEC, moe_layers=(0, 1, 2), n_expert=16)
+    values = score_weights(Model(spec=spec, path=Path(), module=module, tokenizer=None)).values
+    assert values[0].argmin() == 3 and values[0, 3].item() == pytest.approx(-1)
 
 
 def test_unknown_score_is_refused_with_the_choices() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import complete
 
 from mone_export import runtime
 from mone_export.errors import MoneError
@@ -63,6 +64,26 @@ def test_logits_are_those_of_the_cpu(bin_folder: Path, outtype: str, text: Path,
         print(f"{outtype}, {n_batch} at a time: NMSE {error:.1e}")
         assert where == {"Vulka"}
         assert error < (1e-6 if outtype == "f32" else 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "experts_on"),
+    [
+        (("--n-cpu-moe", 3), {"Vulka", "CPU"}),
+        (("--override-tensor", "exps=CPU"), {"CPU"}),
+    ],
+    ids=str,
+)
+def test_experts_can_stay_on_the_cpu(
+    bin_folder: Path, options: tuple[object, ...], experts_on: set[str], text: Path, tmp_path: Path
+) -> None:
+    outfile = tmp_path / "novices.gguf"
+    export("demo", ratio=0.5, outfile=outfile, outtype="f32", files=[text], n_row=8, seq_len=256)
+    expected = complete(bin_folder, outfile, env={"GGML_VK_VISIBLE_DEVICES": ""})
+    found = complete(bin_folder, outfile, "-ngl", 99, *options, env=ENV)
+    assert "Vulkan0" in found.log
+    assert found.experts_on == experts_on
+    assert found.text == expected.text
 
 
 def logits(bin_folder: Path, model: Path, n_batch: int, *, n_gpu_layers: int) -> tuple[np.ndarray, set[str]]:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf_file
 import numpy as np
@@ -13,15 +14,17 @@ from gguf_file import Contents
 from tiny import TINY, save_tiny
 
 from mone_export.artifacts import Calibration, Plan
-from mone_export.calibration import calibrate
-from mone_export.corpus import read_corpus
+from mone_export.calibration.corpus import read_corpus
+from mone_export.calibration.loading import load
+from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.llamacpp import CONVERTER_TYPES, Conversion
-from mone_export.model import fingerprint, load
-from mone_export.novices import NOVICES, novices
-from mone_export.planning import plan, plan_without_scores
-from mone_export.scoring import score
-from mone_export.writing import check_output, measure, write
+from mone_export.model import expert_modules, fingerprint
+from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
+from mone_export.output.writing import check_output, measure, write
+from mone_export.pruning.dern import recombine
+from mone_export.pruning.novices import NOVICES, novices
+from mone_export.pruning.planning import plan, plan_without_scores
+from mone_export.pruning.scoring import score
 
 FAMILIES_OF = {
     "f32": tuple(TINY),
@@ -172,6 +175,85 @@ def orders_of(contents: Contents) -> dict[int, list[int]]:
     order = contents.keys["mone.expert_order"][1]
     assert len(order) == len(pruned) * n_expert
     return {il: order[i * n_expert : (i + 1) * n_expert] for i, il in enumerate(pruned)}
+
+
+@pytest.mark.parametrize(
+    "family", ["small", *(pytest.param(family, marks=pytest.mark.slow) for family in TINY)]
+)
+def test_drop_leaves_an_ordinary_file_of_the_kept_experts(
+    family: str,
+    folder_of: Callable[[str], Path],
+    calibrated: Callable[[str], Calibration],
+    upstream: Callable[[str, str], Contents],
+    tmp_path: Path,
+) -> None:
+    calibration, outfile = calibrated(family), tmp_path / "model.gguf"
+    decision = plan(score(calibration, "reap"), ratio=0.25, method="drop")
+    size = write(folder_of(family), calibration, decision, outfile, outtype="f32")
+    blank = plan_without_scores(calibration.spec, ratio=0.25, score="reap", method="drop")
+    assert measure(folder_of(family), blank, outtype="f32") == (size, 0)
+    ours, stock = gguf_file.read(outfile), upstream(family, "f32")
+    kept = {layer.layer: list(layer.kept) for layer in decision.layers}
+    assert list(ours.tensors) == list(stock.tensors)
+    for name, tensor in stock.tensors.items():
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
+        has_experts = "_exps." in name or "ffn_gate_inp." in name or "exp_probs_b" in name
+        wanted = tensor.data[kept[layer]] if has_experts else tensor.data
+        assert same_bits(ours.tensors[name].data, wanted), name
+    arch = stock.keys["general.architecture"][1]
+    other = {name for name, value in ours.keys.items() if stock.keys.get(name) != value}
+    own = {name for name in other if not name.startswith("mone.")}
+    assert own - {"general.size_label"} == {f"{arch}.expert_count"}
+    assert ours.keys[f"{arch}.expert_count"] == (("UINT32",), 12)
+    assert ours.keys["mone.method"] == (("STRING",), "drop")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["small", *(pytest.param(family, marks=pytest.mark.slow) for family in TINY if "Gpt" not in family)],
+)
+def test_dern_writes_the_recombined_experts(
+    family: str, folder_of: Callable[[str], Path], calibrated: Callable[[str], Calibration], tmp_path: Path
+) -> None:
+    calibration, outfile = calibrated(family), tmp_path / "model.gguf"
+    decision = plan(score(calibration, "gate"), ratio=0.5, method="dern")
+    size = write(folder_of(family), calibration, decision, outfile, outtype="f32")
+    blank = plan_without_scores(calibration.spec, ratio=0.5, score="gate", method="dern")
+    assert measure(folder_of(family), blank, outtype="f32") == (size, 0)
+    ours = gguf_file.read(outfile)
+    modules = dict(expert_modules(load(folder_of(family), device="cpu").module))
+    for layer in decision.layers:
+        experts, stats = modules[layer.layer], calibration.layers[layer.layer]
+        wanted = recombine(
+            lambda e, experts=experts: segments(experts, e),
+            layer.kept,
+            layer.pruned,
+            stats.gate_sum / stats.n_token,
+        )
+        matrices = [
+            ours.tensors[f"blk.{layer.layer}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down")
+        ]
+        gate, up, down = (torch.from_numpy(matrix.data) for matrix in matrices)
+        found = torch.stack([gate, up, down.mT], dim=2)  # [n_kept, n_segment, 3, d]
+        torch.testing.assert_close(found, torch.stack(list(wanted)), rtol=0, atol=0)
+        assert ours.tensors[f"blk.{layer.layer}.ffn_gate_inp.weight"].shape[-1] == 8
+
+
+def segments(experts: Any, e: int) -> torch.Tensor:
+    gate, up = experts.gate_up_proj[e].detach().chunk(2)
+    return torch.stack([gate, up, experts.down_proj[e].detach().T], dim=1)
+
+
+@pytest.mark.slow
+def test_dern_refuses_biases(
+    folder_of: Callable[[str], Path], calibrated: Callable[[str], Calibration], tmp_path: Path
+) -> None:
+    calibration = calibrated("GptOssForCausalLM")
+    decision = plan(score(calibration, "gate"), ratio=0.5, method="dern")
+    with pytest.raises(
+        MoneError, match=r"ffn_\w+_exps.bias: --method dern cannot merge .*: use --method drop"
+    ):
+        write(folder_of("GptOssForCausalLM"), calibration, decision, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("family", ["small", pytest.param("DeepseekV2ForCausalLM", marks=pytest.mark.slow)])

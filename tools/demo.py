@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mone_export import runtime
+from mone_export.calibration.documents import builtin_documents
 from mone_export.cli import main as mone_export
-from mone_export.corpus import builtin_documents
 from mone_export.errors import MoneError
 
 OUT = Path(__file__).resolve().parents[1] / "build" / "demo"

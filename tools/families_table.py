@@ -19,7 +19,9 @@ One small random model of each family (4 layers, 16 experts, 4 used; its routing
 biases random) is calibrated, exported unpruned and with half of its experts replaced, and run in the patched
 llama.cpp. NMSE: squared difference to the logits of the definition in plain PyTorch, over their squared norm,
 100 tokens, float32. A family works when the pruned file is no worse than twice the unpruned one, or 1e-6.
-Selection bias: added to the scores for choosing experts, not to their weights.
+Selection bias: added to the scores for choosing experts, not to their weights. Groups: a token's experts
+come from so many of so many groups. MTP block: behind the last layer, for predicting further tokens; rows
+without an entry were tested without one.
 """
 
 
@@ -32,13 +34,10 @@ def main() -> None:
         HEAD,
         f"## {len(works)} models of {len({row['name'].split()[0] for row in works})} classes that work",
         "",
-        "| transformers class | GGUF arch | routing | selection bias | shared experts | NMSE unpruned "
-        "| half novices |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            _line(*_facts(row, row["arch"]), *(f"{row[key]:.0e}" for key in ("unpruned", "novice")))
-            for row in works
-        ),
+        "| transformers class | GGUF arch | routing | selection bias | shared experts | groups | MTP block "
+        "| status | NMSE unpruned | half novices |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_line(*_facts(row), *(f"{row[key]:.0e}" for key in ("unpruned", "novice"))) for row in works),
         "",
         *(f"- {row['name']}: {row['note']}." for row in works if row["note"]),
         "",
@@ -53,8 +52,9 @@ def main() -> None:
     (DOCS / "families.md").write_text("\n".join(lines) + "\n")
 
 
-def _facts(row: dict[str, Any], arch: str) -> tuple[str, ...]:
-    return row["name"], arch, row["routing"], "yes" if row["bias"] else "", row["shared"]
+def _facts(row: dict[str, Any]) -> tuple[str, ...]:
+    bias = "yes" if row["bias"] else ""
+    return row["name"], row["arch"], row["routing"], bias, row["shared"], row["groups"], row["mtp"], "works"
 
 
 def _message(row: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@
     python tools/readme_tables.py            rewrite what stands between the markers
     python tools/readme_tables.py --check    change nothing; fail where a file differs
 
-`<!-- table:NAME -->` ... `<!-- /table -->` holds the table of docs/measurements/NAME.json. No number of ours
-is typed by hand.
+`<!-- table:NAME -->` ... `<!-- /table -->` holds the table of docs/measurements/NAME.json, `table:NAME/VIEW`
+another table of the same numbers. No number of ours is typed by hand.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 Json = dict[str, Any]
 Row = Sequence[str]
 
-_TABLE = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table:([\w-]+)(?:/(\w+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -50,14 +50,14 @@ def filled(text: str) -> str:
         if not file.is_file():
             print(f"{file.relative_to(ROOT)} does not exist: its table stays as it is", file=sys.stderr)
             return match[0]
-        return f"{match[1]}{render(json.loads(file.read_text()))}\n{match[3]}"
+        return f"{match[1]}{render(json.loads(file.read_text()), match[3])}\n{match[4]}"
 
     return _TABLE.sub(table, text)
 
 
-def render(data: Json) -> str:
+def render(data: Json, view: str | None = None) -> str:
     """Return a measurement as a Markdown table, with a line on how it was taken."""
-    header, *rows = TABLES[data["kind"]](data)
+    header, *rows = TABLES[f"{data['kind']}/{view}" if view else data["kind"]](data)
     machine, versions = data["machine"], data["versions"]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
@@ -72,48 +72,63 @@ def render(data: Json) -> str:
 
 
 def speed_table(data: Json) -> Iterable[Row]:
-    """Yield sizes, speeds and CPU times of the files, then the ratios of speed."""
-    tests = data["summary"]
-    yield (
-        "",
-        "size",
-        "share of slots kept",
-        "prompt",
-        "generation",
-        "CPU per prompt token",
-        "CPU per generated token",
+    """Yield how many times less CPU time novices take than others, for every shape, type and ratio."""
+    columns = (
+        f"{base}, {test}"
+        for base in ("than all experts", "than hard-pruned", "than the ideal")
+        for test in SPEED_TESTS
     )
-    for name in ("full", "novices", "hard"):
-        size = f"{data['sizes'][name] / 1e6:.0f} MB"
-        times = [tests[test]["times"][name] for test in ("prompt", "generation")]
-        speeds = [f"{1000 / time['wall_ms']['median']:.1f} t/s" for time in times]
-        share = data["share"].get(name, {"prompt": 1, "generation": 1})
-        shares = f"{share['prompt']:.0%} / {share['generation']:.0%}"
-        yield (
-            _SPEED_NAMES[name],
-            size,
-            shares,
-            *speeds,
-            *(f"{time['cpu_ms']['median']:.2f} ms" for time in times),
-        )
-    for name in tests["prompt"]["speed_ratios"]:
-        ratios = [tests[test]["speed_ratios"][name] for test in ("prompt", "generation")]
-        wall, cpu = ([spread_of(ratio[key]) for ratio in ratios] for key in ("wall_ms", "cpu_ms"))
-        yield f"speed, {name}", "", "", *wall, *cpu
+    yield "shape", "type", "pruned", "size", "slots kept", *columns
+    for case, ratio in speed_cases(data):
+        novices = f"novices {ratio:.0%}"
+        cells = [
+            f"{case['summary'][test]['speed_ratios'][f'{novices} / {base}']['cpu_ms']['median']:.2f}"
+            for base in ("full", f"hard {ratio:.0%} on stock", f"ideal {ratio:.0%}")
+            for test in SPEED_TESTS
+        ]
+        size = f"{case['sizes']['full'] / 1e6:.0f} → {case['sizes'][novices] / 1e6:.0f} MB"
+        share = "{prompt:.0%} / {generation:.0%}".format(**case["share"][novices])
+        yield case["shape"], case["weights"], f"{ratio:.0%}", size, share, *cells
 
 
-_SPEED_NAMES = {"full": "full: all experts", "novices": "half novices", "hard": "hard: half removed"}
+def speed_spread_table(data: Json) -> Iterable[Row]:
+    """Yield every ratio of speed with its spread, in wall time and in CPU time."""
+    yield (
+        "shape",
+        "type",
+        "speed ratio",
+        *(f"{test}, {key}" for key in ("wall", "CPU") for test in SPEED_TESTS),
+    )
+    for case in data["cases"]:
+        for name in case["summary"]["prompt"]["speed_ratios"]:
+            ratios = [case["summary"][test]["speed_ratios"][name] for test in SPEED_TESTS]
+            cells = (spread_of(ratio[key]) for key in ("wall_ms", "cpu_ms") for ratio in ratios)
+            yield case["shape"], case["weights"], name, *cells
+
+
+def speed_cases(data: Json) -> Iterator[tuple[Json, float]]:
+    """Yield every shape and type with every ratio."""
+    for case in data["cases"]:
+        for ratio in data["settings"]["ratios"]:
+            yield case, ratio
+
+
+SPEED_TESTS = ("prompt", "generation")
 
 
 def speed_note(data: Json) -> str:
     """Say what was run."""
     settings = data["settings"]
+    shapes = "; ".join(
+        f"{name}: {shape['n_layer']} layers of {shape['n_expert']} experts, {shape['top_k']} used, "
+        f"{shape['n_embd']} wide, experts {shape['n_ff']}"
+        for name, shape in data["shapes"].items()
+    )
+    n_token = f"{settings['n_prompt']} tokens of prompt and {settings['n_gen']} generated"
     return (
-        f"{settings['n_layer']} layers, {settings['n_kept']} of {settings['n_expert']} experts kept, "
-        f"{settings['top_k']} used per token. llama-bench, {settings['threads']} threads, "
-        f"{settings['n_prompt']} prompt and {settings['n_gen']} generated tokens, median of "
-        f"{settings['rounds']} interleaved rounds (smallest to largest). Times without experts come "
-        "from a router that skips all of them; for the ideal by use, from a model that uses half as many."
+        f"Random weights. {shapes}. llama-bench, {settings['threads']} threads, {n_token}, medians of "
+        f"{settings['rounds']} interleaved rounds. Hard-pruned files run on llama.cpp without the patches. "
+        "The ideal is the time without experts plus the experts' time times the share of slots kept."
     )
 
 
@@ -172,6 +187,47 @@ def quality_note(data: Json) -> str:
     )
 
 
+def methods_table(data: Json) -> Iterable[Row]:
+    """Yield KL divergences per variant, best first, each also as a multiple of the paper's combination."""
+    ratios = sorted({run["ratio"] for run in data["runs"] if run["ratio"]})
+    cells: dict[tuple[str, ...], dict[tuple[float, str], list[float]]] = {}
+    for run in data["runs"]:
+        if run["ratio"]:
+            row = cells.setdefault(tuple(run[key] for key in ("model", "method", "score", "novice")), {})
+            for text in ("like", "unlike"):
+                row.setdefault((run["ratio"], text), []).append(run[text]["kl"])
+    columns = [(ratio, text) for ratio in ratios for text in ("like", "unlike")]
+    yield "model", "method", "score", "novice", *(f"{ratio:.0%}, {text}" for ratio, text in columns)
+    order = (0.5, "like") if (0.5, "like") in columns else columns[0]
+    for key in sorted(cells, key=lambda key: (key[0], statistics.mean(cells[key][order]))):
+        paper = cells[key[0], "mone", "mone", "mean"]
+        yield *key, *(_divergence(cells[key][column], paper[column]) for column in columns)
+
+
+def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
+    """Format mean and deviation, and the multiples of the paper's values sample by sample."""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    times = [value / other for value, other in zip(values, paper, strict=True)]
+    multiples = f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+    return f"{statistics.mean(values):.4f}{deviation}, {multiples}"
+
+
+def methods_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    kinds = "; ".join(
+        f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
+        for name, kinds in settings["models"].items()
+    )
+    return (
+        "KL divergence from the unpruned model in nats per token, mean over "
+        f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens ± their "
+        "standard deviation, on "
+        f"{settings['evaluation_tokens']} held-out tokens of each kind; x: times `mone` + `mean` on the same "
+        f"sample, median (smallest to largest). Float32 in PyTorch. {kinds}."
+    )
+
+
 def memory_table(data: Json) -> Iterable[Row]:
     """Yield the peak memory of writing against the bar."""
     yield "checkpoint's experts", "outtype", "largest layer", "bar", "peak", "before", "time"
@@ -191,6 +247,61 @@ def memory_note(data: Json) -> str:
     )
 
 
+def server_table(data: Json) -> Iterable[Row]:
+    """Yield file size and resident memory, then what novices save of either."""
+    yield "file", "size", "resident memory of llama-server", "memory / size"
+    for name, run in (*data["runs"].items(), ("full less novices", data["saved"])):
+        sizes = (f"{run[key] / 1e6:.0f} MB" for key in ("size", "resident"))
+        yield name, *sizes, f"{run['resident'] / run['size']:.3f}"
+
+
+def server_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    return (
+        f"Random {settings['weights']} weights in the shape of {settings['shape']}, {settings['n_layer']} "
+        f"layers, {settings['ratio']:.0%} of the experts pruned; no memory mapping, context "
+        f"{settings['ctx']}, one slot."
+    )
+
+
+def large_table(data: Json) -> Iterable[Row]:
+    """Yield what the 6 GB model took, streamed and not."""
+    yield (
+        "--stream",
+        "model",
+        "peak memory",
+        "GGUF",
+        *(f"{stage}" for stage in data["runs"][0]["seconds"]),
+        "CPU",
+    )
+    for run in data["runs"]:
+        sizes = [f"{size / 1e9:.2f} GB" for size in (data["model"]["bytes"], run["peak"], run["size"])]
+        times = [f"{run['seconds'].get(stage, 0):.0f} s" for stage in data["runs"][0]["seconds"]]
+        yield run["stream"], *sizes, *times, f"{run['cpu_s']:.0f} s"
+
+
+def large_estimates(data: Json) -> Iterable[Row]:
+    """Yield estimates for published models on a consumer machine."""
+    yield "model", "in BF16", "memory", "disk", "calibration", "with fingerprint and writing"
+    for row in data["estimates"]:
+        sizes = [f"{row[key] / 1e9:.1f} GB" for key in ("bytes", "memory", "disk")]
+        yield row["name"], *sizes, *(f"{row[key] / 60:.1f} min" for key in ("calibrate_s", "total_s"))
+
+
+def large_note(data: Json) -> str:
+    """Say what was run, and what the estimates assume."""
+    settings, model = data["settings"], data["model"]
+    machine = settings["machine"]
+    return (
+        f"Measured: random BF16 Qwen3-MoE, {settings['n_token']} tokens, hidden states of "
+        f"{2 * settings['n_token'] * model['hidden_size'] / 1e6:.0f} MB, ratio 0.5. Estimated: "
+        f"{settings['n_token_large']} tokens, {settings['overhead'] / 1e6:.0f} MB besides what is counted, "
+        f"{machine['name']} reading {machine['read'] / 1e9:.0f} GB/s and reaching {machine['share']:.0%} of "
+        f"{machine['flops'] / 1e12:.0f} TFLOP/s."
+    )
+
+
 def spread_of(ratio: Json) -> str:
     """Format a ratio and its spread."""
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
@@ -198,15 +309,23 @@ def spread_of(ratio: Json) -> str:
 
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "speed": speed_table,
+    "speed/spread": speed_spread_table,
     "calibrate": calibrate_table,
     "quality": quality_table,
+    "methods": methods_table,
     "memory": memory_table,
+    "server": server_table,
+    "large": large_table,
+    "large/estimates": large_estimates,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
     "speed": speed_note,
     "calibrate": calibrate_note,
     "quality": quality_note,
+    "methods": methods_note,
     "memory": memory_note,
+    "server": server_note,
+    "large": large_note,
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mone_export.corpus import Document, builtin_documents, make_corpus
+from mone_export.calibration.corpus import make_corpus
+from mone_export.calibration.documents import Document, builtin_documents
 
 VOCAB_SIZE = 3072
 N_LAYER, N_EXPERT, TOP_K = 5, 32, 4
@@ -401,7 +402,7 @@ def save_model(model: PreTrainedModel, out: Path) -> None:
 
 
 def measure(folder: Path, *, seq_len: int = 512) -> dict[str, Any]:
-    """Measure the written folder on the held-out text, each kind by the rule of `mone_export.corpus`."""
+    """Measure the written folder on the held-out text, by the rule of `calibration.corpus`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_experts_implementation("grouped_mm")

@@ -39,6 +39,7 @@ TOOLS = (
     "llama-perplexity",
     "llama-bench",
     "llama-gguf-split",
+    "ggml-rpc-server",
 )
 LIBRARIES = ("llama", "mtmd")  # what llama-cpp-python loads, besides ggml
 
@@ -54,6 +55,7 @@ _COMMON_ARGS = (
     "-DBUILD_SHARED_LIBS=ON",
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
     "-DGGML_NATIVE=ON",
+    "-DGGML_RPC=ON",  # a model split over machines; nothing listens unless ggml-rpc-server is started
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_BUILD_UI=OFF",

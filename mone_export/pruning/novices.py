@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mone_export.artifacts import ExpertStats
+from mone_export.artifacts import ExpertStats, Residual
 from mone_export.errors import MoneError
 
 
@@ -28,7 +28,7 @@ def novices(stats: ExpertStats, name: str = "mean") -> Tensor:
     An expert that calibration never saw has no mean: it gets the layer's gate-weighted mean over all experts.
     """
     if name not in NOVICES:
-        raise MoneError(f"unknown novice {name}: choose from {', '.join(NOVICES)}")
+        raise MoneError(f"unknown novice {name}: choose from {', '.join(NOVICE_NAMES)}")
     vectors = NOVICES[name].function(stats)
     if name == "zero":
         return vectors
@@ -36,6 +36,27 @@ def novices(stats: ExpertStats, name: str = "mean") -> Tensor:
     return torch.where((stats.count > 0)[:, None], vectors, layer_mean)
 
 
+def joint_novices(stats: ExpertStats, residual: Residual) -> Tensor:
+    """Return the novices that minimise a layer's squared error all together, float64 [n_expert, d].
+
+    With gates g_te (0 where e is not selected) and r_t what the pruned experts add to token t, the error is
+    sum_t ||r_t - sum_e g_te N_e||^2, quadratic in N. Its derivative with respect to N_e vanishes where
+    sum_e' (sum_t g_te g_te') N_e' = sum_t g_te r_t, that is `gram N = cross`. One expert at a time (an empty
+    off-diagonal, r_t = g_te f_te) that is the `least-squares` novice; together they can make up for one
+    another. Experts that are always chosen together make `gram` singular, and so does one never chosen: a
+    ridge, `_RIDGE` times the diagonal, draws every novice towards its least-squares one. The error never
+    exceeds that of the least-squares novices, since they bear no penalty.
+    """
+    start = novices(stats, "least-squares")
+    diagonal = residual.gram.diagonal()
+    ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))[:, None]  # [M, 1]
+    solution: Tensor = torch.linalg.solve(
+        residual.gram + torch.diag(ridge[:, 0]), residual.cross + ridge * start
+    )
+    return solution
+
+
+_RIDGE = 1e-3
 _TINY = torch.finfo(torch.float64).tiny
 
 NOVICES: dict[str, Novice] = {
@@ -52,3 +73,4 @@ NOVICES: dict[str, Novice] = {
     ),
     "zero": Novice(lambda stats: torch.zeros_like(stats.out_mean), "ablation: removal in place"),
 }
+NOVICE_NAMES = (*NOVICES, "joint")  # which needs a second pass over the text, once the plan is known

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mone_export.artifacts import Calibration, ExpertStats, Scores
+from mone_export.calibration.loading import Model, loaded_experts
 from mone_export.errors import MoneError
 
 
@@ -24,7 +25,7 @@ class Score(NamedTuple):
 
 def score(calibration: Calibration, name: str = "mone", *, seed: int = 0) -> Scores:
     """Score every expert of every layer; `seed` serves `random` only."""
-    if name != "random" and name not in SCORES:
+    if name == "aimer" or name not in SCORE_NAMES:
         raise MoneError(f"unknown score {name}: choose from {', '.join(SCORE_NAMES)}")
     layers = [calibration.layers[layer] for layer in calibration.spec.moe_layers]
     if name == "random":
@@ -41,20 +42,41 @@ def score(calibration: Calibration, name: str = "mone", *, seed: int = 0) -> Sco
     return Scores(spec=calibration.spec, score=name, values=values)
 
 
+def score_weights(model: Model) -> Scores:
+    """Score every expert by its weights alone, `aimer`: minus mean|w| / rms(w) over all its matrices.
+
+    The ratio is large for weights spread evenly and small for concentrated ones; experts with a large one are
+    the ones to prune. Source: AIMER, arXiv 2603.18492.
+    """
+    values = []
+    for _, experts in loaded_experts(model):
+        matrices = [
+            getattr(experts, name).detach().flatten(1).double()
+            for name in ("gate_up_proj", "up_proj", "down_proj")
+            if isinstance(getattr(experts, name, None), Tensor)
+        ]
+        n = sum(matrix.shape[1] for matrix in matrices)
+        mean = sum((matrix.abs().sum(1) for matrix in matrices), torch.zeros(())) / n
+        square = sum((matrix.square().sum(1) for matrix in matrices), torch.zeros(())) / n
+        values.append(-(mean / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
+    return Scores(spec=model.spec, score="aimer", values=torch.stack(values))
+
+
 def standard_deviation(stats: ExpertStats) -> Tensor:
     """Return the square root of the trace of each expert's output covariance, [n_expert].
 
     With one token the variance is unknown: such an expert gets the median of the layer's known ones.
     """
     known = stats.count > 1
-    deviation = (stats.out_m2 / (stats.count - 1).clamp(min=1)).sqrt()
+    freedom = stats.weight * (stats.count - 1) / stats.count  # n - 1, for tokens that count once
+    deviation = torch.where(known, stats.out_m2 / freedom, 0.0).sqrt()
     if known.any():
         deviation = torch.where(known, deviation, deviation[known].quantile(0.5))
     return deviation
 
 
 def _per_token(total: Tensor, stats: ExpertStats) -> Tensor:
-    return total / stats.count.clamp(min=1)
+    return total / torch.where(stats.count > 0, stats.weight, 1.0)
 
 
 def _mone(stats: ExpertStats) -> Tensor:
@@ -78,7 +100,7 @@ def _error(stats: ExpertStats) -> Tensor:
 SCORES: dict[str, Score] = {
     "mone": Score(_mone, "MoNE, reference code"),
     "mone-paper": Score(_mone_paper, "MoNE, text"),
-    "frequency": Score(lambda stats: stats.count.double(), "baseline"),
+    "frequency": Score(lambda stats: stats.weight, "baseline"),
     "gate": Score(lambda stats: stats.gate_sum, "baseline RS of MoNE"),
     "variance": Score(standard_deviation, "ablation of MoNE"),
     "ean": Score(lambda stats: stats.norm_sum, "baseline of REAP"),
@@ -87,4 +109,4 @@ SCORES: dict[str, Score] = {
     "msan": Score(lambda stats: _per_token(stats.norm_sq_sum, stats), "arXiv 2606.15716"),
     "error": Score(_error, "this project"),
 }
-SCORE_NAMES = (*SCORES, "random")
+SCORE_NAMES = (*SCORES, "random", "aimer")  # aimer reads weights, not statistics

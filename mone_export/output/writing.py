@@ -8,8 +8,9 @@ from an intermediate file beside the output.
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,22 @@ from torch import Tensor
 from mone_export import __version__
 from mone_export.artifacts import Calibration, LayerPlan, Plan
 from mone_export.errors import MoneError
-from mone_export.gguf_format import FORMAT_VERSION, KEPT_COUNT_KEY, holds_ids, novice_tensor, part_of
-from mone_export.llamacpp import CONVERTER_TYPES, Conversion
-from mone_export.novices import novices
-from mone_export.quantizing import QUANTIZE_TYPES, quantize, quantized_size
+from mone_export.model import prediction_tensors
+from mone_export.output.gguf_format import (
+    COUNT_KEY,
+    FORMAT_VERSION,
+    GROUP_COUNT_KEY,
+    KEPT_COUNT_KEY,
+    holds_ids,
+    matrix_of,
+    novice_tensor,
+    part_of,
+    slot_tensor,
+)
+from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read
+from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_size
+from mone_export.output.recombining import Recombination
+from mone_export.pruning.novices import novices
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -37,27 +50,36 @@ def write(
     outfile: Path,
     *,
     novice: str = "mean",
+    vectors: Mapping[int, Tensor] | None = None,
     outtype: str = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
+    `novice` names the stand-ins; `vectors` gives them, [n_expert, d] per layer, where the statistics alone do
+    not.
+
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
-    vectors = {
-        layer.layer: _finite_novices(calibration, layer.layer, novice)
+    stand_ins = {
+        layer.layer: _finite(
+            layer.layer,
+            vectors[layer.layer] if vectors else novices(calibration.layers[layer.layer], novice),
+        )
         for layer in plan.layers
-        if layer.pruned
+        if layer.pruned and plan.method == "mone"
     }
+    importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
+    recombination = Recombination(plan, importance) if plan.method == "dern" else None
     origin = _origin(calibration.model_sha256, calibration.corpus_sha256, calibration.n_token, path)
     keys = _provenance(plan, novice) | origin
     with _removed_on_failure(outfile.with_name(outfile.name + ".part")) as part:
         if outtype in CONVERTER_TYPES:
-            _convert(path, plan, vectors, keys, part, outtype=outtype, progress=progress)
+            _convert(path, plan, stand_ins, recombination, keys, part, outtype=outtype, progress=progress)
         else:
             with _removed_on_failure(outfile.with_name(outfile.name + ".base.part")) as base:
-                _convert(path, plan, vectors, keys, base, outtype="auto", progress=progress)
+                _convert(path, plan, stand_ins, recombination, keys, base, outtype="auto", progress=progress)
                 quantize(base, part, outtype, progress=progress)
                 base.unlink()
         part.replace(outfile)
@@ -73,13 +95,14 @@ def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "aut
     blank = {
         layer.layer: torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
         for layer in plan.layers
-        if layer.pruned
+        if layer.pruned and plan.method == "mone"
     }
     keys = _provenance(plan, novice) | _origin("0" * 64, "0" * 64, 0, path)
     with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
         head = Path(folder) / "head.gguf"
         base_type = outtype if outtype in CONVERTER_TYPES else "auto"
-        conversion = _prepare(path, plan, blank, outtype=base_type)
+        recombination = Recombination(plan, {}) if plan.method == "dern" else None
+        conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
         size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
         conversion.close()
         if outtype in CONVERTER_TYPES:
@@ -115,9 +138,9 @@ def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:
         )
 
 
-def _finite_novices(calibration: Calibration, layer: int, novice: str) -> Tensor:
+def _finite(layer: int, vectors: Tensor) -> Tensor:
     """Return the novices of a layer as the file stores them, float32 [n_expert, d]."""
-    vectors = novices(calibration.layers[layer], novice).float()
+    vectors = vectors.float()
     if not torch.isfinite(vectors).all():
         raise MoneError(
             f"layer {layer}: novices are not finite in float32; calibrate again with --dtype float32, or "
@@ -130,13 +153,19 @@ def _convert(
     path: Path,
     plan: Plan,
     vectors: Mapping[int, Tensor],
+    recombination: Recombination | None,
     keys: dict[str, tuple[str, Any]],
     part: Path,
     *,
     outtype: str,
     progress: Progress | None,
 ) -> None:
-    conversion = _prepare(path, plan, vectors, outtype=outtype)
+    conversion = _prepare(path, plan, vectors, recombination, outtype=outtype)
+    behind = prediction_tensors(path, plan.spec.n_layer)
+    if behind and conversion.block_count == plan.spec.n_layer:
+        log.warning(
+            "llama.cpp's converter leaves out the blocks for multi-token prediction (%d tensors)", len(behind)
+        )
     try:
         conversion.write_head(part, _keys_for(conversion, plan) | keys)
         conversion.write_tensors(progress)
@@ -148,34 +177,72 @@ def _convert(
         conversion.close()
 
 
-def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: str) -> Conversion:
-    """Open the conversion with every tensor of the plan's layers cut or edited as the format says."""
+def _prepare(
+    path: Path,
+    plan: Plan,
+    vectors: Mapping[int, Tensor],
+    recombination: Recombination | None,
+    *,
+    outtype: str,
+) -> Conversion:
+    """Open the conversion with every tensor of the plan's layers cut or edited as the format says.
+
+    `vectors` are the novices, [n_expert, d], of each layer that gets some; `recombination` makes new experts
+    where they are not copies of the kept ones.
+    """
     pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
     scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
+
+    n_expert = plan.spec.n_expert
 
     def select(name: str) -> tuple[int, ...] | None:
         layer, part = part_of(name) or (-1, None)
         if part != "experts":
             return None
-        return pruned[layer].kept if layer in pruned else tuple(range(plan.spec.n_expert))
+        return pruned[layer].kept if layer in pruned else tuple(range(n_expert))
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         layer, part = part_of(name) or (-1, None)
         if part is None or layer not in pruned:
             return tensor
+        if recombination and part != "router":
+            raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
+        if layer not in vectors:
+            return _pick(tensor, pruned[layer].kept, n_expert)
         if part == "scale":
             scales[layer] = _scale(name, tensor)
+        if part == "router" and plan.spec.n_group > 1:
+            return tensor
         return _edit_part(part, tensor, pruned[layer], vectors[layer])
 
-    n_expert = plan.spec.n_expert
-    conversion = Conversion(path, outtype=outtype, n_expert=n_expert, select=select, edit=edit)
-    for layer in pruned.values():
-        if novice_tensor(layer.layer) not in conversion.shapes:
-            rows = torch.zeros_like(vectors[layer.layer])
-            rows[len(layer.kept) :] = vectors[layer.layer][list(layer.pruned)]
-            if layer.layer in scales:
-                rows[len(layer.kept) :] *= scales[layer.layer][list(layer.pruned), None]
-            conversion.add_tensor(novice_tensor(layer.layer), rows)
+    def rewrite(name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
+        layer, _ = part_of(name) or (-1, None)
+        if recombination and layer in pruned:
+            return recombination.rewrite(layer, matrix_of(name), read)
+        return [partial(read, expert) for expert in range(n_expert)]
+
+    conversion = Conversion(
+        path,
+        outtype=outtype,
+        n_expert=n_expert,
+        select=select,
+        edit=edit,
+        rewrite=rewrite if recombination else None,
+        no_mtp=not prediction_tensors(path, plan.spec.n_layer),
+    )
+    if recombination:
+        recombination.check()
+    for number, novice in vectors.items():
+        if novice_tensor(number) not in conversion.shapes:
+            kept, gone = pruned[number].kept, list(pruned[number].pruned)
+            rows = torch.zeros_like(novice)
+            rows[len(kept) :] = novice[gone]
+            if number in scales:
+                rows[len(kept) :] *= scales[number][gone, None]
+            conversion.add_tensor(novice_tensor(number), rows)
+        if plan.spec.n_group > 1:
+            slots = torch.argsort(torch.tensor(pruned[number].order)).to(torch.int32)[:, None]
+            conversion.add_tensor(slot_tensor(number), slots)
     _check_complete(conversion, plan)
     return conversion
 
@@ -183,10 +250,7 @@ def _prepare(path: Path, plan: Plan, vectors: Mapping[int, Tensor], *, outtype: 
 def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> Tensor:
     """Bring a tensor with an expert axis into the layer's order; pruned experts get novices or zeros."""
     if part == "router":
-        # the expert axis is the first of [M, d] and [M], the last of [1, M]
-        return (
-            tensor[list(layer.order)] if tensor.shape[0] == len(layer.order) else tensor[:, list(layer.order)]
-        )
+        return _pick(tensor, layer.order, len(layer.order))
     own = tensor[list(layer.kept)]
     rows = torch.zeros(len(layer.pruned), *tensor.shape[1:])
     if part == "down bias":
@@ -194,6 +258,11 @@ def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> 
     elif part == "scale":
         rows = torch.ones(len(layer.pruned))
     return torch.cat([own, type(tensor).from_eager(rows)])  # type: ignore[attr-defined]
+
+
+def _pick(tensor: Tensor, experts: Sequence[int], n_expert: int) -> Tensor:
+    """Index the expert axis: the first of [M, d] and [M], the last of [1, M]."""
+    return tensor[list(experts)] if tensor.shape[0] == n_expert else tensor[:, list(experts)]
 
 
 def _scale(name: str, tensor: Tensor) -> Tensor:
@@ -206,6 +275,12 @@ def _scale(name: str, tensor: Tensor) -> Tensor:
 
 def _check_complete(conversion: Conversion, plan: Plan) -> None:
     """Refuse to write where the converter bypassed the seam: wrong counts would only surface when loading."""
+    n_group = conversion.key(GROUP_COUNT_KEY) or 1
+    if n_group != plan.spec.n_group:
+        raise MoneError(
+            f"{plan.spec.arch} chooses experts in {plan.spec.n_group} groups, the file would in {n_group}: "
+            "llama.cpp would route differently from the model"
+        )
     for layer in plan.layers:
         if layer.pruned and (name := holds_ids(conversion.shapes, layer.layer)):
             raise MoneError(f"{name} refers to experts by their number: such layers are not supported yet")
@@ -221,6 +296,20 @@ def _check_complete(conversion: Conversion, plan: Plan) -> None:
                 f"layer {layer.layer}: llama.cpp's converter writes {found}, not {len(layer.kept)} experts; "
                 "this checkpoint's experts cannot be pruned yet: try a BF16 checkpoint of the model"
             )
+    if plan.method != "mone":
+        _check_one_count(conversion, plan)
+
+
+def _check_one_count(conversion: Conversion, plan: Plan) -> None:
+    """Refuse layers of experts beside the plan's: an ordinary file has one number of experts for all."""
+    planned = {layer.layer for layer in plan.layers}
+    for name in conversion.shapes:
+        layer, part = part_of(name) or (-1, None)
+        if part == "experts" and layer not in planned:
+            raise MoneError(
+                f"{name}: experts outside the model's own layers stay whole, and with --method {plan.method} "
+                "all layers have the same number of experts: use --method mone"
+            )
 
 
 def _keys_for(conversion: Conversion, plan: Plan) -> dict[str, tuple[str, Any]]:
@@ -228,6 +317,8 @@ def _keys_for(conversion: Conversion, plan: Plan) -> dict[str, tuple[str, Any]]:
     pruned = [layer for layer in plan.layers if layer.pruned]
     if not pruned:
         return {}
+    if plan.method != "mone":
+        return {COUNT_KEY.format(arch=conversion.arch): ("UINT32", len(pruned[0].kept))}
     counts = [0] * conversion.block_count
     for layer in pruned:
         counts[layer.layer] = len(layer.kept)
@@ -243,7 +334,7 @@ def _provenance(plan: Plan, novice: str) -> dict[str, tuple[str, Any]]:
         "mone.format_version": ("UINT32", FORMAT_VERSION),
         "mone.method": ("STRING", plan.method),
         "mone.score": ("STRING", plan.score),
-        "mone.novice": ("STRING", novice),
+        "mone.novice": ("STRING", novice if plan.method == "mone" else "none"),
         "mone.scope": ("STRING", plan.scope),
         "mone.ratio": ("FLOAT32", plan.share_pruned),
         "mone.tool_version": ("STRING", __version__),

@@ -8,8 +8,10 @@ layer.
 """
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,8 @@ from mone_export.runtime import Progress, tree
 log = logging.getLogger(__name__)
 
 Select = Callable[[str], Sequence[int] | None]  # tensor name -> experts to keep, None: not an expert tensor
+Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]
+Rewrite = Callable[[str, Read], Sequence[Callable[[], Tensor]]]  # tensor name, reader -> the experts to write
 Edit = Callable[[str, Tensor], Tensor]  # tensor name, the (lazy) tensor -> what is written in its place
 
 CONVERTER_TYPES = {
@@ -34,18 +38,36 @@ CONVERTER_TYPES = {
 }
 
 # what the converter raises for a model it cannot handle (NotImplementedError is a RuntimeError)
-_CONVERTER_ERRORS = (ValueError, KeyError, RuntimeError, OSError)
+_CONVERTER_ERRORS = (ValueError, KeyError, RuntimeError, OSError, AssertionError, TypeError, AttributeError)
 
 
 class Conversion:
     """A model opened for conversion: every tensor is known by name, shape and type, none is read yet."""
 
-    def __init__(self, path: Path, *, outtype: str, n_expert: int, select: Select, edit: Edit) -> None:
-        """Open the model in `path`; `MoneError` when llama.cpp has no converter for it."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        outtype: str,
+        n_expert: int,
+        select: Select,
+        edit: Edit,
+        rewrite: Rewrite | None = None,
+        no_mtp: bool = False,
+    ) -> None:
+        """Open the model in `path`; `MoneError` when llama.cpp has no converter for it.
+
+        `no_mtp`: the checkpoint holds no blocks for multi-token prediction, whatever its config says.
+        With `rewrite` the selected experts of a tensor are not copied but made, one when it is to be written.
+        """
         self._path = path
+        self._metadata_ready = False
         self._gguf, conversion = _load_converter()
         converter = _converter_class(conversion, path)
-        opened = _opened_class(converter, self._gguf, conversion.LazyTorchTensor, n_expert, select, edit)
+        opened = _opened_class(
+            converter, self._gguf, conversion.LazyTorchTensor, n_expert, select, edit, rewrite
+        )
+        opened.no_mtp |= no_mtp
         ftype = self._gguf.LlamaFileType[CONVERTER_TYPES[outtype]]
         self._lazy = conversion.LazyTorchTensor.from_eager
         with torch.inference_mode():
@@ -63,23 +85,27 @@ class Conversion:
         """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
         return {name: tuple(info.shape) for name, info in self._model.gguf_writer.tensors[0].items()}
 
+    def key(self, name: str) -> Any:
+        """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
+        self._prepare_metadata()
+        value = self._model.gguf_writer.kv_data[0].get(name.format(arch=self.arch))
+        return value and value.value
+
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Add a float32 tensor of our own."""
+        """Add a float32 or int32 tensor of our own."""
         self._model.gguf_writer.add_tensor(name, tensor.numpy())
 
     def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
         """Write header, metadata and tensor list to `part`, and return the size the finished file will have.
 
-        `keys` maps each additional key to (GGUF type, value); a list value makes an array of that type.
+        `keys` maps each key, additional or replaced, to (GGUF type, value); a list value makes an array of
+        that type.
         """
+        self._prepare_metadata()
         writer = self._model.gguf_writer
-        with torch.inference_mode():
-            try:
-                self._model.prepare_metadata(vocab_only=False)
-            except _CONVERTER_ERRORS as error:
-                raise _cannot_convert(self._path, error) from None
         types = self._gguf.GGUFValueType
         for key, (kind, value) in keys.items():
+            writer.remove_key(key)  # where the converter has written it, ours holds
             if isinstance(value, list):
                 writer.add_key_value(key, value, types.ARRAY, sub_type=types[kind])
             else:
@@ -110,6 +136,36 @@ class Conversion:
     def close(self) -> None:
         """Close the output file, if one is open."""
         self._model.gguf_writer.close()
+
+    def _prepare_metadata(self) -> None:
+        """Have llama.cpp collect all keys, once; all tensors must be known."""
+        if self._metadata_ready:
+            return
+        with torch.inference_mode():
+            try:
+                self._model.prepare_metadata(vocab_only=False)
+            except _CONVERTER_ERRORS as error:
+                raise _cannot_convert(self._path, error) from None
+        self._metadata_ready = True
+
+
+def projector_command(path: Path, outfile: Path) -> str | None:
+    """Return the command that converts a model's vision or audio part, None where there is none for it.
+
+    The text part is exported here; what encodes images into its tokens is llama.cpp's business alone, in a
+    file of its own beside `outfile`.
+    """
+    _, conversion = _load_converter()
+    hparams = conversion.ModelBase.load_hparams(path, False)
+    if not (hparams.get("vision_config") or hparams.get("audio_config")):
+        return None
+    try:
+        name = conversion.get_model_architecture(hparams, conversion.ModelType.MMPROJ)
+        conversion.get_model_class(name, mmproj=True)
+    except (NotImplementedError, ValueError, KeyError):
+        return None
+    program, projector = tree() / "convert_hf_to_gguf.py", outfile.with_name(f"mmproj-{outfile.name}")
+    return shlex.join([sys.executable, str(program), "--mmproj", str(path), "--outfile", str(projector)])
 
 
 def _load_converter() -> tuple[Any, Any]:
@@ -145,25 +201,53 @@ def _converter_class(conversion: Any, path: Path) -> Any:
         ) from None
 
 
-def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: Select, edit: Edit) -> Any:
+def _opened_class(
+    base: Any,
+    gguf: Any,
+    lazy_torch: Any,
+    n_expert: int,
+    select: Select,
+    edit: Edit,
+    rewrite: Rewrite | None,
+) -> Any:
     """Subclass a converter so that `select` and `edit` see every tensor under its GGUF name."""
+    edited: set[str] = set()
+
+    def prepare_tensors(self: Any) -> None:
+        """Open the way around `modify_tensors` too: the writer gets experts that stay as they are packed."""
+        add_tensor = self.gguf_writer.add_tensor
+
+        def add(name: str, tensor: Any, *args: Any, **named: Any) -> None:
+            experts = None if name in edited else select(name)
+            add_tensor(name, tensor if experts is None else tensor[list(experts)], *args, **named)
+
+        self.gguf_writer.add_tensor = add
+        base.prepare_tensors(self)
+        self.gguf_writer.add_tensor = add_tensor
 
     def modify_tensors(self: Any, data: Any, name: str, bid: int | None) -> Any:
         outputs = list(base.modify_tensors(self, data, name, bid))
         for position, (new_name, tensor) in enumerate(outputs):
             experts = select(new_name)
+            edited.add(new_name)
             if experts is None:
                 yield new_name, edit(new_name, tensor)
-            elif tensor._func is torch.stack:  # a checkpoint with one tensor per expert
-                yield new_name, chunked([tensor._args[0][expert] for expert in experts], tensor)
+                continue
+            read_from = range(n_expert) if rewrite else experts
+            if tensor._func is torch.stack:  # a checkpoint with one tensor per expert
+                single = {expert: tensor._args[0][expert] for expert in read_from}
             elif (
                 data.dim() == 3
                 and data.shape[0] == n_expert == tensor.shape[0]
                 and name in self.model_tensors
             ):
-                yield new_name, chunked([one_expert(self, name, bid, position, e) for e in experts], tensor)
+                single = {expert: one_expert(self, name, bid, position, expert) for expert in read_from}
             else:
                 yield new_name, tensor[list(experts)]
+                continue
+            read = reader(single)
+            made = rewrite(new_name, read) if rewrite else [partial(read, expert) for expert in experts]
+            yield new_name, chunked(made, tensor)
 
     def one_expert(self: Any, name: str, bid: int | None, position: int, expert: int) -> Any:
         """Convert a single expert of a fused tensor: what the whole conversion would give, for one slice."""
@@ -172,24 +256,26 @@ def _opened_class(base: Any, gguf: Any, lazy_torch: Any, n_expert: int, select: 
             data = data.to(torch.float32)
         return list(base.modify_tensors(self, data, name, bid))[position][1][0]
 
-    def chunked(experts: list[Any], whole: Any) -> Any:
-        def chunk(position: int) -> Callable[[], Any]:
-            def read() -> Any:
-                # taken out of the list, since an evaluated lazy tensor keeps its data
-                tensor, experts[position] = experts[position], None
-                return lazy_torch.to_eager(tensor).contiguous().numpy()
+    def reader(experts: dict[int, Any]) -> Read:
+        def read(expert: int) -> Tensor:
+            # taken out, since an evaluated lazy tensor keeps its data
+            tensor: Tensor = lazy_torch.to_eager(experts.pop(expert))
+            return tensor
 
-            return read
+        return read
 
-        shape = (len(experts), *whole.shape[1:])
-        return gguf.LazyChunkedTensor(
-            [chunk(position) for position in range(len(experts))], shape, lazy_torch._dtype_map[whole.dtype]
-        )
+    def chunked(experts: Sequence[Callable[[], Tensor]], whole: Any) -> Any:
+        def chunk(expert: Callable[[], Tensor]) -> Any:
+            return expert().to(dtype).contiguous().numpy()
+
+        dtype, shape = whole.dtype, (len(experts), *whole.shape[1:])
+        chunks = [partial(chunk, expert) for expert in experts]
+        return gguf.LazyChunkedTensor(chunks, shape, lazy_torch._dtype_map[dtype])
 
     # llama.cpp's classes insist that `model_arch` stands in the class body
-    return type(
-        f"Opened{base.__name__}", (base,), {"model_arch": base.model_arch, "modify_tensors": modify_tensors}
-    )
+    body = {"model_arch": base.model_arch}
+    body |= {"modify_tensors": modify_tensors, "prepare_tensors": prepare_tensors}
+    return type(f"Opened{base.__name__}", (base,), body)
 
 
 def _cannot_convert(path: Path, error: Exception) -> MoneError:

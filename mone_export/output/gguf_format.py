@@ -9,7 +9,15 @@ ascending order of the original ids (the layer's `order`).
     blk.N.ffn_down_exps.bias                       F32, M rows: own bias or 0 for kept, novices for pruned
     blk.N.ffn_{gate,up,gate_up}_exps.bias          M rows in `order`, 0 for pruned
     blk.N.ffn_down_exps.scale                      M entries in `order`, 1 for pruned: novices contain it
+    blk.N.ffn_exps_slot                            I32, [M, 1]: only where routing is by groups, see below
     everything else, and every layer with R = M    untouched
+
+With the methods that take experts out of the router no novice exists and no such key is written: the file is
+an ordinary one of R experts, with R rows of the router, that any llama.cpp runs.
+
+Where a token first chooses groups of experts, an expert's number says which group it is in. There router and
+selection bias stay as they were, and `ffn_exps_slot` maps the number of an expert to its place in `order`,
+which the runtime uses for matrices, biases and scales only.
 
 A routed id >= R selects no matrix: its product is zero by definition of the runtime's flagged MUL_MAT_ID, the
 bias addition gives it its novice, and the router's weight multiplies that as it does any expert's output.
@@ -26,6 +34,8 @@ from typing import Literal
 
 FORMAT_VERSION = 1
 KEPT_COUNT_KEY = "{arch}.expert_kept_count"
+COUNT_KEY = "{arch}.expert_count"
+GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
 
 Part = Literal["experts", "down bias", "bias", "scale", "router"]
 
@@ -47,6 +57,13 @@ def part_of(name: str) -> tuple[int, Part] | None:
     return None
 
 
+def matrix_of(name: str) -> str:
+    """Return which of an expert's matrices a tensor holds: gate, up, down or gate_up."""
+    match = _EXPERTS.fullmatch(name)
+    assert match is not None, name
+    return match[2]
+
+
 def holds_ids(names: Iterable[str], layer: int) -> str | None:
     """Return the first tensor of a layer that depends on the numbers of experts, if there is one."""
     pattern = re.compile(rf"blk\.{layer}\.(ffn_gate_tid2eid|ffn_(gate|up|down)_chexps)\..*")
@@ -56,3 +73,8 @@ def holds_ids(names: Iterable[str], layer: int) -> str | None:
 def novice_tensor(layer: int) -> str:
     """Return the name of the tensor that holds a layer's novices."""
     return f"blk.{layer}.ffn_down_exps.bias"
+
+
+def slot_tensor(layer: int) -> str:
+    """Return the name of the tensor that maps experts' numbers to slots where the router keeps its order."""
+    return f"blk.{layer}.ffn_exps_slot"

@@ -1,0 +1,105 @@
+"""A folder that keeps what a calibration has finished: the same command goes on after any death.
+
+    job.json            what is calibrated: model, text, and the options that change the sums
+    <step>.safetensors  the statistics of a step: layer <step> - 1 of a streamed model, or all layers after
+                        the first <step> rows of one in memory
+    states/             what a streamed model's layers have handed on (`streaming.RowStates`)
+
+A step's file appears, complete, by a rename; whatever it does not yet speak for is computed again.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mone_export.artifacts import ExpertStats, load_layers, save_layers
+from mone_export.errors import MoneError
+
+log = logging.getLogger(__name__)
+
+Job = Mapping[str, str | int]
+
+
+class Checkpoint:
+    """The steps of one job in one folder."""
+
+    def __init__(self, folder: Path, job: Job) -> None:
+        """Begin or go on; raises `MoneError` when the folder belongs to another job."""
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = begun(folder)
+            for what, value in job.items():
+                if found and found.get(what) != value:
+                    raise MoneError(
+                        f"{folder} was begun with {what} {found.get(what)}, now it is {value}: choose "
+                        "another --workdir, or the same model, text, --chunks, --ctx-size and options"
+                    )
+            self._sweep()
+            if not found:
+                part = folder / "job.json.part"
+                part.write_text(json.dumps(dict(job), indent=1))
+                part.replace(folder / "job.json")
+        except OSError as error:
+            raise MoneError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
+
+    @property
+    def states(self) -> Path:
+        """The folder for what a streamed model's layers hand on."""
+        return self.folder / "states"
+
+    def reserve(self, needed: int) -> None:
+        """Say how many bytes the folder will take at most; raises `MoneError` when there are fewer."""
+        log.info("%s will take up to %.1f MB", self.folder, needed / 1e6)
+        taken = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if needed - taken > (free := shutil.disk_usage(self.folder).free):
+            raise MoneError(
+                f"{self.folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
+                "free some space, choose another --workdir, or pass fewer --chunks"
+            )
+
+    def steps(self) -> list[int]:
+        """Return the finished steps, ascending."""
+        return sorted(int(file.stem) for file in self.folder.glob("*.safetensors"))
+
+    def load(self, step: int) -> dict[int, ExpertStats]:
+        """Return the statistics of a finished step, by layer."""
+        return load_layers(self._file(step))[1]
+
+    def save(self, step: int, layers: Mapping[int, ExpertStats]) -> None:
+        """Keep the statistics of a step; once this returns, the step is finished."""
+        save_layers(self._file(step), layers, {})
+
+    def forget(self, step: int) -> None:
+        """Remove a step that a later one includes."""
+        self._file(step).unlink()
+
+    def clear(self) -> None:
+        """Remove all steps: the statistics are complete, and kept elsewhere."""
+        for step in self.steps():
+            self.forget(step)
+        self._sweep()
+        shutil.rmtree(self.states, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a process that died left half written."""
+        for file in (*self.folder.glob(".tmp*"), *self.folder.glob("*.part")):
+            file.unlink()
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{step}.safetensors"
+
+
+def begun(folder: Path) -> dict[str, str | int]:
+    """Return the job that a folder was begun with; nothing for a new one."""
+    try:
+        job: dict[str, str | int] = json.loads((folder / "job.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise MoneError(
+            f"{folder} is no work folder of mone-export ({error}): choose another --workdir"
+        ) from None
+    return job

@@ -1,0 +1,196 @@
+"""Calibration text: documents tokenised and cut into equal rows.
+
+The rule, so that anybody can repeat it: documents in the order given, each tokenised on its own with the
+tokenizer's special tokens (usually one BOS in front; a chat has those of its template instead), concatenated,
+cut into rows of `seq_len` tokens, the first `n_row` rows taken; an incomplete last row is dropped. Rows are
+full and equal in length, so no padding ever exists.
+
+With weights, each text is cut into rows of its own by that rule and gives its share of the `n_row`; rows of
+different texts then alternate evenly, so that the first rows are a mix like the whole.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mone_export.artifacts import Corpus
+from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
+from mone_export.errors import MoneError
+
+log = logging.getLogger(__name__)
+
+
+class _Text(NamedTuple):
+    """What one -f or --dataset gives: documents, and their weight if it is said."""
+
+    name: str
+    documents: Iterable[Document]
+    weight: float | None = None
+
+
+def read_corpus(
+    files: Iterable[str | Path] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    datasets: Iterable[str] = (),
+    field: str = "text",
+    seed: int = 0,
+    n_row: int = 100,
+    seq_len: int = 2048,
+) -> Corpus:
+    """Read texts, or the built-in documents where none is given, into a `Corpus`.
+
+    `files` are paths of text or JSONL files, `datasets` have the form `id[:config][:split]`. Any of them may
+    end in `=WEIGHT`, then all must: the rows are shared out in proportion. `field` is where records hold
+    their text; `seed` shuffles datasets.
+
+    Raises `MoneError` when a text cannot be used or there are fewer than `n_row` rows.
+    """
+    texts = [_file_text(str(file), tokenizer, field) for file in files or ()]
+    texts += [_dataset_text(name, tokenizer, field, seed) for name in datasets]
+    if not texts:
+        texts = [_Text("built-in", builtin_documents("calibration"))]
+    weights = [text.weight for text in texts if text.weight is not None]
+    if not weights:
+        return _corpus(texts, tokenizer, n_row=n_row, seq_len=seq_len)
+    if len(weights) < len(texts):
+        without = next(text.name for text in texts if text.weight is None)
+        raise MoneError(f"{without} has no weight, but others have: give =WEIGHT to every text or to none")
+    mixed = [
+        _corpus([text], tokenizer, n_row=share, seq_len=seq_len)
+        for text, share in zip(texts, _rows_per_text(texts, weights, n_row), strict=True)
+    ]
+    return _interleaved(mixed)
+
+
+def make_corpus(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, name: str, n_row: int, seq_len: int
+) -> Corpus:
+    """Tokenise documents by the module's rule, reading no more of them than the rows need."""
+    return _corpus([_Text(name, documents)], tokenizer, n_row=n_row, seq_len=seq_len)
+
+
+def head(corpus: Corpus, n_row: int) -> Corpus:
+    """Return the first rows of a corpus as one of its own."""
+    tokens, origin, sources = corpus.tokens[:n_row], None, {}
+    if corpus.origin is not None:
+        origin = corpus.origin[:n_row]
+        counts = torch.bincount(origin.flatten(), minlength=len(corpus.sources)).tolist()
+        sources = dict(zip(corpus.sources, counts, strict=True))
+    return Corpus(tokens, corpus.name, fingerprint_rows(tokens), sources, origin)
+
+
+def fingerprint_rows(tokens: Tensor) -> str:
+    """Return the SHA-256 of rows of tokens, int64 [n_row, seq_len]: of their shape and values."""
+    header = json.dumps(list(tokens.shape)).encode()
+    return hashlib.sha256(header + tokens.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _corpus(
+    texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, *, n_row: int, seq_len: int
+) -> Corpus:
+    """Concatenate the texts' documents and cut them into rows."""
+    if n_row < 1 or seq_len < 2:
+        raise MoneError(
+            f"--chunks {n_row} of --ctx-size {seq_len} tokens: at least 1 row of 2 tokens is needed"
+        )
+    wanted = n_row * seq_len
+    ids: list[int] = []
+    sources: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        before = len(ids)
+        if before < wanted:
+            _append_ids(ids, text.documents, tokenizer, wanted)
+        label = text.name if text.name not in sources else f"{text.name} ({number + 1})"
+        sources[label] = max(min(len(ids), wanted) - before, 0)
+    name = ", ".join(text.name for text in texts)
+    available = len(ids) // seq_len
+    if available < n_row:
+        asked, remedy = "--chunks", f"pass --chunks {available}" if available else "lower --ctx-size"
+        if texts[0].weight is not None:
+            asked, remedy = "its share of --chunks", "lower its weight or --chunks"
+        raise MoneError(
+            f"{name} gives {available} rows of {seq_len} tokens ({len(ids)} tokens), "
+            f"{asked} asks for {n_row}: add text or {remedy}"
+        )
+    for unused in (source for source, n_token in sources.items() if not n_token):
+        log.info("%s is not used: the text before it fills the rows; =WEIGHT gives each a share", unused)
+    tokens = torch.tensor(ids[:wanted], dtype=torch.int64).reshape(n_row, seq_len)
+    numbers = torch.arange(len(sources), dtype=torch.int16)
+    origin = numbers.repeat_interleave(torch.tensor(list(sources.values()))).reshape(n_row, seq_len)
+    return Corpus(tokens, name, fingerprint_rows(tokens), sources, origin)
+
+
+def _append_ids(
+    ids: list[int], documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, wanted: int
+) -> None:
+    for document in documents:
+        # verbose=False: a document longer than the model's context is expected here, it is cut into rows
+        special = document.kind != "chat"  # a template writes its own
+        ids += tokenizer(document.text, add_special_tokens=special, verbose=False)["input_ids"]
+        if len(ids) >= wanted:
+            break
+
+
+def _interleaved(parts: Sequence[Corpus]) -> Corpus:
+    """Put the rows of several corpora in one order: row k of n comes at (k + 1/2) / n, equals as given."""
+    places = [
+        ((2 * row + 1) / (2 * len(part.tokens)), number, row)
+        for number, part in enumerate(parts)
+        for row in range(len(part.tokens))
+    ]
+    order = sorted(places)
+    tokens = torch.stack([parts[number].tokens[row] for _, number, row in order])
+    numbers = torch.tensor([number for _, number, _ in order], dtype=torch.int16)
+    names = [part.name for part in parts]
+    labels = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+    sources = {label: part.tokens.numel() for label, part in zip(labels, parts, strict=True)}
+    origin = numbers[:, None].expand_as(tokens)
+    return Corpus(tokens, ", ".join(names), fingerprint_rows(tokens), sources, origin)
+
+
+def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int) -> list[int]:
+    """Share out the rows in proportion: whole rows first, those left over to the largest remainders."""
+    shares = [n_row * weight / sum(weights) for weight in weights]
+    rows = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(texts)), key=lambda i: rows[i] - shares[i])
+    for i in by_remainder[: n_row - sum(rows)]:
+        rows[i] += 1
+    if 0 in rows:
+        name = texts[rows.index(0)].name
+        raise MoneError(
+            f"the weight of {name} gives it none of {n_row} rows: raise it or --chunks, or leave it out"
+        )
+    return rows
+
+
+def _file_text(given: str, tokenizer: PreTrainedTokenizerBase, field: str) -> _Text:
+    path, weight = (given, None) if Path(given).exists() else _split_weight(given)
+    return _Text(Path(path).name, read_documents(Path(path), tokenizer, field=field), weight)
+
+
+def _dataset_text(given: str, tokenizer: PreTrainedTokenizerBase, field: str, seed: int) -> _Text:
+    name, weight = (given, None) if Path(given).exists() else _split_weight(given)
+    return _Text(Path(name).name, read_dataset(name, tokenizer, field=field, seed=seed), weight)
+
+
+def _split_weight(given: str) -> tuple[str, float | None]:
+    """Split `name=0.7` into name and weight; an `=` that no number follows belongs to the name."""
+    name, equals, number = given.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        return given, None
+    if not equals:
+        return given, None
+    if not 0 < weight < math.inf:
+        raise MoneError(f"{given}: a weight is a number above 0")
+    return name, weight

@@ -1,0 +1,153 @@
+"""load(): a model's weights for calibration, all of them or, where they do not fit, a layer at a time."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from mone_export.artifacts import MoeSpec
+from mone_export.calibration.streaming import LayerFiles
+from mone_export.errors import MoneError, first_line
+from mone_export.memory import free_memory, give_back
+from mone_export.model import (
+    auto_class,
+    expert_modules,
+    inspect,
+    load_tokenizer,
+    packing,
+    read_config,
+    resolve_device,
+    skeleton,
+)
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Stream = Literal["auto", "on", "off"]
+
+_SPARE = 1.3  # what a model in memory needs beside its weights: statistics, a batch on its way
+_LAYERS = 5  # a streamed one: a layer, the next one, copies while experts are stacked, statistics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A model to calibrate: the one value of the road that is never saved.
+
+    `files` is None when all weights are in memory, else what brings each decoder layer in its turn.
+    """
+
+    spec: MoeSpec
+    path: Path
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    files: LayerFiles | None = None
+
+
+def load(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    stream: Stream = "auto",
+    memory: int | None = None,
+) -> Model:
+    """Load weights and tokenizer for calibration.
+
+    `device` auto means CUDA when there is one; `dtype` auto means the checkpoint's own, except on a CPU with
+    room for float32, where float32 is both faster and more exact; `stream` auto brings the decoder layers one
+    at a time when they do not fit together. `memory` is what may be used, in bytes (default: what is free).
+    """
+    give_back()  # what the stages before have used
+    spec = inspect(path)
+    device = resolve_device(device)
+    torch_dtype, streamed = choose(path, spec, device=device, dtype=dtype, stream=stream, memory=memory)
+    options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
+    module, files = open_streamed(path, **options) if streamed else (load_module(path, **options), None)
+    log.info(
+        "loaded %s as %s on %s%s", path.name, torch_dtype, device, ", layer by layer" if streamed else ""
+    )
+    return Model(spec=spec, path=path, module=module, tokenizer=load_tokenizer(path), files=files)
+
+
+def loaded_experts(model: Model) -> Iterator[tuple[int, Any]]:
+    """Yield (layer number, experts module) in ascending order, each with its weights in memory."""
+    experts = dict(expert_modules(model.module))
+    for layer in model.files.each() if model.files else sorted(experts):
+        if layer in experts:
+            yield layer, experts[layer]
+
+
+def choose(
+    path: Path, spec: MoeSpec, *, device: str, dtype: Dtype, stream: Stream, memory: int | None = None
+) -> tuple[torch.dtype, bool]:
+    """Return (precision, whether the layers are streamed) as `load` would use them."""
+    room = free_memory(device) if memory is None or device != "cpu" else memory
+    model = skeleton(read_config(path))
+    own, size = model.dtype, sum(parameter.numel() for parameter in model.parameters())
+    wanted = [own] if dtype == "auto" else [getattr(torch, dtype)]
+    if dtype == "auto" and device == "cpu":
+        wanted = [torch.float32, own]
+    for each in wanted if stream != "on" else ():
+        if size * each.itemsize * _SPARE < room * (0.6 if each != wanted[-1] else 1):
+            return each, False
+    if stream == "off":
+        return wanted[-1], False
+    layer = size / spec.n_layer
+    fits = (each for each in wanted if layer * each.itemsize * _LAYERS < room / 2)
+    return next(fits, wanted[-1]), True
+
+
+def load_module(path: Path, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load all weights, unpacked where the checkpoint is quantised."""
+    config = _unpacking(read_config(path))
+    try:
+        loaded: Any = auto_class(config).from_pretrained(
+            path, config=config, dtype=dtype, device_map=None, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise MoneError(
+            f"cannot load the weights in {path}: {first_line(error)}; is the folder complete?"
+        ) from None
+    module, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise MoneError(
+            f"{path} lacks {len(missing)} of the model's tensors, {missing[0]} among them: get it again"
+        )
+    try:
+        moved: PreTrainedModel = module.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise MoneError(
+            f"cannot move the model to --device {device}: {first_line(error)}; "
+            "try --stream on or --device cpu"
+        ) from None
+    return moved
+
+
+def open_streamed(path: Path, *, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, LayerFiles]:
+    """Return a model without its decoder layers' weights, and what brings them in their turn."""
+    # oneDNN, and PyTorch above it, keep code for every number of rows an expert has seen: 0.5 GB of it; too
+    # late where either has run before
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "16")
+    config = _unpacking(read_config(path))
+    quantizer: Any = None
+    if packing(config):
+        quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    with torch.device("meta"):
+        module: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype).eval()
+    if quantizer:
+        quantizer.preprocess_model(model=module, dtype=dtype, device_map=None)
+    return module, LayerFiles(path, module, device=device, dtype=dtype, quantizer=quantizer)
+
+
+def _unpacking(config: Any) -> Any:
+    if found := packing(config):
+        config.quantization_config = {**found, "dequantize": True}
+    return config

@@ -1,0 +1,161 @@
+"""The loaded model as it would be after pruning: novices in place of experts, and nothing rebuilt.
+
+An experts module adds up `g_e E_e(x)` over the selected experts. With the weights of pruned experts set to
+zero it gives what the kept ones contribute, with those of kept ones set to zero what the pruned ones do;
+neither needs to know how a family computes its experts, and both work under `observe`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
+from mone_export.calibration.loading import Model
+from mone_export.calibration.passes import calibrate, run_rows
+from mone_export.model import expert_modules
+from mone_export.runtime import Progress
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, experts' ids, their weights -> output
+
+
+@contextmanager
+def masked(
+    model: PreTrainedModel, pruned: Mapping[int, Sequence[int]], vectors: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """Let `vectors[layer]` [n_expert, d] answer for the experts `pruned[layer]` inside the block."""
+
+    def wrap(layer: int, experts: Any) -> Forward:
+        novices = vectors[layer].to(experts.down_proj)
+
+        def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            is_pruned = _mask(pruned[layer], experts, ids.device)
+            gone = is_pruned[ids]  # [n_token, top_k]
+            kept: Tensor = type(experts).forward(experts, hidden, ids, weights * ~gone)
+            spread = torch.zeros(len(ids), len(novices), dtype=novices.dtype, device=ids.device)
+            spread.scatter_(1, ids, (weights * gone).to(novices.dtype))
+            return kept + (spread @ novices).to(kept.dtype)
+
+        return forward
+
+    with _wrapped(model, [layer for layer in pruned if len(pruned[layer])], wrap):
+        yield
+
+
+def measure_residuals(
+    model: Model, corpus: Corpus, plan: Plan, *, memory: int | None = None, progress: Progress | None = None
+) -> dict[int, Residual]:
+    """Run the text once more through the unpruned model: what did each layer's pruned experts add to it?"""
+    with torch.inference_mode(), _observed_residuals(model.module, plan) as found:
+        run_rows(model, corpus.tokens, found, memory=memory, progress=progress, what="second pass")
+    return found
+
+
+def recalibrate(
+    model: Model,
+    corpus: Corpus,
+    calibration: Calibration,
+    decide: Callable[[Calibration], Plan],
+    stand_in: Callable[[ExpertStats], Tensor],
+    *,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure each layer anew behind the layers before it as they are after pruning, in their order.
+
+    `decide` gives the plan that statistics lead to, each layer by itself, `stand_in` a layer's novices. The
+    text runs through the model once for every layer but the first, which nothing pruned stands before.
+    """
+    pruned: dict[int, Sequence[int]] = {}
+    vectors: dict[int, Tensor] = {}
+    layers = dict(calibration.layers)
+    for layer in calibration.spec.moe_layers:
+        if pruned:
+            with masked(model.module, pruned, vectors):
+                found = calibrate(model, corpus, model_sha256=calibration.model_sha256, progress=progress)
+            layers[layer] = found.layers[layer]
+        calibration = replace(calibration, layers=dict(layers))
+        pruned |= {part.layer: part.pruned for part in decide(calibration).layers if part.layer == layer}
+        vectors[layer] = stand_in(layers[layer])
+    return calibration
+
+
+class Divergence:
+    """How far a model with novices strays from the unpruned one on some rows of text."""
+
+    def __init__(self, model: Model, rows: Tensor, *, n_position: int = 64) -> None:
+        """Take rows int64 [n_row, seq_len]; in each, `n_position` evenly spaced predictions are compared."""
+        self._model = model.module
+        self._rows = rows
+        last = rows.shape[1] - 1
+        self._positions = torch.linspace(0, last, min(n_position, last + 1)).long().unique()
+        self._wanted = self._log_probabilities()
+
+    def __call__(self, pruned: Mapping[int, Sequence[int]], vectors: Mapping[int, Tensor]) -> float:
+        """Return the mean KL(unpruned || pruned) in nats with `vectors` in place of `pruned` experts."""
+        with masked(self._model, pruned, vectors):
+            found = self._log_probabilities()
+        return float((self._wanted.exp() * (self._wanted - found)).sum(-1).double().mean())
+
+    def _log_probabilities(self) -> Tensor:
+        device = self._model.device
+        keep = self._positions.to(device)
+        with torch.inference_mode():
+            logits = [
+                self._model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=keep).logits
+                for row in self._rows
+            ]
+            return torch.cat(logits).float().log_softmax(-1)  # [n_row, n_position, n_vocab]
+
+
+@contextmanager
+def _observed_residuals(model: PreTrainedModel, plan: Plan) -> Iterator[dict[int, Residual]]:
+    pruned = {layer.layer: layer.pruned for layer in plan.layers if layer.pruned}
+    found: dict[int, Residual] = {}
+
+    def wrap(layer: int, experts: Any) -> Forward:
+        def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            is_pruned = _mask(pruned[layer], experts, ids.device)
+            gates = weights * is_pruned[ids]  # [n_token, top_k]
+            residual = type(experts).forward(experts, hidden, ids, gates).double()  # [n_token, d]
+            spread = torch.zeros(len(ids), len(is_pruned), dtype=torch.float64, device=ids.device)
+            spread.scatter_(1, ids, gates.double())
+            part = Residual(
+                gram=(spread.T @ spread).cpu(),
+                cross=(spread.T @ residual).cpu(),
+                norm_sq=float(residual.square().sum()),
+            )
+            found[layer] = found[layer].merge(part) if layer in found else part
+            output: Tensor = type(experts).forward(experts, hidden, ids, weights)
+            return output
+
+        return forward
+
+    with _wrapped(model, pruned, wrap):
+        yield found
+
+
+@contextmanager
+def _wrapped(
+    model: PreTrainedModel, layers: Sequence[int] | Mapping[int, Any], wrap: Callable[[int, Any], Forward]
+) -> Iterator[None]:
+    """Give the experts of some layers another forward; some families name its arguments as they like."""
+    modules = [(layer, experts) for layer, experts in expert_modules(model) if layer in layers]
+    try:
+        for layer, experts in modules:
+            forward = wrap(layer, experts)
+            experts.forward = lambda hidden, *ids, _do=forward, **named: _do(hidden, *ids, *named.values())
+        yield
+    finally:
+        for _, experts in modules:
+            experts.__dict__.pop("forward", None)
+
+
+def _mask(ids: Sequence[int], experts: Any, device: torch.device) -> Tensor:
+    """Return bool [n_expert], true for `ids`."""
+    mask = torch.zeros(len(experts.down_proj), dtype=torch.bool, device=device)
+    mask[list(ids)] = True
+    return mask

@@ -1,0 +1,283 @@
+"""The reading seam: sees every expert's output in any model behind transformers' experts interface.
+
+While a model is observed, its experts run under a name of our own: a forward that makes the same calls as
+transformers' `grouped_mm` implementation (the default), and looks at the rows between the down projection and
+the weighting. Nothing here knows a family, and the model's output stays equal bit for bit. Experts that are
+laid out in the same way without being behind the interface get such a forward for themselves; where a model
+weights what goes into them, the weight of their output is 1.
+
+Source: `grouped_mm_experts_forward` in transformers' `integrations/moe.py`, whose grouped linear layer this
+uses.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface, _grouped_linear
+
+from mone_export.artifacts import ExpertStats
+from mone_export.errors import MoneError
+from mone_export.model import expert_modules
+
+_NAME = "mone_observed"
+_CACHED_ROWS = 128  # of float64 output: 2 MB at 2048 channels
+_CHANNELS = 256  # taken to float64 at once where all slots are taken together
+_CANCELLATION = 1e-3  # a difference that small has lost 3 of float64's 16 digits
+
+
+@contextmanager
+def observe(model: PreTrainedModel) -> Iterator[dict[int, ExpertStats]]:
+    """Collect the statistics of every forward pass inside the block, per layer number, on the model's device.
+
+    Every token of a batch counts: batches must hold no padding. On leaving, the model is as it was before.
+    """
+    stats: dict[int, ExpertStats] = {}
+    layer_of: dict[Any, int] = {}
+    for layer, module in expert_modules(model):
+        if layer in layer_of.values():
+            raise MoneError(f"layer {layer} has several expert stacks; such models are not supported")
+        layer_of[module] = layer
+
+    def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        n_token, top_k = top_k_index.shape
+        ids, order = torch.sort(top_k_index.reshape(-1))  # [n_token * top_k], slots grouped by expert
+        run = _one_by_one if hidden.is_cpu else _all_together
+        weighted, sums = run(module, hidden, ids, order, top_k_weights.reshape(-1)[order])
+        n_expert, layer = len(sums.count), layer_of[module]
+        gram = _gate_gram(top_k_index, top_k_weights, n_expert).to(sums.count.device)
+        batch = replace(sums, n_token=n_token, gate_gram=gram)
+        stats[layer] = stats[layer].merge(batch) if layer in stats else batch
+        return weighted.view(n_token, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+    def forward_weighted(module: Any, hidden: Tensor) -> Tensor:
+        """Stand in where a block weights what goes into the experts: [n_expert * n_token, d], mostly zero."""
+        output: Tensor = type(module).forward(module, hidden)
+        selected = hidden.view(len(module.down_proj), -1, hidden.shape[-1]).any(-1)  # [n_expert, n_token]
+        rows = output[selected.flatten()]
+        sums = expert_stats(rows, rows.new_ones(len(rows)), selected.sum(1), n_token=selected.shape[1])
+        layer, together = layer_of[module], selected.double()
+        batch = replace(sums, gate_gram=together @ together.T)
+        stats[layer] = stats[layer].merge(batch) if layer in stats else batch
+        return output
+
+    apart = [module for module in layer_of if "kwargs" not in _taken(module)]  # not behind the interface
+    for module in apart:
+        module.forward = MethodType(forward if len(_taken(module)) == 4 else forward_weighted, module)
+    before = model.config._experts_implementation
+    ExpertsInterface.register(_NAME, forward)
+    model.set_experts_implementation(_NAME)
+    try:
+        yield stats
+    finally:
+        model.set_experts_implementation(before)
+        for module in apart:
+            del module.forward
+
+
+def expert_stats(outputs: Tensor, gates: Tensor, count: Tensor, *, n_token: int) -> ExpertStats:
+    """Return the statistics of one batch, but for `gate_gram`, which needs the tokens side by side.
+
+    Args:
+        outputs: [n_slot, d], experts' outputs before weighting, grouped by ascending expert.
+        gates: [n_slot], the weights that multiply them.
+        count: int64 [n_expert], slots of each expert; sums to n_slot.
+        n_token: tokens the batch holds.
+    """
+    sums = _Sums(count, outputs.shape[1])
+    sums.add(slice(0, len(count)), outputs, gates)
+    return replace(sums.stats(), n_token=n_token)
+
+
+def grouped_stats(outputs: Tensor, gates: Tensor, count: Tensor, ids: Tensor) -> ExpertStats:
+    """Return what `expert_stats` returns, without a loop over experts and without waiting for the device.
+
+    `ids` int64 [n_slot] names each slot's expert; `n_token` stays 0.
+    """
+    n_slot, width = outputs.shape
+    device = outputs.device
+
+    def totals(values: Tensor, reduce: str = "sum") -> Tensor:
+        # unsafe: unchecked, since a check of the lengths would wait for the device
+        return torch.segment_reduce(values, reduce, lengths=count, axis=0, unsafe=True, initial=0)
+
+    g = gates.double()
+    result = ExpertStats.empty(len(count), width, device=device)
+    norm_sq, deviation_sq, largest = torch.zeros(3, n_slot, dtype=torch.float64, device=device)
+    for start in range(0, width, _CHANNELS):
+        columns = slice(start, start + _CHANNELS)
+        f = outputs[:, columns].double()
+        gf = f * g[:, None]
+        mean = totals(f) / count.clamp(min=1)[:, None]
+        result.out_mean[:, columns] = mean
+        result.gated_out_sum[:, columns] = totals(gf)
+        result.gated2_out_sum[:, columns] = totals(gf * g[:, None])
+        norm_sq += f.square().sum(1)
+        deviation_sq += (f - mean[ids]).square().sum(1)
+        largest = torch.maximum(largest, f.abs().amax(1))
+    norm = norm_sq.sqrt()
+    return replace(
+        result,
+        count=count,
+        weight=count.double(),
+        gate_sum=totals(g),
+        gate_sq_sum=totals(g.square()),
+        out_m2=totals(deviation_sq),
+        norm_sum=totals(norm),
+        norm_sq_sum=totals(norm_sq),
+        gated_norm_sum=totals(g * norm),
+        gated2_norm_sq_sum=totals(g.square() * norm_sq),
+        max_abs=totals(largest, "max"),
+    )
+
+
+def _one_by_one(
+    module: Any, hidden: Tensor, ids: Tensor, order: Tensor, gates: Tensor
+) -> tuple[Tensor, ExpertStats]:
+    """Run the experts one after the other: on a CPU a grouped product is a loop over experts anyway.
+
+    Rows that stay in its cache are worth more than all the statistics cost. Returns the weighted outputs
+    [n_slot, d], slots as they came before they were put in `order`, and the statistics.
+    """
+    n_expert, width = _shape(module)
+    count = torch.bincount(ids, minlength=n_expert)
+    dtype = torch.result_type(module.down_proj, gates)
+    weighted = torch.empty(len(order), width, dtype=dtype)
+    sums, start = _Sums(count, width), 0
+    top_k = len(order) // len(hidden)
+    for expert, size in enumerate(count.tolist()):
+        if size:
+            experts, slots = slice(expert, expert + 1), slice(start, start + size)
+            outputs = _expert_outputs(module, hidden[order[slots] // top_k], experts, ids[slots], count)
+            sums.add(experts, outputs, gates[slots])
+            weighted[order[slots]] = outputs * gates[slots].unsqueeze(-1)
+        start += size
+    return weighted, sums.stats()
+
+
+def _all_together(
+    module: Any, hidden: Tensor, ids: Tensor, order: Tensor, gates: Tensor
+) -> tuple[Tensor, ExpertStats]:
+    """Run all experts at once, as a GPU wants it: nothing here waits for the device.
+
+    Returns what `_one_by_one` returns.
+    """
+    n_expert, width = _shape(module)
+    # bincount would wait
+    count = torch.zeros(n_expert, dtype=torch.int64, device=ids.device)
+    count.scatter_add_(0, ids, torch.ones_like(ids))
+    rows = hidden[order // (len(order) // len(hidden))]
+    outputs = _expert_outputs(module, rows, slice(0, n_expert), ids, count)
+    weighted = torch.empty(
+        len(order), width, dtype=torch.result_type(module.down_proj, gates), device=hidden.device
+    )
+    weighted[order] = outputs * gates.unsqueeze(-1)
+    seen = (outputs, gates, count, ids)
+    if hidden.device.type == "mps":  # which has no float64
+        seen = (outputs.cpu(), gates.cpu(), count.cpu(), ids.cpu())
+    return weighted, grouped_stats(*seen)
+
+
+class _Sums:
+    """The statistics of one batch in the making, on a CPU: experts come block by block."""
+
+    def __init__(self, count: Tensor, width: int) -> None:
+        self._sizes = count.tolist()
+        self._batch = ExpertStats.empty(len(self._sizes), width)
+        # one buffer for all experts: fresh memory for each would cost more than the arithmetic
+        n_row = min(max(self._sizes), _CACHED_ROWS)
+        self._scratch = torch.empty(n_row, width, dtype=torch.float64)
+
+    def add(self, experts: slice, outputs: Tensor, gates: Tensor) -> None:
+        """Add the outputs [n_slot, d] of a block of experts, grouped by expert, and their gates [n_slot]."""
+        sizes = self._sizes[experts]
+        rows = zip(outputs.split(sizes), gates.double().split(sizes), strict=True)
+        for expert, (f, g) in enumerate(rows, start=experts.start):
+            if len(g):
+                self._add_expert(expert, f, g)
+
+    def stats(self) -> ExpertStats:
+        """Return the sums; all experts must have been added."""
+        count = torch.tensor(self._sizes)
+        return replace(self._batch, count=count, weight=count.double())
+
+    def _add_expert(self, expert: int, f: Tensor, g: Tensor) -> None:
+        """Write the sums over one expert's tokens, f [n, d] and g [n], into row `expert`."""
+        batch, n_row = self._batch, len(self._scratch)
+        g_sq = g.square()
+        powers = torch.stack((torch.ones_like(g), g, g_sq))  # [3, n]
+        sums = torch.zeros(3, f.shape[1], dtype=torch.float64)
+        norm = torch.empty_like(g)
+        for part, rows in enumerate(f.split(n_row)):  # a part stays in the cache while it is used
+            span = slice(part * n_row, part * n_row + len(rows))
+            f64 = self._scratch[: len(rows)].copy_(rows)
+            torch.linalg.vector_norm(f64, dim=1, out=norm[span])
+            sums.addmm_(powers[:, span], f64)
+        norm_sq = norm.square()
+        mean = sums[0] / len(g)
+        batch.out_mean[expert] = mean
+        batch.out_m2[expert] = self._squared_deviation(f, mean, norm_sq.sum())
+        batch.gated_out_sum[expert] = sums[1]
+        batch.gated2_out_sum[expert] = sums[2]
+        batch.gate_sum[expert] = g.sum()
+        batch.gate_sq_sum[expert] = g_sq.sum()
+        batch.norm_sum[expert] = norm.sum()
+        batch.norm_sq_sum[expert] = norm_sq.sum()
+        batch.gated_norm_sum[expert] = g @ norm
+        batch.gated2_norm_sq_sum[expert] = g_sq @ norm_sq
+        low, high = torch.aminmax(f)
+        batch.max_abs[expert] = torch.maximum(-low, high)
+
+    def _squared_deviation(self, f: Tensor, mean: Tensor, norm_sq_sum: Tensor) -> Tensor:
+        """Return sum (f - mean)^2 as sum f^2 - n mean^2, or term by term where that would cancel digits."""
+        m2 = norm_sq_sum - len(f) * mean.square().sum()
+        if m2 > _CANCELLATION * norm_sq_sum:
+            return m2
+        parts = f.split(len(self._scratch))
+        return torch.stack([(rows.double() - mean).square().sum() for rows in parts]).sum()
+
+
+def _expert_outputs(module: Any, rows: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
+    """Run rows [n_slot, d], grouped by expert, through a block of experts; outputs before weighting.
+
+    `ids` [n_slot] names each row's expert, `count` [n_expert] all experts' numbers of rows.
+    """
+    ends = torch.cumsum(count[experts], dim=0, dtype=torch.int32)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)[experts]
+        bias = getattr(module, f"{name}_bias")[ids] if module.has_bias else None
+        return _grouped_linear(x, weight, ends, bias=bias, is_transposed=module.is_transposed)
+
+    if module.has_gate:
+        hidden = module._apply_gate(linear(rows, "gate_up_proj"))
+    else:
+        hidden = module.act_fn(linear(rows, "up_proj"))
+    outputs = linear(hidden, "down_proj")
+    return outputs if not module.has_post_expert_norm else module.post_expert_norm(outputs)
+
+
+def _gate_gram(top_k_index: Tensor, top_k_weights: Tensor, n_expert: int) -> Tensor:
+    """Return sum over tokens of g_e g_e' for experts selected together, [n_expert, n_expert]."""
+    if top_k_index.device.type == "mps":  # which has no float64
+        top_k_index, top_k_weights = top_k_index.cpu(), top_k_weights.cpu()
+    gates = torch.zeros(len(top_k_index), n_expert, dtype=torch.float64, device=top_k_index.device)
+    gates.scatter_(1, top_k_index, top_k_weights.double())
+    return gates.T @ gates
+
+
+def _taken(module: Any) -> Mapping[str, Any]:
+    """Return the parameters of an experts module's own forward, `self` among them."""
+    return inspect.signature(type(module).forward, follow_wrapped=False).parameters
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Return (n_expert, output width) of an experts module."""
+    n_expert, *widths = module.down_proj.shape
+    return n_expert, widths[1 if module.is_transposed else 0]

@@ -1,0 +1,87 @@
+"""Several processes at one calibration: `torchrun --nproc-per-node N -m mone_export ...`.
+
+Each rank takes its share of the rows and runs the whole model on it; the statistics meet in
+`ExpertStats.merge`, in the order of the ranks, on rank 0, which alone scores, plans and writes. Should a rank
+die, torchrun ends the others.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mone_export.artifacts import ExpertStats
+from mone_export.errors import MoneError
+
+T = TypeVar("T")
+_PATIENCE = datetime.timedelta(hours=6)  # between the first rank that is done and the last
+
+
+def n_rank() -> int:
+    """Return how many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return the number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other ranks for the length of the block."""
+    if n_rank() == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)  # what travels lies in the machine's memory: sums
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """Return the device of this rank: where several GPUs are, each has its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and n_rank() > 1 else device
+
+
+def share(tokens: Tensor) -> Tensor:
+    """Return this rank's part of the rows of text, [n_row, seq_len]."""
+    if len(tokens) < n_rank():
+        raise MoneError(
+            f"{len(tokens)} rows of text for {n_rank()} processes: more --chunks or fewer processes"
+        )
+    return tokens.tensor_split(n_rank())[rank()]
+
+
+def from_first(value: T) -> T:
+    """Return rank 0's value on all ranks."""
+    if n_rank() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def wait() -> None:
+    """Return when all ranks have come this far."""
+    if n_rank() > 1:
+        dist.barrier()
+
+
+def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
+    """Return, on rank 0, every layer's statistics over the rows of all ranks; nothing on the others."""
+    if n_rank() == 1:
+        return dict(layers)
+    result = {}
+    for layer, own in layers.items():  # one layer at a time: they may be large
+        parts: list[ExpertStats | None] | None = [None] * n_rank() if rank() == 0 else None
+        dist.gather_object(own, parts)
+        if parts is not None:
+            result[layer] = reduce(ExpertStats.merge, (part for part in parts if part is not None))
+    return result

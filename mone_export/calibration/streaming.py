@@ -1,0 +1,215 @@
+"""A model larger than the memory: its decoder layers come one at a time, and all rows go through each.
+
+No family's forward pass is written again here. To run layer i, the model's own forward pass runs while all
+its other decoder layers answer at once: those before i with what layer i - 1 gave for these rows, those
+behind it with what layer i gives now. So every layer gets the masks, the position embeddings and the rest
+that its model makes for it; making them anew for every layer costs next to nothing. Only what decoder layers
+hand to each other is kept between layers, row by row, so that it can be cut into other batches, written to
+disk, and taken up again by another process.
+
+The weights of a layer go through transformers' own conversion (fused experts, renamed keys): these functions
+are no stable interface, so the version of transformers is pinned.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from mone_export.errors import MoneError
+from mone_export.memory import give_back
+from mone_export.model import expert_modules, open_weights
+
+State = tuple[Any, dict[str, dict[Any, Any]]]  # a layer's output, and what it put into mappings it was given
+
+
+class LayerFiles:
+    """The weights of a checkpoint, read into a model that has none, one decoder layer at a time."""
+
+    def __init__(
+        self, path: Path, module: PreTrainedModel, *, device: str, dtype: torch.dtype, quantizer: Any = None
+    ) -> None:
+        """Take a model built on the meta device; read its embeddings and all else but the decoder layers."""
+        self._path, self._module = path, module
+        self._weights = open_weights(path)
+        mapping: Any = get_model_conversion_mapping(module, None, quantizer)
+        self._loading = LoadStateDictConfig(
+            weight_mapping=mapping,
+            dtype=dtype,
+            dtype_plan=module._get_dtype_plan(dtype),
+            device_map={"": device},
+            hf_quantizer=quantizer,
+        )
+        list_name, self.layers = decoder_layers(module)
+        self._blank = [layer.state_dict() for layer in self.layers]
+        self._keys = self._grouped(list_name)
+        # buffers that no file holds, as `from_pretrained` makes them
+        module._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)  # type: ignore[arg-type]
+        module.initialize_weights()
+        self._read(self._keys[-1])
+
+    def load(self, number: int) -> None:
+        """Bring layer `number` into memory, on the model's device."""
+        self._read(self._keys[number])
+        for name, tensor in self.layers[number].state_dict().items():
+            if tensor.is_meta:
+                raise MoneError(f"{self._path} lacks {name} of layer {number}: get it again")
+
+    def release(self, number: int) -> None:
+        """Give the memory of layer `number` back."""
+        self.layers[number].load_state_dict(self._blank[number], assign=True)
+        give_back()
+
+    def each(self, first: int = 0) -> Iterator[int]:
+        """Yield layer numbers from `first`, each loaded; the next one is read meanwhile."""
+        numbers = range(first, len(self.layers))
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(self.load, first) if numbers else None
+            for number in numbers:
+                assert coming is not None
+                coming.result()
+                coming = reader.submit(self.load, number + 1) if number + 1 in numbers else None
+                yield number
+                self.release(number)
+
+    def _grouped(self, list_name: str) -> dict[int, dict[str, list[str]]]:
+        """Return for each layer, and at -1 for the rest of the body, the checkpoint's keys by target."""
+        mapping = self._loading.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        known, body = self._module.state_dict(), self._module.base_model
+        prefix = next(name for name, module in self._module.named_modules() if module is body)
+        keys: dict[int, dict[str, list[str]]] = {number: {} for number in range(-1, len(self.layers))}
+        for key in self._weights:
+            target = rename_source_key(key, renamings, converters, self._module.base_model_prefix, known)[0]
+            if target.startswith(f"{list_name}."):
+                number = int(target.removeprefix(f"{list_name}.").split(".")[0])
+                # blocks behind the last layer, which predict further tokens, have no place in the model
+                keys.get(number, {}).setdefault(target, []).append(key)
+            elif target.startswith(prefix):
+                keys[-1].setdefault(target, []).append(key)
+        return keys
+
+    def _read(self, targets: dict[str, list[str]]) -> None:
+        for keys in targets.values():  # one at a time: what a conversion needs besides is soon free again
+            self._convert({key: self._weights[key].get_slice(key) for key in keys})
+
+    def _convert(self, slices: dict[str, Any]) -> None:
+        found, _ = convert_and_load_state_dict_in_model(self._module, slices, self._loading)
+        if wrong := [*found.mismatched_keys, *found.conversion_errors, *found.error_msgs]:
+            raise MoneError(f"cannot read the weights in {self._path}: {wrong[0]} does not fit the model")
+
+
+def decoder_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the list of decoder layers of a model with routed experts, and its name."""
+    experts = next(iter(expert_modules(module)))[1]
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and any(part is experts for part in child.modules()):
+            return name, child
+    raise MoneError(f"{type(module).__name__} has no list of decoder layers: pass --stream off")
+
+
+@contextmanager
+def only_layer(layers: nn.ModuleList, number: int) -> Iterator["_Turn"]:
+    """Let layer `number` compute, and all others pass on."""
+    turn = _Turn(layers[number].forward)
+    try:
+        for other, layer in enumerate(layers):
+            layer.forward = turn.compute if other == number else turn.pass_on
+        yield turn
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _Turn:
+    """What the decoder layers do while it is one layer's turn."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+        self.state: State | None = None  # behind the layer before; after the forward pass, behind this one
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        shared = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+        carried = self.state[1] if self.state else {}
+        for name, entries in carried.items():
+            shared[name].update(entries)
+        before = {name: dict(value) for name, value in shared.items()}
+        output = self._forward(*args, **kwargs)
+        for name, value in shared.items():
+            news = {key: entry for key, entry in value.items() if before[name].get(key) is not entry}
+            if news:
+                carried = carried | {name: carried.get(name, {}) | news}
+        self.state = output, carried
+        return output
+
+    def pass_on(self, *_args: Any, **_kwargs: Any) -> Any:
+        assert self.state is not None
+        return self.state[0]
+
+
+class RowStates:
+    """What decoder layers hand on, row by row: kept in memory, or in a folder, one file per row and layer."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Keep states in memory, or in `folder`, where those of an earlier process are found again."""
+        self._folder = folder
+        self._kept: dict[tuple[int, int], State] = {}
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, layer: int, start: int, state: State) -> None:
+        """Keep what layer `layer` gave for the rows from `start` on; replaces what memory holds for them."""
+        leaves, shape = tree_flatten(tree_map(_to_cpu, state))
+        n_row = max(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        for row in range(n_row):
+            own = [leaf[row : row + 1] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            if self._folder:
+                own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in own]
+                torch.save(tree_unflatten(own, shape), self._file(layer, start + row))
+            else:
+                self._kept.pop((layer - 1, start + row), None)
+                self._kept[layer, start + row] = tree_unflatten(own, shape)
+
+    def get(self, layer: int, rows: range, device: torch.device) -> State | None:
+        """Return what layer `layer` gave for `rows`, on `device`; None for the layer before the first."""
+        if layer < 0:
+            return None
+        trees = [tree_flatten(self._row(layer, row)) for row in rows]
+        leaves = [
+            torch.cat(parts).to(device) if isinstance(parts[0], Tensor) else parts[0]
+            for parts in zip(*(leaves for leaves, _ in trees), strict=True)
+        ]
+        state: State = tree_unflatten(leaves, trees[0][1])
+        return state
+
+    def drop(self, layer: int) -> None:
+        """Forget what layer `layer` gave."""
+        for file in self._folder.glob(f"{layer}-*") if self._folder else ():
+            file.unlink()
+
+    def _row(self, layer: int, row: int) -> State:
+        state: State = torch.load(self._file(layer, row)) if self._folder else self._kept[layer, row]
+        return state
+
+    def _file(self, layer: int, row: int) -> Path:
+        assert self._folder
+        return self._folder / f"{layer}-{row}.pt"
+
+
+def _to_cpu(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,10 @@
+"""Statistics in, a decision out: pure functions, no model.
+
+scoring.py    how much each expert matters
+guard.py      which experts are never pruned
+planning.py   which experts stay
+allocation.py how many each layer keeps
+novices.py    what stands in for the others
+dern.py       what pruned experts can still give to the kept ones
+damage.py     what a decision costs, estimated
+"""

@@ -1,0 +1,34 @@
+"""What a decision costs, estimated from the statistics alone: no model, no second pass over the text."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mone_export.artifacts import Calibration, ExpertStats, Plan
+from mone_export.pruning.novices import novices
+
+
+def error_left(stats: ExpertStats, vectors: Tensor) -> Tensor:
+    """Return each expert's squared error as the layer sees it if `vectors` [M, d] stood in, float64 [M].
+
+    That is sum_t g^2 ||f - N||^2 = sum g^2 ||f||^2 - 2 N . sum g^2 f + ||N||^2 sum g^2.
+    """
+    cross = (stats.gated2_out_sum * vectors).sum(1)
+    error = stats.gated2_norm_sq_sum - 2 * cross + vectors.square().sum(1) * stats.gate_sq_sum
+    return error.clamp(min=0)
+
+
+def relative_error(stats: ExpertStats, pruned: Sequence[int], novice: str) -> float:
+    """Return the error that pruning leaves in a layer's output, relative to the sum of g^2 ||f||^2.
+
+    Experts count one by one: the statistics do not hold the products of two experts' outputs for one token.
+    With novice `zero` it is the share of the output that is lost.
+    """
+    lost = error_left(stats, novices(stats, novice))[list(pruned)].sum()
+    return float(lost / stats.gated2_norm_sq_sum.sum().clamp(min=1e-300))
+
+
+def mean_relative_error(calibration: Calibration, plan: Plan, novice: str) -> float:
+    """Return the mean of `relative_error` over the plan's layers."""
+    errors = [relative_error(calibration.layers[layer.layer], layer.pruned, novice) for layer in plan.layers]
+    return sum(errors) / len(errors)

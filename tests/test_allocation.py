@@ -1,0 +1,68 @@
+"""Budgets are kept, layers that matter get more, and nothing measured worse than even is taken."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from small_layer import LAYER, N_EXPERT, SPEC
+from torch import Tensor
+
+from mone_export.artifacts import Calibration
+from mone_export.pruning.allocation import allocate, error_curves, search
+from mone_export.pruning.damage import relative_error
+from mone_export.pruning.planning import plan
+from mone_export.pruning.scoring import score
+
+CALIBRATION = Calibration(SPEC, "", "", "", 40, {1: LAYER.stats()})
+
+
+def curve(*drops: float) -> Tensor:
+    """An error that falls by `drops` with each expert kept."""
+    return torch.tensor([sum(drops[r:]) for r in range(len(drops) + 1)], dtype=torch.float64)
+
+
+def test_curve_is_the_relative_error_of_each_plan() -> None:
+    scores = score(CALIBRATION)
+    found = error_curves(CALIBRATION, scores, "mean")[1]
+    for n_pruned in range(N_EXPERT - 1):
+        pruned = plan(scores, ratio=n_pruned / N_EXPERT, min_kept=1).layers[0].pruned
+        assert found[N_EXPERT - n_pruned].item() == pytest.approx(
+            relative_error(CALIBRATION.layers[1], pruned, "mean"), abs=1e-12
+        )
+
+
+def test_places_go_to_the_largest_gain() -> None:
+    curves = {0: curve(9, 5, 1, 1), 1: curve(9, 8, 7, 0), 2: curve(1, 1, 1, 1)}
+    assert allocate(curves, 2, 1) == {0: 2, 1: 3, 2: 1}
+    assert sum(allocate(curves, 3, 1).values()) == 9
+    assert allocate(curves, 4, 1) == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_flat_stretch_does_not_hide_a_gain_behind_it() -> None:
+    curves = {0: curve(1, 0, 6, 0), 1: curve(1, 2, 0, 0)}
+    assert allocate(curves, 2, 1) == {0: 3, 1: 1}
+
+
+def test_search_finds_the_layer_that_the_proxy_underrates() -> None:
+    """Equal curves, but an error in layer 2 costs the model ten times as much."""
+    curves = {layer: curve(*[16.0 - r for r in range(16)]) for layer in range(3)}
+    asked: list[Mapping[int, int]] = []
+
+    def measure(counts: Mapping[int, int]) -> float:
+        asked.append(counts)
+        return sum(float(curves[layer][n]) * (10 if layer == 2 else 1) for layer, n in counts.items())
+
+    found = search(curves, 8, 2, measure, n_step=8)
+    assert sum(found.values()) == 24 and min(found.values()) >= 2
+    assert found[2] > max(found[0], found[1])
+    assert measure(found) < measure(dict.fromkeys(curves, 8))
+    assert len(asked) <= 3 + 3 + 8 + 2
+
+
+def test_search_keeps_even_counts_where_nothing_measured_is_better() -> None:
+    curves = {0: curve(9, 5, 1, 1), 1: curve(9, 8, 7, 0)}
+
+    def measure(counts: Mapping[int, int]) -> float:
+        return float(sum(abs(n - 2) for n in counts.values()))
+
+    assert search(curves, 2, 1, measure) == {0: 2, 1: 2}

@@ -1,0 +1,163 @@
+"""Novices in the loaded model against the definition; joint novices against a solution by brute force."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference import install
+from tiny import random_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mone_export.artifacts import Calibration, ExpertStats, Plan, Residual
+from mone_export.calibration.corpus import read_corpus
+from mone_export.calibration.loading import Model, load
+from mone_export.calibration.masking import Divergence, masked, measure_residuals, recalibrate
+from mone_export.calibration.observer import expert_stats, observe
+from mone_export.calibration.passes import calibrate
+from mone_export.model import resolve
+from mone_export.pruning.novices import joint_novices, novices
+from mone_export.pruning.planning import plan
+from mone_export.pruning.scoring import score
+
+PRUNED = {0: (1, 5, 6), 2: (0, 15)}
+TOKENS = torch.randint(3, 400, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["MixtralForCausalLM", "GptOssForCausalLM"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return random_model(request.param, 400)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load(resolve("demo"), device="cpu")
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def test_masked_model_is_the_definition(model: PreTrainedModel) -> None:
+    vectors = {layer: torch.randn(16, 64, dtype=torch.float64) for layer in PRUNED}
+    before = logits(model)
+    with masked(model, PRUNED, vectors):
+        found = logits(model)
+    assert torch.equal(logits(model), before), "the model is as it was"
+    install(model, {layer: {e: vectors[layer][e].float() for e in ids} for layer, ids in PRUNED.items()})
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 0.1
+
+
+def test_layers_behind_masked_ones_can_be_observed(model: PreTrainedModel) -> None:
+    vectors = {0: torch.randn(16, 64)}
+    with observe(model) as plain:
+        logits(model)
+    with masked(model, {0: (1, 5, 6)}, vectors), observe(model) as behind:
+        logits(model)
+    assert not torch.equal(behind[1].gate_sum, plain[1].gate_sum)
+    install(model, {0: {e: vectors[0][e] for e in (1, 5, 6)}})
+    gates = []
+    hook = dict(model.named_modules())["model.layers.1.mlp.experts"].register_forward_pre_hook(
+        lambda module, args, kwargs: gates.append((*args, *kwargs.values())[2]), with_kwargs=True
+    )
+    logits(model)
+    hook.remove()
+    assert behind[1].gate_sum.sum().item() == pytest.approx(float(gates[0].sum()), rel=1e-5)
+
+
+def test_divergence_is_the_mean_over_the_compared_positions(demo: Model) -> None:
+    rows = torch.randint(3, 3000, (2, 40), generator=torch.Generator().manual_seed(1))
+    divergence = Divergence(demo, rows, n_position=4)
+    assert divergence({}, {}) == pytest.approx(0, abs=1e-9)
+    pruned, vectors = {1: range(16)}, {1: torch.zeros(32, 256)}
+    with torch.inference_mode():
+        before = demo.module(rows).logits.log_softmax(-1)
+        with masked(demo.module, pruned, vectors):
+            after = demo.module(rows).logits.log_softmax(-1)
+    wanted = (before.exp() * (before - after)).sum(-1)[:, [0, 13, 26, 39]].mean()
+    assert divergence(pruned, vectors) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path) -> None:
+    corpus = read_corpus([text], demo.tokenizer, n_row=2, seq_len=128)
+    plain = calibrate(demo, corpus, model_sha256="")
+
+    def decide(calibration: Calibration) -> Plan:
+        return plan(score(calibration), ratio=0.5)
+
+    found = recalibrate(demo, corpus, plain, decide, lambda stats: novices(stats, "mean"))
+    assert torch.equal(found.layers[0].gate_sum, plain.layers[0].gate_sum), "nothing stands before it"
+    pruned = {layer.layer: layer.pruned for layer in decide(found).layers}
+    for last in (1, 4):
+        before = {layer: pruned[layer] for layer in range(last)}
+        vectors = {layer: novices(found.layers[layer], "mean") for layer in before}
+        with masked(demo.module, before, vectors), observe(demo.module) as seen, torch.inference_mode():
+            demo.module.base_model(corpus.tokens)
+        torch.testing.assert_close(found.layers[last].out_mean, seen[last].out_mean, rtol=1e-6, atol=1e-9)
+        assert not torch.allclose(found.layers[last].out_mean, plain.layers[last].out_mean, rtol=1e-3)
+
+
+@pytest.fixture
+def toy() -> tuple[Tensor, Tensor]:
+    """Gates [40, 6], 2 of 6 selected, and outputs [40, 6, 5] of a layer, float64."""
+    random = torch.Generator().manual_seed(0)
+    gates = torch.rand(40, 6, dtype=torch.float64, generator=random)
+    gates *= gates >= gates.topk(2).values[:, 1:]
+    return gates, torch.randn(40, 6, 5, dtype=torch.float64, generator=random) + 1
+
+
+def test_joint_novices_are_the_least_squares_solution_of_the_layer(toy: tuple[Tensor, Tensor]) -> None:
+    gates, outputs = toy
+    pruned = [0, 2, 3, 5]
+    own = gates.clone()
+    own[:, [1, 4]] = 0
+    residual = (own[:, :, None] * outputs).sum(1)  # [40, 5]
+    found = Residual(own.T @ own, own.T @ residual, float(residual.square().sum()))
+    stats = layer_stats(gates, outputs)
+    best = torch.linalg.lstsq(own[:, pruned], residual).solution  # by brute force: all novices at once
+    joint = joint_novices(stats, found)
+    torch.testing.assert_close(joint[pruned], best, rtol=0, atol=5e-3)  # the ridge is 1e-3
+    error = float((residual - own[:, pruned] @ joint[pruned]).square().sum())
+    assert found.error(joint) == pytest.approx(error, rel=1e-9)
+    least = float((residual - own[:, pruned] @ best).square().sum())
+    assert least <= error < least * (1 + 1e-4)
+    assert error < found.error(novices(stats, "least-squares"))
+
+
+def test_experts_always_chosen_together_keep_their_least_squares_novices_sum() -> None:
+    gates = torch.zeros(20, 4, dtype=torch.float64)
+    gates[:, 0], gates[:, 1] = 0.5, 0.5
+    outputs = torch.randn(20, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    residual = (gates[:, :, None] * outputs).sum(1)
+    found = joint_novices(
+        layer_stats(gates, outputs),
+        Residual(gates.T @ gates, gates.T @ residual, float(residual.square().sum())),
+    )
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(0.5 * (found[0] + found[1]), residual.mean(0), rtol=1e-2, atol=1e-3)
+
+
+def layer_stats(gates: Tensor, outputs: Tensor) -> ExpertStats:
+    ids = [gates[:, e].nonzero()[:, 0] for e in range(gates.shape[1])]
+    f = torch.cat([outputs[rows, e] for e, rows in enumerate(ids)])
+    g = torch.cat([gates[rows, e] for e, rows in enumerate(ids)])
+    return expert_stats(f, g, torch.tensor([len(rows) for rows in ids]), n_token=len(gates))
+
+
+def test_layers_error_falls_from_novice_to_novice(demo: Model, text: Path) -> None:
+    """On the calibration text of the demo, with all experts of a layer counted together."""
+    corpus = read_corpus([text], demo.tokenizer, n_row=4, seq_len=512)
+    calibration = calibrate(demo, corpus, model_sha256="")
+    chosen = plan(score(calibration), ratio=0.5)
+    residuals = measure_residuals(demo, corpus, chosen)
+    for layer, residual in residuals.items():
+        stats = calibration.layers[layer]
+        errors = [residual.error(novices(stats, name)) for name in ("zero", "mean", "least-squares")]
+        errors.append(residual.error(joint_novices(stats, residual)))
+        print(f"layer {layer}: " + ", ".join(f"{error / errors[0]:.4f}" for error in errors))
+        assert errors == sorted(errors, reverse=True)
+        gram = stats.gate_gram[list(chosen.layers[layer].pruned)][:, list(chosen.layers[layer].pruned)]
+        own = residual.gram[list(chosen.layers[layer].pruned)][:, list(chosen.layers[layer].pruned)]
+        torch.testing.assert_close(own, gram, rtol=1e-5, atol=1e-6)

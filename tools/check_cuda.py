@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Compile what the patches change of the CUDA backend for each architecture, without a warning; needs no GPU.
+
+    python tools/check_cuda.py [FILE.cu ...]      default: every .cu file that the patches reach
+
+Needs nvcc, 12.8 or newer. The headers of cuBLAS come with the CUDA toolkit, else from PyPI's nvidia-cublas (a
+large download, made once; only the headers are kept, in the cache).
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mone_export import runtime  # noqa: E402  (the checkout's own package, installed or not)
+from mone_export.errors import MoneError  # noqa: E402
+from mone_export.runtime.toolchain import Toolchain, n_core  # noqa: E402
+
+ARCHITECTURES = (
+    "75",
+    "80",
+    "86",
+    "89",
+    "90",
+    "120a",
+)  # 120a: with the FP4 instructions, as upstream builds it
+FOLDER = Path("ggml/src/ggml-cuda")
+CUBLAS = "nvidia-cublas==13.*"
+# What upstream's CMake files give nvcc and, through it, gcc.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DGGML_CUDA_USE_GRAPHS", "-use_fast_math", "-extended-lambda")
+HOST_FLAGS = (
+    "-Wmissing-declarations -Wmissing-noreturn -Wall -Wextra -Wpedantic -Wcast-qual -Wno-unused-function "
+    "-Wno-array-bounds -Wextra-semi -Wno-pedantic"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile each file for all architectures at once; 0 without a warning, 1 with something to mend."""
+    names = sys.argv[1:] if argv is None else argv
+    try:
+        nvcc = Toolchain.find("cuda").nvcc or ""
+        headers = cublas_headers(nvcc)
+        tree = runtime.tree()
+        files = [tree / FOLDER / name for name in names] or changed_files(tree)
+    except MoneError as error:
+        print(f"check_cuda.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{release(nvcc)}; compute capabilities {', '.join(ARCHITECTURES)}")
+    n_warning, begin = 0, time.monotonic()
+    for number, file in enumerate(files, 1):
+        print(f"[{number}/{len(files)}] {file.name}", end=" ", flush=True)
+        started = time.monotonic()
+        failed, messages = compile_one(nvcc, headers, tree, file)
+        print(f"{time.monotonic() - started:.0f} s, {len(messages)} warnings")
+        print("".join(f"    {message}\n" for message in messages), end="")
+        if failed:
+            print(failed, file=sys.stderr)
+            return 1
+        n_warning += len(messages)
+    print(f"{len(files)} files in {time.monotonic() - begin:.0f} s, {n_warning} warnings")
+    return 1 if n_warning else 0
+
+
+def changed_files(tree: Path) -> list[Path]:
+    """The .cu files that the patches change, and those that include a changed header, however indirectly."""
+    patches = (patch.read_text(encoding="utf-8") for patch in runtime.patches_dir().glob("*.patch"))
+    names = {
+        name for text in patches for name in re.findall(rf"^\+\+\+ b/{FOLDER}/(\S+)", text, re.MULTILINE)
+    }
+    texts = {file: file.read_text(encoding="utf-8") for file in sorted((tree / FOLDER).rglob("*.cu*"))}
+    changed = {file for file in texts if str(file.relative_to(tree / FOLDER)) in names}
+    while more := {file for file, text in texts.items() if _includes(text, changed)} - changed:
+        changed |= more
+    return sorted(file for file in changed if file.suffix == ".cu")
+
+
+def cublas_headers(nvcc: str) -> Path:
+    """The folder of cublas_v2.h: the toolkit's own, else the one in the cache, downloaded if need be."""
+    own = toolkit_headers(nvcc)
+    if (own / "cublas_v2.h").is_file():
+        return own
+    kept = runtime.cache_dir() / "cublas-headers"
+    if not kept.is_dir():
+        print(f"downloading {CUBLAS} for its headers", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=runtime.cache_dir()) as name:
+            _unpack_headers(_download(CUBLAS, Path(name)), Path(name) / "headers")
+            (Path(name) / "headers").rename(kept)
+    return kept
+
+
+def toolkit_headers(nvcc: str) -> Path:
+    """The toolkit's include folder, as the compiler tells it: what is on PATH may be a link or a script."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    found = re.search(r"^#\$ _HERE_=(.+)$", text, re.MULTILINE)
+    if not found:
+        raise MoneError(f"{nvcc} does not say where its toolkit is: is it NVIDIA's nvcc?")
+    return Path(found[1]).resolve().parent / "include"
+
+
+def compile_one(nvcc: str, headers: Path, tree: Path, file: Path) -> tuple[str, list[str]]:
+    """Compile a file: the output if that failed, and the warnings."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    includes = [f"-I{tree / 'ggml' / 'src'}", f"-I{tree / 'ggml' / 'include'}"]
+    includes += [f"-isystem={folder}" for folder in (headers, toolkit_headers(nvcc))]
+    with tempfile.NamedTemporaryFile(suffix=".o") as out:
+        command = [nvcc, *FLAGS, "-Xcompiler", f"{HOST_FLAGS} -fPIC", *targets, *includes]
+        command += ["--threads", str(n_core()), "-c", str(file), "-o", out.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    return output if result.returncode else "", [line for line in output.splitlines() if "warning" in line]
+
+
+def release(nvcc: str) -> str:
+    """What the compiler calls itself."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return f"nvcc {found[1] if found else '(unknown release)'}"
+
+
+def _includes(text: str, files: set[Path]) -> bool:
+    names = {file.name for file in files}
+    return any(Path(name).name in names for name in re.findall(r'#include "([^"]+)"', text))
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("*.whl"))
+    if result.returncode or not found:
+        raise MoneError(
+            f"pip could not download {requirement}: install the CUDA toolkit's cuBLAS headers instead"
+        )
+    return found[0]
+
+
+def _unpack_headers(wheel: Path, folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".h"):
+                (folder / Path(name).name).write_bytes(archive.read(name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

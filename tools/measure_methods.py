@@ -1,0 +1,205 @@
+"""What pruning costs in quality, by method, score, novice and ratio, over several calibration samples.
+
+Nothing is written: novices answer inside the loaded model, and a model of fewer experts is built from its
+weights. Every variant is compared with the unpruned model token by token (KL divergence, top-1 agreement) on
+three texts that neither training nor calibration has seen: `choose`, of the calibration's kind, on which a
+default may be chosen; `like`, of that kind too, and `unlike`, of another, on which it is judged.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measuring import Json
+
+SEQ_LEN = 512
+# model -> the kind of its calibration text, and a kind unlike it
+MODELS = {"demo": ("python", "prose"), "qwen3_moe-prose": ("prose", "python")}
+
+
+class Variant(NamedTuple):
+    """One way to prune."""
+
+    method: str
+    score: str
+    novice: str = "none"
+
+
+# what a default is chosen among, and what others propose
+CONTENDERS = (
+    *(Variant("mone", "mone", name) for name in ("zero", "mean", "least-squares", "joint")),
+    *(Variant("mone", "error", name) for name in ("mean", "least-squares", "joint")),
+    *(Variant("mone", name, "least-squares") for name in ("ean", "gate", "reap")),
+    *(Variant("drop", name) for name in ("reap", "mone", "error")),
+    Variant("dern", "gate"),
+)
+OTHERS = (
+    Variant("mone", "mone", "gate-weighted"),
+    Variant("mone", "reap", "mean"),
+    *(
+        Variant("mone", name, "least-squares")
+        for name in ("mone-paper", "frequency", "variance", "man", "msan", "aimer", "random")
+    ),
+    Variant("drop", "gate"),
+)
+
+
+def measure_methods(args: argparse.Namespace) -> Json:
+    """Measure every variant at every ratio, once for each calibration sample."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    return {
+        "settings": {
+            "models": {
+                name: dict(zip(("like", "unlike"), MODELS[name], strict=True)) for name in args.models
+            },
+            "calibration_tokens": args.rows * SEQ_LEN,
+            "evaluation_tokens": args.eval_rows * SEQ_LEN,
+            "samples": args.samples,
+        },
+        "runs": [run for name in args.models for run in _runs_of(name, args)],
+    }
+
+
+def trained(name: str, *, minutes: float) -> Path:
+    """Return the folder of a model; one that is not built in is trained once and kept in the cache."""
+    from mone_export import runtime
+    from mone_export.model import resolve
+
+    if name == "demo":
+        return resolve("demo")
+    family, _, text = name.rpartition("-")
+    folder = runtime.cache_dir() / "models" / name
+    if not (folder / "training.json").exists():
+        tool = Path(__file__).with_name("train_demo.py")
+        command = [sys.executable, str(tool), "--out", str(folder), "--family", family, "--text", text]
+        subprocess.run([*command, "--minutes", str(minutes)], check=True)
+    return folder
+
+
+def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
+    from mone_export.calibration.loading import load
+    from mone_export.calibration.passes import calibrate
+
+    model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
+    like, unlike = MODELS[name]
+    texts = {
+        "choose": rows_of(model, "held-out", like, args.eval_rows, first=0, step=2),
+        "like": rows_of(model, "held-out", like, args.eval_rows, first=1, step=2),
+        "unlike": rows_of(model, "held-out", unlike, args.eval_rows),
+    }
+    wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
+    yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
+    for sample in range(args.samples):
+        corpus = rows_of(model, "calibration", like, args.rows, first=sample, step=args.samples)
+        calibration = calibrate(model, corpus, model_sha256="")
+        for ratio in args.ratios:
+            for variant in (*CONTENDERS, *(() if args.contenders else OTHERS)):
+                with pruned(model, calibration, corpus, variant, ratio, seed=sample) as module:
+                    result = _compare(module, texts, wanted)
+                run = {"model": name, "ratio": ratio, "sample": sample} | variant._asdict() | result
+                print(run, file=sys.stderr, flush=True)
+                yield run
+
+
+def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, step: int = 1) -> Any:
+    """Return rows of every `step`-th built-in document of a kind, from the `first` on."""
+    from mone_export.calibration.corpus import make_corpus
+    from mone_export.calibration.documents import builtin_documents
+
+    documents = (document for document in builtin_documents(split) if document.kind == kind)
+    own = islice(documents, first, None, step)
+    return make_corpus(own, model.tokenizer, name=kind, n_row=n_row, seq_len=SEQ_LEN)
+
+
+@contextmanager
+def pruned(
+    model: Any, calibration: Any, corpus: Any, variant: Variant, ratio: float, *, seed: int
+) -> Iterator[Any]:
+    """Yield the model as a variant leaves it."""
+    from mone_export.calibration.masking import masked, measure_residuals
+    from mone_export.pruning.novices import joint_novices, novices
+    from mone_export.pruning.planning import plan
+    from mone_export.pruning.scoring import score, score_weights
+
+    scores = (
+        score_weights(model) if variant.score == "aimer" else score(calibration, variant.score, seed=seed)
+    )
+    chosen = plan(scores, ratio=ratio, method=variant.method)
+    if variant.method != "mone":
+        yield with_fewer_experts(model.module, calibration, chosen)
+        return
+    if variant.novice == "joint":
+        residuals = measure_residuals(model, corpus, chosen)
+        vectors = {
+            layer: joint_novices(calibration.layers[layer], found) for layer, found in residuals.items()
+        }
+    else:
+        vectors = {layer: novices(stats, variant.novice) for layer, stats in calibration.layers.items()}
+    with masked(model.module, {layer.layer: layer.pruned for layer in chosen.layers}, vectors):
+        yield model.module
+
+
+def with_fewer_experts(module: Any, calibration: Any, chosen: Any) -> Any:
+    """Return a model without the pruned experts and their rows of the router; DERN's if the plan says so."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mone_export.model import expert_modules
+    from mone_export.pruning.dern import recombine
+
+    kept = {layer.layer: list(layer.kept) for layer in chosen.layers}
+    config = type(module.config).from_dict(module.config.to_dict())
+    (key,) = {"num_local_experts", "num_experts"} & config.to_dict().keys()
+    setattr(config, key, len(chosen.layers[0].kept))
+    smaller = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = module.state_dict()
+    for name, value in smaller.state_dict().items():
+        if state[name].shape != value.shape:
+            state[name] = state[name][kept[int(name.split(".")[2])]]
+    smaller.load_state_dict(state)
+    if chosen.method == "dern":
+        before, after = (dict(expert_modules(each)) for each in (module, smaller))
+        for layer in chosen.layers:
+            old, new = before[layer.layer], after[layer.layer]
+
+            def read(e: int, old: Any = old) -> Any:
+                gate, up = old.gate_up_proj[e].detach().chunk(2)
+                return torch.stack([gate, up, old.down_proj[e].detach().T], dim=1)
+
+            importance = calibration.layers[layer.layer].gate_sum
+            for e, segments in enumerate(recombine(read, layer.kept, layer.pruned, importance)):
+                new.gate_up_proj.data[e] = torch.cat([segments[:, 0], segments[:, 1]])
+                new.down_proj.data[e] = segments[:, 2].T
+    return smaller
+
+
+def log_probabilities(module: Any, rows: Any) -> Any:
+    """Return log p of every next token, float32 [n_row, seq_len, n_vocab]."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([module(part).logits.float().log_softmax(-1) for part in rows.split(8)])
+
+
+def _compare(module: Any, texts: Json, wanted: Json) -> Json:
+    """Return perplexity, KL(unpruned || pruned) per token in nats and top-1 agreement, by text."""
+    results = {}
+    for text, corpus in texts.items():
+        found, unpruned = log_probabilities(module, corpus.tokens), wanted[text]
+        next_token = found[:, :-1].gather(2, corpus.tokens[:, 1:, None]).double()
+        divergence = (unpruned.exp() * (unpruned - found)).sum(-1).double()
+        agreement = (found.argmax(-1) == unpruned.argmax(-1)).double()
+        results[text] = {
+            "perplexity": round(math.exp(-next_token.mean()), 4),
+            "kl": round(float(divergence.mean()), 6),
+            "top1": round(float(agreement.mean()), 5),
+        }
+    return results

@@ -1,0 +1,66 @@
+"""What all measurements share: the machine's description, medians, ratios round by round, scratch files."""
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mone_export import runtime
+
+Json = dict[str, Any]
+
+
+def environment() -> Json:
+    """Describe when, on what and with what: no names of hosts, users or folders."""
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    upstream = runtime.Upstream.load(runtime.patches_dir() / "UPSTREAM")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "machine": {
+            "cpu": model[1] if model else platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+            "load_average_before": [round(load, 1) for load in os.getloadavg()],
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "llama_cpp": f"{upstream.package} {upstream.version} ({upstream.llama_cpp_commit})",
+        },
+    }
+
+
+def spread(values: Sequence[float]) -> Json:
+    """Return median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def pairwise(runs: Sequence[Json], key: str, name: str, base: str) -> Json:
+    """Return the spread of value(name) / value(base), taken round by round."""
+    values = {(run["round"], run["name"]): run[key] for run in runs}
+    rounds = sorted({number for number, _ in values})
+    return spread([values[number, name] / values[number, base] for number in rounds])
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a folder in the cache for large files, removed at the end."""
+    runtime.cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runtime.cache_dir(), prefix="measure-") as folder:
+        yield Path(folder)
+
+
+def programs(args: argparse.Namespace) -> Path:
+    """Return the folder of llama.cpp's programs, and make llama-cpp-python load the libraries there."""
+    folder: Path = args.bin or runtime.path()
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    return folder

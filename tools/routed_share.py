@@ -1,0 +1,73 @@
+"""The share of routed slots that land on kept experts, seen through llama.cpp's evaluation callback."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class GgmlTensor(ctypes.Structure):
+    """The beginning of llama.cpp's `struct ggml_tensor` (ggml.h), as far as its name."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+    ]
+
+
+def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int) -> float:
+    """Return the share of slots with an id below `n_kept` over all layers of a model.
+
+    `runs` are token sequences, each from an empty context and in batches of the given size.
+    """
+    import llama_cpp
+
+    slots: list[np.ndarray] = []
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def see(address: int, ask: bool, _: Any) -> bool:
+        tensor = GgmlTensor.from_address(address)
+        wanted = tensor.name.startswith(b"ffn_moe_topk")
+        if wanted and not ask:
+            slots.append(_selected_ids(tensor))
+        return wanted if ask else True
+
+    @llama_cpp.llama_log_callback
+    def silent(*_: Any) -> None:
+        pass
+
+    llama_cpp.llama_log_set(silent, None)
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = max(len(tokens) for tokens, _ in runs)
+    params.n_batch, params.cb_eval = max(n_batch for _, n_batch in runs), see
+    params.n_threads = params.n_threads_batch = 1
+    context = llama_cpp.llama_init_from_model(model, params)
+    for tokens, n_batch in runs:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        for part in np.split(tokens, len(tokens) // n_batch):
+            ids = (llama_cpp.llama_token * n_batch)(*part.tolist())
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, n_batch)) != 0:
+                raise SystemExit(f"{file.name}: llama_decode failed")
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return float((np.concatenate([ids.ravel() for ids in slots]) < n_kept).mean())
+
+
+def _selected_ids(tensor: GgmlTensor) -> np.ndarray:
+    """Copy the expert ids [n_token, top_k] out of a tensor that is a view of a wider one."""
+    top_k, n_token = tensor.ne[:2]
+    raw = ctypes.string_at(tensor.data, (n_token - 1) * tensor.nb[1] + top_k * 4)
+    return np.stack([np.frombuffer(raw, "<i4", top_k, row * tensor.nb[1]) for row in range(n_token)])
