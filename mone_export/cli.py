@@ -437,9 +437,11 @@ def _durations(seconds: Mapping[str, float]) -> str:
 
 def _quiet_transformers() -> None:
     """Keep Hugging Face's own bars and notices off the terminal: errors reach the user as ours."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    level = os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     from transformers.utils import logging as transformers_logging
 
+    # The variable alone is read once, when transformers is first imported: perhaps before this.
+    transformers_logging.set_verbosity(transformers_logging.log_levels.get(level, transformers_logging.ERROR))
     transformers_logging.disable_progress_bar()

@@ -1,6 +1,7 @@
 """The `mone-export` command: one line for whatever is wrong, nothing left behind, dry runs that hold."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import random_model, save_small
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from mone_export import cli
 from mone_export.artifacts import Calibration
@@ -214,6 +216,20 @@ def test_unusable_model_is_one_line(
 ) -> None:
     change, message = BROKEN[name]
     export(model=changed(change)).is_one_line(message)
+
+
+def test_notices_of_transformers_are_not_shown(
+    export: Callable[..., Outcome], changed: Callable[[Change], Path]
+) -> None:
+    """Not even where a program raised its verbosity before."""
+    change, message = BROKEN["a norm missing"]
+    handler = logging.StreamHandler()
+    transformers_logging.add_handler(handler)
+    transformers_logging.set_verbosity_warning()
+    try:
+        export(model=changed(change)).is_one_line(message)
+    finally:
+        transformers_logging.remove_handler(handler)
 
 
 @pytest.mark.parametrize(
