@@ -443,5 +443,5 @@ def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     # The variable alone is read once, when transformers is first imported: perhaps before this.
-    transformers_logging.set_verbosity(transformers_logging.log_levels.get(level, transformers_logging.ERROR))
+    transformers_logging.set_verbosity(transformers_logging.log_levels.get(level, logging.ERROR))
     transformers_logging.disable_progress_bar()
