@@ -20,7 +20,8 @@ from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
 from mone_export.model import expert_modules, fingerprint
 from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
-from mone_export.output.writing import check_output, measure, write
+from mone_export.output.sizing import measure
+from mone_export.output.writing import check_output, write
 from mone_export.pruning.dern import recombine
 from mone_export.pruning.novices import NOVICES, novices
 from mone_export.pruning.planning import plan, plan_without_scores

@@ -15,7 +15,9 @@ QUANTIZE_TYPES = (
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
 
 _STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
-_SIZE = re.compile(r"quant size\s*=\s*([\d.]+) MiB")
+_TENSOR = re.compile(
+    r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^]]*\], type =\s+(\S+), size = .*?(?:-> .*\((\S+)\))?$", re.MULTILINE
+)
 
 
 def quantize(base: Path, outfile: Path, outtype: str, *, progress: Progress | None = None) -> None:
@@ -25,13 +27,13 @@ def quantize(base: Path, outfile: Path, outtype: str, *, progress: Progress | No
         raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 
 
-def quantized_size(head: Path, outtype: str) -> int:
-    """Return the bytes of tensor data (to 0.01 MiB) that quantising `head` would give, from its header."""
+def quantized_types(head: Path, outtype: str) -> dict[str, str]:
+    """Return the type that quantising `head` would give to each of its tensors, from its header alone."""
     lines = _run(["--dry-run", str(head), outtype.upper()])
-    found = _SIZE.search("\n".join(lines))
-    if found is None:
+    types = {name: new or old for name, old, new in _TENSOR.findall("\n".join(lines))}
+    if not types:
         raise MoneError(f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}")
-    return int(float(found[1]) * 2**20)
+    return {name: kind.lower() for name, kind in types.items()}
 
 
 def _run(arguments: list[str], *, progress: Progress | None = None) -> list[str]:
