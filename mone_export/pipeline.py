@@ -27,8 +27,7 @@ from mone_export.errors import MoneError
 from mone_export.model import check_weights, fingerprint, inspect, load_tokenizer, resolve, resolve_device
 from mone_export.output.llamacpp import projector_command
 from mone_export.output.quantizing import IMATRIX_TYPES
-from mone_export.output.sizing import measure
-from mone_export.output.writing import OUTTYPES, check_output, write
+from mone_export.output.writing import OUTTYPES, check_output, measure, write
 from mone_export.pruning.allocation import error_curves, search
 from mone_export.pruning.damage import mean_relative_error
 from mone_export.pruning.guard import guard, super_experts

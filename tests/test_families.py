@@ -35,8 +35,7 @@ from mone_export.model import check_weights, expert_modules, inspect
 from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.quantizing import quantize
-from mone_export.output.sizing import measure
-from mone_export.output.writing import write
+from mone_export.output.writing import measure, write
 from mone_export.pipeline import announce
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score

@@ -20,8 +20,8 @@ from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
 from mone_export.model import expert_modules, fingerprint
 from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
-from mone_export.output.sizing import measure
-from mone_export.output.writing import check_output, write
+from mone_export.output.quantizing import QUANTIZE_TYPES
+from mone_export.output.writing import check_output, measure, write
 from mone_export.pruning.dern import recombine
 from mone_export.pruning.novices import NOVICES, novices
 from mone_export.pruning.planning import plan, plan_without_scores
@@ -333,6 +333,19 @@ def test_measured_size_is_the_real_one(
     assert size == outfile.stat().st_size
     blank = plan_without_scores(calibration.spec, ratio=ratio)
     assert measure(small, blank, outtype=outtype) == (size, 0)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("ratio", [0, 0.5])
+@pytest.mark.parametrize("outtype", QUANTIZE_TYPES)
+def test_measured_size_is_the_real_one_of_what_llama_quantize_makes(
+    small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, outtype: str, ratio: float
+) -> None:
+    calibration, outfile = calibrated("small"), tmp_path / "model.gguf"
+    size = write(small, calibration, chosen(calibration, ratio), outfile, outtype=outtype)
+    blank = plan_without_scores(calibration.spec, ratio=ratio)
+    base = write(small, calibration, chosen(calibration, ratio), outfile)
+    assert measure(small, blank, outtype=outtype) == (size, base)
 
 
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])

@@ -59,7 +59,7 @@ def write_held_out(file: Path, n_chunk: int) -> int:
 def export_once(model: str, outfile: Path, run: Json, stats: Path) -> Json:
     """Export one variant, and compare the size with the one announced beforehand."""
     from mone_export.model import inspect, resolve
-    from mone_export.output.sizing import measure
+    from mone_export.output.writing import measure
     from mone_export.pipeline import export
     from mone_export.pruning.planning import plan_without_scores
 

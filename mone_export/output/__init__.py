@@ -5,5 +5,4 @@ llamacpp.py      llama.cpp's own converter, opened at one seam
 quantizing.py    llama-quantize
 recombining.py   DERN, one layer at a time
 writing.py       write(): what each tensor becomes
-sizing.py        how large the file will be
 """

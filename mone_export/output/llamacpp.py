@@ -86,11 +86,6 @@ class Conversion:
         """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
         return {name: tuple(info.shape) for name, info in self._model.gguf_writer.tensors[0].items()}
 
-    @property
-    def types(self) -> Mapping[str, str]:
-        """The type every tensor is written in, by ggml's name in lower case."""
-        return {name: info.dtype.name.lower() for name, info in self._model.gguf_writer.tensors[0].items()}
-
     def key(self, name: str) -> Any:
         """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
         self._prepare_metadata()
@@ -102,7 +97,7 @@ class Conversion:
         self._model.gguf_writer.add_tensor(name, tensor.numpy())
 
     def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
-        """Write header, metadata and tensor list to `part`, and return how many bytes they are.
+        """Write header, metadata and tensor list to `part`, and return the size the finished file will have.
 
         `keys` maps each key, additional or replaced, to (GGUF type, value); a list value makes an array of
         that type.
@@ -120,7 +115,8 @@ class Conversion:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.write_padding(writer.fout[0], writer.fout[0].tell())
-        return int(writer.fout[0].tell())
+        padded = (writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
+        return int(writer.fout[0].tell() + sum(padded))
 
     def write_tensors(self, progress: Progress | None = None) -> None:
         """Write all tensor data behind the head, one tensor at a time, and close the file."""

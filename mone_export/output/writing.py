@@ -32,8 +32,8 @@ from mone_export.output.gguf_format import (
     part_of,
     slot_tensor,
 )
-from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read
-from mone_export.output.quantizing import QUANTIZE_TYPES, quantize
+from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read, padded_bytes
+from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
 from mone_export.pruning.novices import novices
 from mone_export.runtime import Progress
@@ -41,11 +41,6 @@ from mone_export.runtime import Progress
 log = logging.getLogger(__name__)
 
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
-
-
-def base_type(outtype: str) -> str:
-    """Return what the converter writes for a type: the type, or `auto` where llama-quantize makes it."""
-    return outtype if outtype in CONVERTER_TYPES else "auto"
 
 
 def write(
@@ -80,7 +75,7 @@ def write(
     origin = _origin(calibration.model_sha256, calibration.corpus_sha256, calibration.n_token, path)
     keys = _provenance(plan, novice) | origin
     with _removed_on_failure(outfile.with_name(outfile.name + ".part")) as part:
-        if base_type(outtype) == outtype:
+        if outtype in CONVERTER_TYPES:
             _convert(path, plan, stand_ins, recombination, keys, part, outtype=outtype, progress=progress)
         else:
             with _removed_on_failure(outfile.with_name(outfile.name + ".base.part")) as base:
@@ -91,11 +86,11 @@ def write(
     return outfile.stat().st_size
 
 
-def head_of(path: Path, plan: Plan, *, novice: str, base_type: str, head: Path) -> tuple[int, Conversion]:
-    """Write the head of the file that `write` would make to `head`, without reading a weight.
+def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "auto") -> tuple[int, int]:
+    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
 
-    `base_type` is one of the converter's. Returns how many bytes the head is, and the closed conversion,
-    which knows all tensors.
+    Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
+    our header and holes in place of its data.
     """
     blank = {
         layer.layer: torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
@@ -103,12 +98,20 @@ def head_of(path: Path, plan: Plan, *, novice: str, base_type: str, head: Path) 
         if layer.pruned and plan.method == "mone"
     }
     keys = _provenance(plan, novice) | _origin("0" * 64, "0" * 64, 0, path)
-    recombination = Recombination(plan, {}) if plan.method == "dern" else None
-    conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
-    try:
-        return conversion.write_head(head, _keys_for(conversion, plan) | keys), conversion
-    finally:
+    with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
+        head = Path(folder) / "head.gguf"
+        base_type = outtype if outtype in CONVERTER_TYPES else "auto"
+        recombination = Recombination(plan, {}) if plan.method == "dern" else None
+        conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
+        size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
         conversion.close()
+        if outtype in CONVERTER_TYPES:
+            return size, 0
+        head_size = head.stat().st_size
+        with head.open("r+b") as file:
+            file.truncate(size)
+        types = quantized_types(head, outtype)
+        return head_size + sum(padded_bytes(conversion.shapes[name], types[name]) for name in types), size
 
 
 def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:
