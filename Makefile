@@ -19,7 +19,7 @@ check: $(READY)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
-	$(VENV)/bin/python -m pytest -s tests/test_vulkan.py $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
 
 check-cuda: $(READY)
 	$(VENV)/bin/python tools/check_cuda.py

@@ -200,17 +200,20 @@ def test_sums_over_given_outputs_are_exact(dtype: torch.dtype, mean: float) -> N
     outputs = (torch.randn(48, 7, generator=random, dtype=torch.float64) + mean).to(dtype)
     gates = torch.rand(48, generator=random).to(dtype)
     ids = torch.repeat_interleave(count)
-    for found in (expert_stats(outputs, gates, count, n_token=30), grouped_stats(outputs, gates, count, ids)):
-        assert_sums(found, outputs, gates, count, cancels=mean == 0)
+    rtol = 1e-9 if dtype == torch.float64 else 2e-6  # the GPU's way adds up to 32 numbers in float32
+    assert_sums(expert_stats(outputs, gates, count, n_token=30), outputs, gates, count, mean == 0, 1e-9)
+    assert_sums(grouped_stats(outputs, gates, count, ids), outputs, gates, count, mean == 0, rtol)
 
 
-def assert_sums(found: ExpertStats, outputs: Tensor, gates: Tensor, count: Tensor, *, cancels: bool) -> None:
+def assert_sums(
+    found: ExpertStats, outputs: Tensor, gates: Tensor, count: Tensor, cancels: bool, rtol: float
+) -> None:
     slots = zip(torch.repeat_interleave(count).tolist(), gates.tolist(), outputs, strict=True)
     wanted = by_definition([[slot] for slot in slots], 5, 7)
     for name in FIELDS[1:-1]:
         a, b = getattr(found, name), getattr(wanted, name)
         # sums around a mean of 0 may cancel in single channels
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 if cancels else 0)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=0.1 * rtol if cancels else 0)
 
 
 def test_batches_add_up(model: PreTrainedModel) -> None:

@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--rounds", type=int, default=5)
     calibrate.add_argument("--tokens", type=int, default=4096, help="tokens a round (batches of 4096)")
     calibrate.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    calibrate.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    calibrate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     calibrate.set_defaults(measure=measure_calibrate)
 
     quality = commands.add_parser("quality", parents=[common], help="perplexity on held-out text")

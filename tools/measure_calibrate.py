@@ -45,10 +45,12 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
     from mone_export.model import inspect
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**QWEN)).eval()
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**QWEN), dtype=dtype).eval()
     model.save_pretrained(folder)
+    model = model.to(args.device)
     tokens = torch.randint(0, QWEN["vocab_size"], (args.tokens // 2048, 2048))
-    batches = tokens.split(BATCH_TOKENS // 2048)
+    batches = tokens.to(args.device).split(BATCH_TOKENS // 2048)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -64,7 +66,7 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
             forward()
 
     def streamed() -> None:
-        module, files = open_streamed(folder, device="cpu", dtype=torch.float32)
+        module, files = open_streamed(folder, device=args.device, dtype=dtype)
         handle: Any = Model(inspect(folder), folder, module, None, files)
         with torch.inference_mode(), observe(module) as layers:
             run_rows(handle, tokens, layers)
@@ -85,13 +87,25 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
             for name, function in competitors.items():
                 runs.append({"round": number, "name": name, "threads": n_thread} | timed(function))
     return {
-        "settings": {"model": "Qwen3-MoE, random weights, float32", "experts_implementation": fastest}
+        "settings": {"model": f"Qwen3-MoE, random weights, {args.dtype}", "experts_implementation": fastest}
         | {key: QWEN[key] for key in QWEN if "exp" in key or "hidden" in key or "moe" in key}
-        | {"tokens": args.tokens, "batch_tokens": BATCH_TOKENS, "rounds": args.rounds},
+        | {
+            "device": device_name(args.device),
+            "tokens": args.tokens,
+            "batch_tokens": BATCH_TOKENS,
+            "rounds": args.rounds,
+        },
         "implementations_cpu_s": seconds,
         "summary": [summarise_calibrate(runs, n_thread, args.tokens) for n_thread in args.threads],
         "runs": runs,
     }
+
+
+def device_name(device: str) -> str:
+    """Return what a device is called, `cpu` for all CPUs: the machine's description names those."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def fastest_implementation(model: Any, forward: Callable[[], None]) -> tuple[str, Json]:
@@ -106,9 +120,13 @@ def fastest_implementation(model: Any, forward: Callable[[], None]) -> tuple[str
 
 
 def timed(function: Callable[[], None]) -> Json:
-    """Return the wall and CPU seconds of a call."""
+    """Return the wall and CPU seconds of a call, and of what it left to a GPU."""
+    import torch
+
     wall, cpu = time.perf_counter(), time.process_time()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from random_gguf import BLOCK_TYPES, SHAPES, Form, Shape, write_model
 from routed_share import routed_share
 
 from mone_export import runtime
+from mone_export.runtime.toolchain import gpu_identity
 
 TESTS = ("prompt", "generation")
 REPETITIONS = 2
@@ -45,17 +47,17 @@ def measure_speed(args: argparse.Namespace) -> Json:
     Hard-pruned files and one of two unpruned runs use llama.cpp without the patches.
     """
     patched = programs(args)
-    stock = runtime.build(patched=False, targets=("llama-bench",)).bin
+    stock = runtime.build(args.backend, patched=False, targets=("llama-bench",)).bin
     cases = []
     for shape_name in args.shapes:
         for weights in args.weights:
-            case = measure_case(SHAPES[shape_name], weights, {False: patched, True: stock}, args)
+            case = measure_case(shape_of(shape_name, args), weights, {False: patched, True: stock}, args)
             cases.append({"shape": shape_name, "weights": weights} | case)
             print(f"{shape_name} {weights} done", file=sys.stderr, flush=True)
-    settings = {key: vars(args)[key] for key in ("rounds", "threads", "n_prompt", "n_gen", "ratios")}
-    shapes = {
-        name: {field: getattr(SHAPES[name], field) for field in Shape.__slots__} for name in args.shapes
-    }
+    named = ("backend", "rounds", "threads", "n_prompt", "n_gen", "ratios")
+    settings = {key: vars(args)[key] for key in named}
+    settings["gpu"] = gpu_identity(()) if args.backend == "cuda" else None
+    shapes = {name: asdict(shape_of(name, args)) for name in args.shapes}
     return {"settings": settings | {"repetitions": REPETITIONS}, "shapes": shapes, "cases": cases}
 
 
@@ -87,6 +89,11 @@ def measure_case(shape: Shape, weights: str, folders: dict[bool, Path], args: ar
         sizes = {item.name: file.stat().st_size for item, file in files.items()}
     summary = {test: summarise(runs, share, test, args.ratios) for test in TESTS}
     return {"sizes": sizes, "share": share, "summary": summary, "runs": runs}
+
+
+def shape_of(name: str, args: argparse.Namespace) -> Shape:
+    """Return a shape with as many layers as were asked for."""
+    return replace(SHAPES[name], n_layer=args.layers) if args.layers else SHAPES[name]
 
 
 def n_kept(shape: Shape, ratio: float) -> int:
@@ -187,6 +194,8 @@ def measure_share(file: Path, shape: Shape, n_kept: int, args: argparse.Namespac
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what `measure.py speed` understands."""
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--backend", choices=("cpu", "cuda", "vulkan"), default="cpu")
+    parser.add_argument("--layers", type=int, help="of the random models (default: 2, to fit small machines)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-p", "--n-prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("-n", "--n-gen", type=int, default=32, help="tokens to generate")

@@ -61,6 +61,6 @@ def scratch() -> Iterator[Path]:
 
 def programs(args: argparse.Namespace) -> Path:
     """Return the folder of llama.cpp's programs, and make llama-cpp-python load the libraries there."""
-    folder: Path = args.bin or runtime.path()
+    folder: Path = args.bin or runtime.path(vars(args).get("backend"))
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
     return folder

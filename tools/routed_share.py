@@ -1,6 +1,7 @@
 """The share of routed slots that land on kept experts, seen through llama.cpp's evaluation callback."""
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,15 @@ def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int
         pass
 
     llama_cpp.llama_log_set(silent, None)
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    llama_cpp.llama_backend_init()
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0  # the ids are read where they lie
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_params)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = max(len(tokens) for tokens, _ in runs)
     params.n_batch, params.cb_eval = max(n_batch for _, n_batch in runs), see
-    params.n_threads = params.n_threads_batch = 1
+    params.op_offload = params.offload_kqv = False
+    params.n_threads = params.n_threads_batch = os.cpu_count() or 1
     context = llama_cpp.llama_init_from_model(model, params)
     for tokens, n_batch in runs:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
