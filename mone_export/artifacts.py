@@ -345,10 +345,25 @@ class Stability:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to reach a size: a type, and the share of experts to prune (0: only quantise).
+
+    `types` are those of its tensors, empty where all have type `outtype`; `error` is the estimate, if known.
+    """
+
+    outtype: str
+    ratio: float
+    size: int
+    types: Mapping[str, str]
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What an export did: sizes in bytes, experts kept per layer, text, seconds per stage, remarks.
 
-    `stability` is None where no text was read, or too little to compare.
+    `stability` is None where no text was read, or too little to compare. `candidates` are the ways there were
+    to reach a size that was asked for, the best first.
     """
 
     outfile: Path
@@ -359,3 +374,4 @@ class Report:
     stability: Stability | None
     seconds: Mapping[str, float]
     remarks: tuple[str, ...]
+    candidates: tuple[Candidate, ...] = ()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
@@ -15,7 +16,7 @@ from mone_export.errors import MoneError
 from mone_export.terminal import Display, JsonEvents, ProgressLine, logging_to
 
 if TYPE_CHECKING:
-    from mone_export.artifacts import MoeSpec, Part, Report
+    from mone_export.artifacts import Candidate, MoeSpec, Part, Report
 
 _DESCRIPTION = (
     "Prune the experts a mixture-of-experts model can spare, put a constant vector (a novice) in the place "
@@ -24,6 +25,7 @@ _DESCRIPTION = (
 _EPILOG = """examples:
   mone-export demo --ratio 0.5 -o demo.gguf
   mone-export allenai/OLMoE-1B-7B-0125 --ratio 0.5 -f my-text.txt --outtype q4_k_m -o olmoe.gguf
+  mone-export ./my-model --fit 16GiB -o fits.gguf                  prune, or only quantise? finds out
   mone-export ./my-model --ratio 0.25 --stats my-model.stats -o quarter.gguf    keeps the calibration
   mone-export ./my-model --ratio 0.5 --stats my-model.stats -o half.gguf        and uses it again
 
@@ -57,6 +59,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
+    if args.ratio is None and args.fit is None:
+        parser.error("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
     args.method = args.method or ("drop" if args.stock else "mone")
     args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
     return args
@@ -136,11 +140,14 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--ratio",
-        type=float,
-        required=True,
-        metavar="R",
-        help="share of the experts to prune in each layer, e.g. 0.5",
+        "--ratio", type=float, metavar="R", help="share of the experts to prune in each layer, e.g. 0.5"
+    )
+    group.add_argument(
+        "--fit",
+        "--target-size",
+        type=_size,
+        metavar="SIZE",
+        help="largest size of the file, e.g. 16GiB: what --ratio and --outtype leave open is chosen to fit",
     )
     group.add_argument(
         "--method",
@@ -273,6 +280,7 @@ def _export(args: argparse.Namespace, display: Display) -> int:
         ratio=args.ratio,
         outfile=args.outfile,
         outtype=args.outtype,
+        fit=args.fit,
         files=args.file,
         datasets=args.dataset,
         field=args.field,
@@ -308,8 +316,9 @@ def _export(args: argparse.Namespace, display: Display) -> int:
 
 def _dry_run(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
-    from mone_export.artifacts import Calibration, Part
+    from mone_export.artifacts import Calibration, Candidate, Part
     from mone_export.calibration.corpus import read_corpus
+    from mone_export.fitting import candidates, judge
     from mone_export.model import inspect, load_tokenizer, resolve
     from mone_export.pipeline import announce, rank
     from mone_export.pruning.planning import METHODS, plan, plan_without_scores
@@ -319,19 +328,12 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
     path = resolve(args.model)
     spec = inspect(path)
     score_name = args.score or METHODS[args.method]
-    size_unpruned, size = announce(
-        path,
-        spec,
-        ratio=args.ratio,
-        min_kept=args.min_kept,
-        method=args.method,
-        scope=args.scope,
-        score=score_name,
-        novice=args.novice,
-        outfile=args.outfile,
-        outtype=args.outtype,
-    )
-    chosen = plan_without_scores(spec, ratio=args.ratio, min_kept=args.min_kept, method=args.method)
+    how = {"min_kept": args.min_kept, "method": args.method}
+    ratio, outtype = args.ratio, args.outtype
+    fitting: list[Candidate] = []
+    if args.fit is not None:
+        options = how | {"outtype": outtype, "ratio": ratio, "novice": args.novice, "progress": display}
+        fitting = candidates(path, spec, args.fit, **options)
     has_ids = args.stats is not None and args.stats.exists()
     if not has_ids:
         n_row, seq_len = _chunks(args)
@@ -351,34 +353,62 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
         if calibration.spec != spec:
             raise MoneError(f"{args.stats} was made from another model: choose another --stats file")
         scores = rank(path, calibration, score_name, guarded=args.guarded, seed=args.seed)
-        chosen = plan(scores, ratio=args.ratio, min_kept=args.min_kept, method=args.method, scope=args.scope)
+        if fitting:
+            fitting = judge(
+                fitting, path, calibration, lambda part: plan(scores, ratio=part, **how), novice=args.novice
+            )
+    if fitting:  # without statistics none is better than another
+        ratio, outtype = fitting[0].ratio, fitting[0].outtype
+    size_unpruned, size = announce(
+        path,
+        spec,
+        ratio=ratio,
+        min_kept=args.min_kept,
+        method=args.method,
+        scope=args.scope,
+        score=score_name,
+        novice=args.novice,
+        outfile=args.outfile,
+        outtype=outtype,
+        at_most=len(fitting) > 1 and not has_ids,
+    )
+    chosen = plan_without_scores(spec, ratio=ratio, **how)
+    if has_ids:
+        chosen = plan(scores, ratio=ratio, scope=args.scope, **how)
+    decided = len(fitting) < 2 or has_ids
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
             spec=asdict(spec),
-            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers},
+            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers} if decided else None,
             pruned={layer.layer: layer.pruned for layer in chosen.layers} if has_ids else None,
             parts=[asdict(part) for part in parts],
-            size=size,
-            size_unpruned=size_unpruned,
+            size=size if decided else None,
+            size_unpruned=size_unpruned if decided else None,
+            candidates=[_candidate_values(item) for item in fitting],
         )
         return 0
     _print_spec(spec)
-    for layer in chosen.layers:
+    for layer in chosen.layers if decided else ():
         pruned = f": {' '.join(map(str, layer.pruned))}" if has_ids else ""
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
     _print_text(parts)
-    _print_sizes(size_unpruned, size)
+    _print_candidates(fitting)
+    if decided:
+        _print_sizes(size_unpruned, size)
+    else:
+        print(
+            "note     which of these does the least harm is known after a calibration, or with saved --stats"
+        )
     return 0
 
 
 def _size(text: str) -> int:
-    """Return the bytes that `512M`, `1.5G` or a plain number mean."""
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    factors = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
-    if unit not in factors:
-        raise ValueError(text)
-    return int(float(number) * factors[unit])
+    """Return the bytes that `512M`, `1.5G`, `16GiB` (of 1024), `16GB` (of 1000) or a plain number mean."""
+    match = re.fullmatch(r"([\d.]+) ?([KMGT]?)(I?B)?", text.upper())
+    if not match or match[1].count(".") > 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size: write 12G, 16GiB or 16GB")
+    return int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** " KMGT".index(match[2] or " "))
 
 
 def _chunks(args: argparse.Namespace) -> tuple[int, int]:
@@ -399,9 +429,14 @@ def _print_spec(spec: "MoeSpec") -> None:
 def _report_values(report: "Report") -> dict[str, Any]:
     """Return a report as JSON has it: paths as text, the stability with its mean."""
     values = asdict(report) | {"outfile": str(report.outfile)}
+    values["candidates"] = [_candidate_values(item) for item in report.candidates]
     if report.stability:
         values["stability"] |= {"mean": report.stability.mean}
     return values
+
+
+def _candidate_values(item: "Candidate") -> dict[str, Any]:
+    return {key: value for key, value in asdict(item).items() if key != "types"}
 
 
 def _print_report(report: "Report") -> None:
@@ -415,6 +450,7 @@ def _print_report(report: "Report") -> None:
             f"stable   {found.mean:.2f} (least stable layer {found.lowest:.2f}): overlap of the experts "
             f"pruned at {found.n_token} tokens and at half of them"
         )
+    _print_candidates(report.candidates)
     _print_sizes(report.size_unpruned, report.size)
     print(f"time     {_durations(report.seconds)}")
     for remark in report.remarks:
@@ -425,6 +461,15 @@ def _print_text(parts: Sequence["Part"]) -> None:
     for part in parts:
         sources = ", ".join(f"{name} {n_token} tokens" for name, n_token in part.sources.items())
         print(f"text     {sources}{'' if part.weight == 1 else f', weighted {part.weight:.3g}'}")
+
+
+def _print_candidates(fitting: Sequence["Candidate"]) -> None:
+    from mone_export.fitting import answer, describe
+
+    for item in fitting:
+        print(f"fits     {describe(item)}: {item.size / 1e6:.1f} MB")
+    if fitting and fitting[0].error is not None:
+        print(f"answer   {answer(fitting)}")
 
 
 def _print_sizes(unpruned: int, size: int) -> None:

@@ -14,7 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores, Stability
+from mone_export.artifacts import (
+    Calibration,
+    Candidate,
+    Corpus,
+    ExpertStats,
+    MoeSpec,
+    Plan,
+    Report,
+    Scores,
+    Stability,
+)
 from mone_export.calibration import ranks
 from mone_export.calibration.checkpoint import Checkpoint, begun
 from mone_export.calibration.corpus import head, read_corpus
@@ -24,6 +34,7 @@ from mone_export.calibration.passes import calibrate
 from mone_export.calibration.stability import Decide, Watch
 from mone_export.calibration.usage import RARELY, rarely_seen
 from mone_export.errors import MoneError
+from mone_export.fitting import candidates, judge
 from mone_export.model import check_weights, fingerprint, inspect, load_tokenizer, resolve, resolve_device
 from mone_export.output.llamacpp import projector_command
 from mone_export.output.quantizing import IMATRIX_TYPES
@@ -58,9 +69,10 @@ _BUILTIN_TEXT = (
 def export(
     model: str,
     *,
-    ratio: float,
+    ratio: float | None = None,
     outfile: Path,
     outtype: str = "auto",
+    fit: int | None = None,
     files: Sequence[str | Path] = (),
     datasets: Sequence[str] = (),
     field: str = "text",
@@ -86,6 +98,7 @@ def export(
 ) -> Report | None:
     """Prune `ratio` of a model's experts, replace them by novices and write the result as a GGUF.
 
+    With `fit`, a size in bytes, the ratio and the type that do the least harm are chosen, unless given.
     `model` is a folder, a Hugging Face id or `demo`. `files`, `datasets`, `field`, `seed`, `n_row` and
     `seq_len` say what to calibrate on, as in `read_corpus`. `stats` names a file to keep the calibration in,
     or to take it from when it exists: it must be of the text given, or no text be given. In `workdir` an
@@ -99,6 +112,13 @@ def export(
             "--sequential decides layer after layer from the statistics, each by itself: "
             "leave out --method, --scope, --allocate and --score aimer, or --sequential"
         )
+    if ratio is None and fit is None:
+        raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
+    if fit is not None and (scope != "layer" or allocate != "even"):
+        raise MoneError(
+            "--fit prunes the same number of experts in every layer: leave out --scope and --allocate, "
+            "or pass the --ratio and --outtype that it chooses instead of it"
+        )
     clock = _Clock()
     path = resolve(model)
     spec = inspect(path)
@@ -110,6 +130,23 @@ def export(
     if stats is not None and not stats.exists() and stats.parent != workdir:
         check_output(stats, option="--stats")
     tokenizer = load_tokenizer(path)
+    fitting: list[Candidate] = []
+    if fit is not None:
+        check_names(spec, method=method, score=score, novice=novice, outtype=outtype)
+        fitting = candidates(
+            path,
+            spec,
+            fit,
+            outtype=outtype,
+            ratio=ratio,
+            min_kept=min_kept,
+            method=method,
+            novice=novice,
+            progress=progress,
+        )
+        largest = max(fitting, key=lambda item: item.size)
+        ratio, outtype = largest.ratio, largest.outtype
+    assert ratio is not None
     size_unpruned, _ = announce(
         path,
         spec,
@@ -121,6 +158,7 @@ def export(
         novice=novice,
         outfile=outfile,
         outtype=outtype,
+        at_most=len(fitting) > 1,
     )
     calibration = Calibration.load(stats) if stats is not None and stats.exists() else None
     corpus = None
@@ -164,15 +202,15 @@ def export(
                 log.info(_BUILTIN_TEXT)
             loaded = load(path, device=device, dtype=dtype, stream=stream, memory=memory)
             clock.lap("load")
-            if ratio and score != "aimer":  # which no text changes
+            if ratio and not fitting and score != "aimer":  # which no text changes
                 decide = _decision(
                     spec, score, seed=seed, ratio=ratio, min_kept=min_kept, method=method, scope=scope
                 )
                 watch = Watch(decide, n_token=corpus.tokens.numel() // ranks.n_rank(), until=until_stable)
-            if until_stable and (loaded.files or workdir or ranks.n_rank() > 1):
+            if until_stable and (fitting or loaded.files or workdir or ranks.n_rank() > 1):
                 raise MoneError(
-                    "--until-stable needs all layers after each batch, in one process from start to end: "
-                    "leave out --workdir, --stream and torchrun, or --until-stable"
+                    "--until-stable needs the ratio, and all layers after each batch, in one process from "
+                    "start to end: leave out --fit, --workdir, --stream and torchrun, or --until-stable"
                 )
             calibration = calibrate(
                 loaded,
@@ -194,6 +232,18 @@ def export(
     if ranks.rank() > 0:
         return None
     way: dict[str, Any] = {"device": device, "dtype": dtype, "stream": stream, "memory": memory}
+    if fitting:
+        first = rank(path, calibration, score, guarded=guarded, seed=seed, **way)
+        fitting = judge(
+            fitting,
+            path,
+            calibration,
+            lambda part: plan(first, ratio=part, min_kept=min_kept, method=method),
+            novice=novice,
+        )
+        ratio, outtype = fitting[0].ratio, fitting[0].outtype
+        size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
+        clock.lap("fit")
     if sequential:
         assert corpus is not None
         known = "least-squares" if novice == "joint" else novice
@@ -255,6 +305,7 @@ def export(
         stability=stability,
         seconds=clock.seconds,
         remarks=(*_unstable(stability, until_stable), *_remarks(calibration, chosen)),
+        candidates=tuple(fitting),
     )
 
 
@@ -327,12 +378,42 @@ def announce(
     novice: str,
     outfile: Path,
     outtype: str,
+    at_most: bool = False,
 ) -> tuple[int, int]:
     """Check everything that needs no weights, and return the sizes in bytes: (unpruned file, pruned file).
 
     Raises `MoneError` for an unknown name, a bad ratio, an output that cannot be written, a model llama.cpp
     cannot convert, and too little disk for the file and its intermediate one together.
     """
+    check_names(
+        spec, method=method, score=score, novice=novice, outtype=outtype, scope=scope, outfile=outfile
+    )
+    check_scope(method, scope)
+    kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
+    check_output(outfile)
+    check_weights(path)
+    blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, score=score, method=method, scope=scope)
+    size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
+    size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
+    temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
+    log.info("%s will have %s%.1f MB%s", outfile, "at most " if at_most else "", size / 1e6, temporary)
+    check_output(outfile, needed=size + intermediate)
+    if command := projector_command(path, outfile):
+        log.info("only the text part is exported; llama.cpp converts the other: %s", command)
+    return size_unpruned, size
+
+
+def check_names(
+    spec: MoeSpec,
+    *,
+    method: str,
+    score: str,
+    novice: str,
+    outtype: str,
+    scope: str = "layer",
+    outfile: Path = Path("OUT"),
+) -> None:
+    """Raise `MoneError` for an unknown name, and for one that this model or this road has no use for."""
     if outtype in IMATRIX_TYPES:
         raise MoneError(
             f"--outtype {outtype} needs an importance matrix of the pruned model: export --outtype f16 "
@@ -353,19 +434,6 @@ def announce(
             f"--novice joint fits novices to the weights of experts' outputs, but {spec.arch} weights their "
             "inputs: use --novice mean"
         )
-    check_scope(method, scope)
-    kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
-    check_output(outfile)
-    check_weights(path)
-    blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, score=score, method=method, scope=scope)
-    size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
-    size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
-    temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
-    log.info("%s will have %.1f MB%s", outfile, size / 1e6, temporary)
-    check_output(outfile, needed=size + intermediate)
-    if command := projector_command(path, outfile):
-        log.info("only the text part is exported; llama.cpp converts the other: %s", command)
-    return size_unpruned, size
 
 
 def _checkpoint(

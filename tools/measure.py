@@ -82,10 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", parents=[common], help="KL divergence by method, score, novice")
     methods.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     methods.add_argument("--ratios", type=float, nargs="+", default=[0.125, 0.25, 0.5, 0.75])
+    methods.add_argument(
+        "--add", type=Path, metavar="JSON", help="keep this file's runs of other models and ratios"
+    )
     methods.add_argument("--contenders", action="store_true", help="only what a default is chosen among")
     methods.add_argument("--samples", type=int, default=5, help="calibration samples")
-    methods.add_argument("--rows", type=int, default=64, help="rows of 512 tokens to calibrate on")
-    methods.add_argument("--eval-rows", type=int, default=16, help="rows of 512 tokens of each text")
+    methods.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
+    methods.add_argument("--eval-rows", type=int, default=8, help="rows of 512 tokens of each text")
     methods.add_argument(
         "--minutes", type=float, default=55, help="training time of a model not in the cache"
     )

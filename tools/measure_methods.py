@@ -7,6 +7,7 @@ default may be chosen; `like`, of that kind too, and `unlike`, of another, on wh
 """
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -55,17 +56,27 @@ def measure_methods(args: argparse.Namespace) -> Json:
     import torch
 
     torch.set_num_threads(args.threads)
-    return {
-        "settings": {
-            "models": {
-                name: dict(zip(("like", "unlike"), MODELS[name], strict=True)) for name in args.models
-            },
-            "calibration_tokens": args.rows * SEQ_LEN,
-            "evaluation_tokens": args.eval_rows * SEQ_LEN,
-            "samples": args.samples,
-        },
-        "runs": [run for name in args.models for run in _runs_of(name, args)],
+    settings = {
+        "calibration_tokens": args.rows * SEQ_LEN,
+        "evaluation_tokens": args.eval_rows * SEQ_LEN,
+        "samples": args.samples,
     }
+    kept = _kept(args, settings)
+    runs = kept + [run for name in args.models for run in _runs_of(name, args)]
+    names = sorted({run["model"] for run in runs})
+    models = {name: dict(zip(("like", "unlike"), MODELS[name], strict=True)) for name in names}
+    return {"settings": {"models": models} | settings, "runs": runs}
+
+
+def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
+    """Return the runs of the file to add to, but for those that are measured again."""
+    if not args.add:
+        return []
+    before = json.loads(args.add.read_text())
+    if any(before["settings"][key] != value for key, value in settings.items()):
+        raise SystemExit(f"{args.add} was measured with other settings: {before['settings']}")
+    again = {(name, ratio) for name in args.models for ratio in (0.0, *args.ratios)}
+    return [run for run in before["runs"] if (run["model"], run["ratio"]) not in again]
 
 
 def trained(name: str, *, minutes: float) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +87,24 @@ def write(
 
 
 def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "auto") -> tuple[int, int]:
-    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
+    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
+    layout = layouts(path, plan, (outtype,), novice=novice)[outtype]
+    return layout.size, layout.size_between
+
+
+class Layout(NamedTuple):
+    """A file before it is written: its size and that of the one between, and the types of its tensors.
+
+    `types` is empty where the converter makes them all alike.
+    """
+
+    size: int
+    size_between: int
+    types: Mapping[str, str]
+
+
+def layouts(path: Path, plan: Plan, outtypes: Sequence[str], *, novice: str = "mean") -> dict[str, Layout]:
+    """Return the layout of a plan's file in each of several types, without reading a weight.
 
     Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
     our header and holes in place of its data.
@@ -98,20 +115,25 @@ def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "aut
         if layer.pruned and plan.method == "mone"
     }
     keys = _provenance(plan, novice) | _origin("0" * 64, "0" * 64, 0, path)
-    with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
-        head = Path(folder) / "head.gguf"
-        base_type = outtype if outtype in CONVERTER_TYPES else "auto"
-        recombination = Recombination(plan, {}) if plan.method == "dern" else None
-        conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
-        size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
-        conversion.close()
-        if outtype in CONVERTER_TYPES:
-            return size, 0
-        head_size = head.stat().st_size
-        with head.open("r+b") as file:
-            file.truncate(size)
-        types = quantized_types(head, outtype)
-        return head_size + sum(padded_bytes(conversion.shapes[name], types[name]) for name in types), size
+    recombination = Recombination(plan, {}) if plan.method == "dern" else None
+    found: dict[str, Layout] = {}
+    base_types = [outtype if outtype in CONVERTER_TYPES else "auto" for outtype in outtypes]
+    for base_type in dict.fromkeys(base_types):
+        with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
+            head = Path(folder) / "head.gguf"
+            conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
+            size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
+            conversion.close()
+            if base_type in outtypes:
+                found[base_type] = Layout(size, 0, {})
+            head_size = head.stat().st_size
+            with head.open("r+b") as file:
+                file.truncate(size)
+            for outtype in set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ():
+                types = quantized_types(head, outtype)
+                bytes_ = (padded_bytes(conversion.shapes[name], kind) for name, kind in types.items())
+                found[outtype] = Layout(head_size + sum(bytes_), size, types)
+    return found
 
 
 def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:

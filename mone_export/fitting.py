@@ -1,0 +1,163 @@
+"""How to make a file fit: which type of weights, and how many experts, where it may have so many bytes.
+
+`candidates` finds for each type the most experts that fit, from exact sizes, before anything expensive;
+`judge` estimates from the statistics what each of them does to the model. Both kinds of error are squares
+relative to what they disturb, so that they can be added: in a layer, the share of the experts' output that is
+missing without the pruned ones (`damage.relative_error`), and what rounding does to each product, about the
+squared rounding error of its weights (`rounding_errors`). The mean over the layers ranks candidates; it
+predicts no perplexity. docs/methods.md compares what it chooses with what was measured.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from mone_export.artifacts import Calibration, Candidate, MoeSpec, Plan
+from mone_export.errors import MoneError
+from mone_export.output.rounding import rounding_errors
+from mone_export.output.writing import Layout, layouts
+from mone_export.pruning.damage import relative_error
+from mone_export.pruning.planning import kept_per_layer, least_kept, plan_without_scores
+from mone_export.runtime import Progress
+
+LADDER = (
+    "auto",
+    "f16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q4_k_m",
+    "iq4_xs",
+    "q3_k_m",
+    "q2_k",
+)  # in falling precision
+
+_MATRIX = re.compile(r"blk\.(\d+)\.(\w+?)(_exps)?\.weight")
+
+
+def candidates(
+    path: Path,
+    spec: MoeSpec,
+    budget: int,
+    *,
+    outtype: str = "auto",
+    ratio: float | None = None,
+    min_kept: int | None = None,
+    method: str = "mone",
+    novice: str = "mean",
+    progress: Progress | None = None,
+) -> list[Candidate]:
+    """Return for each type the candidate with the most experts that `budget` bytes hold, exactest type first.
+
+    `outtype` and `ratio` narrow the search to one type (`auto` is all of them) and one ratio. Types behind
+    the first that takes all experts are left out: they could only be worse. Raises `MoneError`, naming the
+    smallest size there is, when nothing fits.
+    """
+    outtypes = LADDER if outtype == "auto" else (outtype,)
+    floor = least_kept(spec, min_kept)
+    if ratio is not None:
+        floor = kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
+
+    @cache
+    def sizes(n_kept: int) -> dict[str, Layout]:
+        part = 1 - n_kept / spec.n_expert
+        blank = plan_without_scores(spec, ratio=part, min_kept=min_kept, method=method)
+        return layouts(path, blank, outtypes, novice=novice)
+
+    found: list[Candidate] = []
+    for number, name in enumerate(outtypes, start=1):
+        if progress:
+            progress(number, len(outtypes), "measuring sizes (types)")
+
+        def size(n_kept: int, name: str = name) -> int:
+            return sizes(n_kept)[name].size
+
+        count = floor if ratio is not None else _most(budget, spec.n_expert, floor, size)
+        layout = sizes(count)[name]
+        same = any(item.size == layout.size for item in found)  # a type that the checkpoint has already
+        if layout.size <= budget and not same:
+            found.append(Candidate(name, 1 - count / spec.n_expert, layout.size, layout.types))
+        if layout.size <= budget and count == spec.n_expert:
+            break
+    if progress:
+        progress(len(outtypes), len(outtypes), "measuring sizes (types)")
+    if not found:
+        name = min(outtypes, key=lambda name: sizes(floor)[name].size)
+        raise MoneError(
+            f"nothing fits {budget} bytes: the smallest file has {sizes(floor)[name].size}, --outtype {name} "
+            f"with {floor} of {spec.n_expert} experts: pass a larger --fit, or another --min-kept or --ratio"
+        )
+    return found
+
+
+def judge(
+    found: Sequence[Candidate],
+    path: Path,
+    calibration: Calibration,
+    decide: Callable[[float], Plan],
+    *,
+    novice: str,
+) -> list[Candidate]:
+    """Return the candidates with their estimated errors, the best first; `decide` makes a ratio's plan."""
+    kinds = {kind for item in found for kind in item.types.values() or {item.outtype}} - {"auto"}
+    rounding = rounding_errors(path, kinds) | {"auto": 0.0}
+    judged = [
+        replace(item, error=_error(item, calibration, decide(item.ratio), novice, rounding)) for item in found
+    ]
+    return sorted(judged, key=lambda item: item.error or 0.0)
+
+
+def answer(judged: Sequence[Candidate]) -> str:
+    """Say which candidate it is, and why: prune, or only quantise harder?"""
+    best = judged[0]
+    others = [item for item in judged[1:] if (item.ratio > 0) != (best.ratio > 0)]
+    chosen = f"{'prune' if best.ratio else 'only quantise'}: {describe(best)}"
+    if not others:
+        return f"{chosen}; {'no type takes all experts' if best.ratio else 'all experts fit'}"
+    return f"{chosen} rather than {describe(others[0])}"
+
+
+def describe(item: Candidate) -> str:
+    """Name a candidate in a few words."""
+    share = f"{item.ratio:.0%} of the experts pruned" if item.ratio else "all experts kept"
+    error = "" if item.error is None else f", estimated error {item.error:.2g}"
+    return f"--outtype {item.outtype}, {share}{error}"
+
+
+def _most(budget: int, n_expert: int, floor: int, size: Callable[[int], int]) -> int:
+    """Return how many experts fit, at least `floor`; the size grows with their number, nearly evenly."""
+    if size(n_expert) <= budget or n_expert == floor:
+        return n_expert
+    few, many = floor, n_expert - 1
+    per_expert = (size(many) - size(few)) / max(1, many - few) or 1.0
+    count = max(few, min(many, few + math.floor((budget - size(few)) / per_expert)))
+    while count > few and size(count) > budget:
+        count -= 1
+    return count
+
+
+def _error(
+    item: Candidate, calibration: Calibration, plan: Plan, novice: str, rounding: Mapping[str, float]
+) -> float:
+    """Return the mean over the layers of what is missing and what is rounded in each."""
+    known = "least-squares" if novice == "joint" else novice if plan.method == "mone" else "zero"
+    lost = {
+        layer.layer: relative_error(calibration.layers[layer.layer], layer.pruned, known)
+        for layer in plan.layers
+    }
+    if not item.types:
+        rest = 7 * rounding[item.outtype]  # of a layer's matrices: attention's four, an expert's three
+        return sum(error + rest for error in lost.values()) / len(lost)
+    total = dict(lost)
+    for name, kind in item.types.items():
+        if (
+            (match := _MATRIX.fullmatch(name))
+            and (layer := int(match[1])) in total
+            and "norm" not in match[2]
+        ):
+            share = 1 - lost[layer] if match[3] else 1.0
+            total[layer] += share * rounding[kind]
+    return sum(total.values()) / len(total)

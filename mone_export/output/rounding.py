@@ -1,0 +1,68 @@
+"""What rounding weights to a type of GGUF costs, tried on some of the model's own."""
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from mone_export.model import open_weights
+from mone_export.runtime import path as runtime_path
+
+N_SAMPLE = 2**20  # weights, from all over the model
+_EXACT = ("f32", "f16", "bf16")
+_BLOCK = 256  # weights that K-quants take together
+
+
+def rounding_errors(path: Path, types: Iterable[str]) -> dict[str, float]:
+    """Return the squared error of each type relative to the squared weights, on a sample of a model's own.
+
+    `types` are names of tensor types such as `q4_k`; those of floating-point numbers count as exact. Rounded
+    by ggml itself, without an importance matrix.
+    """
+    wanted = sorted(set(types) - set(_EXACT))
+    sample = _sample(path) if wanted else np.empty(0, np.float32)
+    return dict.fromkeys(_EXACT, 0.0) | {kind: _rounding_error(sample, kind) for kind in wanted}
+
+
+def _rounding_error(sample: np.ndarray, kind: str) -> float:
+    import gguf
+
+    quant = gguf.GGMLQuantizationType[kind.upper()]
+    rows = sample.reshape(-1, _BLOCK)
+    n_block, n_byte = gguf.GGML_QUANT_SIZES[quant]
+    packed = np.empty((len(rows), _BLOCK // n_block * n_byte), np.uint8)
+    ggml = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk(quant, rows.ctypes.data, packed.ctypes.data, 0, len(rows), _BLOCK, None)
+    rounded = gguf.quants.dequantize(packed, quant)
+    return float(np.square(rounded - rows).sum() / np.square(rows).sum())
+
+
+def _sample(path: Path) -> np.ndarray:
+    """Return weights of matrices all over the model, float32 [n * 256]; of a bell curve if all are packed."""
+    parts = []
+    owner = open_weights(path)
+    names = [name for name in sorted(owner) if _is_matrix(owner[name].get_slice(name))]
+    some = names[:: max(1, len(names) // 64)]
+    for name in some:
+        part = owner[name].get_slice(name)
+        *_, height, width = part.get_shape()
+        n_row = min(height, max(1, N_SAMPLE // len(some) // width))
+        rows = part[0, :n_row] if len(part.get_shape()) == 3 else part[:n_row]
+        values = rows.float().numpy().ravel()
+        parts.append(values[: len(values) // _BLOCK * _BLOCK])
+    if not parts:
+        parts = [np.random.default_rng(0).standard_normal(N_SAMPLE, np.float32)]
+    return np.ascontiguousarray(np.concatenate(parts))
+
+
+def _is_matrix(part: object) -> bool:
+    shape, dtype = part.get_shape(), part.get_dtype()  # type: ignore[attr-defined]
+    return len(shape) in (2, 3) and shape[-1] >= _BLOCK // 4 and dtype in ("F32", "F16", "BF16")
