@@ -5,6 +5,7 @@
     python tools/measure.py calibrate    what observing costs on top of a forward pass
     python tools/measure.py quality      perplexity on held-out text by ratio, score and novice
     python tools/measure.py methods      KL divergence by method, score, novice and ratio
+    python tools/measure.py bytes        KL divergence at equal bytes: prune, or only quantise?
     python tools/measure.py memory       peak memory of the writing stage
     python tools/measure.py server       resident memory of llama-server
     python tools/measure.py large        a 6 GB model in less memory than that; estimates
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import readme_tables  # noqa: E402  (neighbours, which import the checkout's own package)
+from measure_bytes import FRACTIONS, measure_bytes  # noqa: E402
 from measure_calibrate import measure_calibrate  # noqa: E402
 from measure_large import measure_large  # noqa: E402
 from measure_memory import measure_memory  # noqa: E402
@@ -94,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("-t", "--threads", type=int, default=2)
     methods.set_defaults(measure=measure_methods)
+
+    same = commands.add_parser("bytes", parents=[common], help="KL divergence at equal bytes")
+    same.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    same.add_argument(
+        "--fractions", type=float, nargs="+", default=list(FRACTIONS), help="of the unpruned size"
+    )
+    same.add_argument("--samples", type=int, default=3, help="calibration samples")
+    same.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
+    same.add_argument("--chunks", type=int, default=16, help="rows of 512 tokens of each text")
+    same.add_argument("--minutes", type=float, default=55, help="training time of a model not in the cache")
+    same.add_argument("-t", "--threads", type=int, default=2)
+    same.set_defaults(measure=measure_bytes)
 
     memory = commands.add_parser("memory", parents=[common], help="peak memory of the writing stage")
     memory.set_defaults(measure=measure_memory)

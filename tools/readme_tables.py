@@ -228,6 +228,75 @@ def methods_note(data: Json) -> str:
     )
 
 
+def bytes_table(data: Json) -> Iterable[Row]:
+    """Yield what each way to a size costs: only quantising, pruning at high precision, what --fit chose."""
+    columns = ("only quantised", "novices at Q8_0", "novices at Q6_K", "chosen by --fit", "best measured")
+    yield "model", "size", "text", *columns
+    for (model, fraction), runs in _by_size(data).items():
+        ways: dict[str, list[Json]] = {}
+        for run in runs:
+            ways.setdefault(run["outtype"], []).append(run)
+        quantised = [way for way in ways.values() if not way[0]["ratio"]]
+        pruned = {name: way for name, way in ways.items() if way[0]["ratio"]}
+        chosen = [run for run in runs if run["chosen"]]
+        for text in ("like", "unlike"):
+            best = min(ways.values(), key=lambda way: statistics.mean(run[text]["kl"] for run in way))
+            cells = [quantised[0] if quantised else [], pruned.get("q8_0", []), pruned.get("q6_k", [])]
+            yield model, f"{fraction:.0%}", text, *(_way(way, text) for way in (*cells, chosen, best))
+
+
+def _by_size(data: Json) -> dict[tuple[str, float], list[Json]]:
+    found: dict[tuple[str, float], list[Json]] = {}
+    for run in data["runs"]:
+        found.setdefault((run["model"], run["fraction"]), []).append(run)
+    return found
+
+
+def _way(runs: Sequence[Json], text: str) -> str:
+    """Format the mean and the range of a way's divergences, and the way."""
+    if not runs:
+        return "-"
+    values = [run[text]["kl"] for run in runs]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if max(values) > min(values) else ""
+    names = dict.fromkeys(f"{run['outtype'].upper()}, {run['ratio']:.0%}" for run in runs)
+    return f"{statistics.mean(values):.4f}{spread}: {' or '.join(names)}"
+
+
+def _ranks(values: Sequence[float]) -> list[int]:
+    return [sorted(values).index(value) for value in values]
+
+
+def bytes_note(data: Json) -> str:
+    """Say what was run, and how well the estimate orders the candidates."""
+    settings = data["settings"]
+    orders = [
+        statistics.correlation(
+            _ranks([run["estimate"] for run in runs]), _ranks([run["like"]["kl"] for run in runs])
+        )
+        for whole in _by_size(data).values()
+        for runs in ([run for run in whole if run["sample"] == n] for n in range(settings["samples"]))
+        if len(runs) > 2
+    ]
+    lost = [
+        statistics.mean(run["like"]["kl"] for run in runs if run["chosen"])
+        / min(
+            statistics.mean(run["like"]["kl"] for run in runs if run["outtype"] == name)
+            for name in {run["outtype"] for run in runs}
+        )
+        for runs in _by_size(data).values()
+    ]
+    return (
+        "KL divergence from the unpruned model in nats per token, mean over "
+        f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens (range), on "
+        f"{settings['evaluation_tokens']} held-out tokens; behind it the type, and the share of the experts "
+        "pruned. Sizes relative to the unpruned file in the checkpoint's own type. The estimate that --fit "
+        f"chooses by and the divergence on like text: rank correlation {statistics.median(orders):.2f} "
+        f"(median over sizes and samples, {min(orders):.2f} to {max(orders):.2f}); the choice has "
+        f"{statistics.median(lost):.2f} times the best candidate's divergence (median over sizes, "
+        f"{min(lost):.2f} to {max(lost):.2f})."
+    )
+
+
 def memory_table(data: Json) -> Iterable[Row]:
     """Yield the peak memory of writing against the bar."""
     yield "checkpoint's experts", "outtype", "largest layer", "bar", "peak", "before", "time"
@@ -313,6 +382,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "calibrate": calibrate_table,
     "quality": quality_table,
     "methods": methods_table,
+    "bytes": bytes_table,
     "memory": memory_table,
     "server": server_table,
     "large": large_table,
@@ -323,6 +393,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "calibrate": calibrate_note,
     "quality": quality_note,
     "methods": methods_note,
+    "bytes": bytes_note,
     "memory": memory_note,
     "server": server_note,
     "large": large_note,

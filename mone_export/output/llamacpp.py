@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,8 +154,22 @@ class Conversion:
 def padded_bytes(shape: Sequence[int], type_name: str) -> int:
     """Return how many bytes of a file a tensor takes, of a shape in elements and a type such as `q4_k`."""
     gguf, _ = _load_converter()
-    n_block, n_byte = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+    _, n_block, n_byte = block_of(type_name)
     return int(gguf.GGUFWriter.ggml_pad(math.prod(shape) // n_block * n_byte, gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def block_of(type_name: str) -> tuple[int, int, int]:
+    """Return (ggml's number of a type such as `q4_k`, weights in a block of it, bytes of a block)."""
+    gguf, _ = _load_converter()
+    number = gguf.GGMLQuantizationType[type_name.upper()]
+    return int(number), *gguf.GGML_QUANT_SIZES[number]
+
+
+def dequantize(packed: np.ndarray, type_name: str) -> np.ndarray:
+    """Return the float32 weights that rows of blocks of a type stand for."""
+    gguf, _ = _load_converter()
+    weights: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[type_name.upper()])
+    return weights
 
 
 def projector_command(path: Path, outfile: Path) -> str | None:

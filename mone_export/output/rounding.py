@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mone_export.model import open_weights
+from mone_export.output.llamacpp import block_of, dequantize
 from mone_export.runtime import path as runtime_path
 
 N_SAMPLE = 2**20  # weights, from all over the model
@@ -26,11 +27,8 @@ def rounding_errors(path: Path, types: Iterable[str]) -> dict[str, float]:
 
 
 def _rounding_error(sample: np.ndarray, kind: str) -> float:
-    import gguf
-
-    quant = gguf.GGMLQuantizationType[kind.upper()]
     rows = sample.reshape(-1, _BLOCK)
-    n_block, n_byte = gguf.GGML_QUANT_SIZES[quant]
+    number, n_block, n_byte = block_of(kind)
     packed = np.empty((len(rows), _BLOCK // n_block * n_byte), np.uint8)
     ggml = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
     ggml.ggml_quantize_chunk.argtypes = [
@@ -40,8 +38,8 @@ def _rounding_error(sample: np.ndarray, kind: str) -> float:
         ctypes.c_void_p,
     ]
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk(quant, rows.ctypes.data, packed.ctypes.data, 0, len(rows), _BLOCK, None)
-    rounded = gguf.quants.dequantize(packed, quant)
+    ggml.ggml_quantize_chunk(number, rows.ctypes.data, packed.ctypes.data, 0, len(rows), _BLOCK, None)
+    rounded = dequantize(packed, kind)
     return float(np.square(rounded - rows).sum() / np.square(rows).sum())
 
 

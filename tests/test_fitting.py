@@ -1,0 +1,116 @@
+"""What fits is the most that fits, to the byte, and the best of it by the estimate is what gets written."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mone_export.artifacts import Calibration, Candidate, Corpus
+from mone_export.calibration.loading import load
+from mone_export.calibration.passes import calibrate
+from mone_export.errors import MoneError
+from mone_export.fitting import answer, candidates, judge
+from mone_export.model import inspect
+from mone_export.output.writing import measure
+from mone_export.pipeline import export
+from mone_export.pruning.planning import plan, plan_without_scores
+from mone_export.pruning.scoring import score
+
+pytestmark = pytest.mark.upstream
+
+
+@pytest.fixture(scope="module")
+def calibration(small: Path) -> Calibration:
+    tokens = torch.randint(0, 400, (8, 64), generator=torch.Generator().manual_seed(0))
+    corpus = Corpus(tokens=tokens, name="random", sha256="0")
+    return calibrate(load(small, device="cpu", dtype="float32"), corpus, model_sha256="")
+
+
+def size(small: Path, outtype: str, n_kept: int, method: str = "mone") -> int:
+    spec = inspect(small)
+    blank = plan_without_scores(spec, ratio=1 - n_kept / spec.n_expert, method=method)
+    return measure(small, blank, outtype=outtype)[0]
+
+
+@pytest.mark.parametrize("method", ["mone", "drop"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 0.97])
+def test_one_expert_more_would_not_fit(small: Path, share: float, method: str) -> None:
+    spec = inspect(small)
+    budget = int(share * size(small, "auto", spec.n_expert))
+    found = candidates(small, spec, budget, method=method)
+    assert found
+    for item in found:
+        n_kept = round((1 - item.ratio) * spec.n_expert)
+        assert item.size == size(small, item.outtype, n_kept, method) <= budget
+        assert n_kept == spec.n_expert or size(small, item.outtype, n_kept + 1, method) > budget
+
+
+def test_types_behind_the_first_that_takes_all_experts_are_left_out(small: Path) -> None:
+    spec = inspect(small)
+    found = candidates(small, spec, size(small, "q8_0", spec.n_expert))
+    assert found[-1].outtype == "q8_0" and found[-1].ratio == 0
+    assert all(item.ratio > 0 for item in found[:-1])
+
+
+def test_a_type_and_a_ratio_narrow_the_search(small: Path) -> None:
+    spec, budget = inspect(small), 10**9
+    (only,) = candidates(small, spec, budget, outtype="q4_0", ratio=0.5)
+    assert (only.outtype, only.ratio) == ("q4_0", 0.5)
+    half = candidates(small, spec, budget, ratio=0.5)
+    assert len(half) > 3 and {item.ratio for item in half} == {0.5}
+
+
+def test_what_cannot_fit_is_refused_with_the_smallest_size(small: Path) -> None:
+    with pytest.raises(MoneError, match=r"nothing fits 1000 bytes: the smallest file has \d+"):
+        candidates(small, inspect(small), 1000)
+
+
+def test_the_estimate_adds_what_is_lost_and_what_is_rounded(small: Path, calibration: Calibration) -> None:
+    errors = judged(small, calibration, {"f32": 0.0, "q8_0": 0.0, "q2_k": 0.0})
+    assert errors["f32"] == 0
+    assert 0 < errors["q8_0"] < 1e-2 < errors["q2_k"]
+    pruned = judged(small, calibration, {"f32": 0.5, "q8_0": 0.5})
+    assert pruned["q8_0"] > pruned["f32"] > errors["q8_0"]
+    more = judged(small, calibration, {"f32": 0.75})
+    assert more["f32"] > pruned["f32"]
+
+
+def judged(small: Path, calibration: Calibration, ratios: Mapping[str, float]) -> dict[str, float]:
+    found = [candidates(small, inspect(small), 10**9, outtype=name, ratio=r)[0] for name, r in ratios.items()]
+    scores = score(calibration)
+    result = judge(found, small, calibration, lambda part: plan(scores, ratio=part), novice="mean")
+    assert [item.error for item in result] == sorted(item.error or 0.0 for item in result)
+    return {item.outtype: item.error or 0.0 for item in result}
+
+
+def test_the_answer_names_the_best_of_the_other_kind() -> None:
+    whole = Candidate("iq4_xs", 0.0, 10, {}, 0.04)
+    pruned = Candidate("q6_k", 0.25, 10, {}, 0.01)
+    worse = replace(pruned, outtype="q8_0", error=0.02)
+    assert answer([pruned, worse, whole]).startswith("prune: --outtype q6_k, 25% of the experts pruned")
+    assert "rather than --outtype iq4_xs" in answer([pruned, worse, whole])
+    assert (
+        answer([whole])
+        == "only quantise: --outtype iq4_xs, all experts kept, estimated error 0.04; all experts fit"
+    )
+    assert answer([pruned]).endswith("no type takes all experts")
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_the_export_fits_and_says_how(small: Path, text: Path, tmp_path: Path, share: float) -> None:
+    budget = int(share * size(small, "auto", inspect(small).n_expert))
+    report = export(str(small), fit=budget, outfile=tmp_path / "fits.gguf", files=[text], n_row=4, seq_len=64)
+    assert report is not None
+    best = report.candidates[0]
+    assert (tmp_path / "fits.gguf").stat().st_size == report.size == best.size <= budget
+    n_expert = inspect(small).n_expert
+    assert set(report.n_kept.values()) == {round((1 - best.ratio) * n_expert)}
+
+
+def test_the_exporter_wants_a_ratio_or_a_size(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(MoneError, match="--ratio.*--fit"):
+        export(str(small), outfile=tmp_path / "out.gguf")
+    with pytest.raises(MoneError, match="--scope and --allocate"):
+        export(str(small), outfile=tmp_path / "out.gguf", fit=10**9, scope="model")

@@ -1,0 +1,139 @@
+"""At equal bytes: prune much and round little, the other way round, or only quantise?
+
+For each size the candidates of `--fit` are written, one per type with as many experts as fit, and compared
+with the unpruned model in its own precision, on two held-out texts, by llama-perplexity. Beside the KL
+divergence stands the estimate that `--fit` chooses by: it has seen neither text.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from measure_methods import MODELS, rows_of, trained
+from measuring import Json, programs, scratch
+
+TEXTS = ("like", "unlike")
+FRACTIONS = (
+    0.5,
+    0.45,
+    0.4,
+    0.35,
+    0.3,
+    0.26,
+)  # of the unpruned file: from less than Q8_0 to little more than Q2_K
+
+
+def measure_bytes(args: argparse.Namespace) -> Json:
+    """Return KL divergence and estimate of each candidate, per model, size and calibration sample."""
+    bin_dir = programs(args)
+    return {
+        "settings": {
+            "models": {name: dict(zip(TEXTS, MODELS[name], strict=True)) for name in args.models},
+            "calibration_tokens": args.rows * 512,
+            "evaluation_tokens": args.chunks * 512,
+            "samples": args.samples,
+        },
+        "runs": [run for name in args.models for run in _runs_of(name, bin_dir, args)],
+    }
+
+
+def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
+    from mone_export.artifacts import Calibration
+    from mone_export.calibration.loading import load
+    from mone_export.calibration.passes import calibrate
+    from mone_export.fitting import candidates, judge
+    from mone_export.model import fingerprint
+    from mone_export.pipeline import export, rank
+    from mone_export.pruning.planning import plan
+
+    path = trained(name, minutes=args.minutes)
+    model = load(path, device="cpu", dtype="float32")
+    runs: list[Json] = []
+    with scratch() as folder:
+        base, outfile = folder / "base.gguf", folder / "model.gguf"
+        stats = [folder / f"{sample}.stats" for sample in range(args.samples)]
+        for sample, file in enumerate(stats):
+            corpus = rows_of(
+                model, "calibration", MODELS[name][0], args.rows, first=sample, step=args.samples
+            )
+            calibrate(model, corpus, model_sha256=fingerprint(path)).save(file)
+        size = export(str(path), ratio=0, outfile=base, stats=stats[0]).size
+        texts = {
+            text: write_text(folder / text, kind) for text, kind in zip(TEXTS, MODELS[name], strict=True)
+        }
+        for text in texts.values():
+            perplexity(bin_dir, base, text, args)
+        known: dict[str, Json] = {}  # files without novices are the same for all samples
+        for fraction in args.fractions:
+            found = candidates(path, model.spec, int(fraction * size))
+            for sample, file in enumerate(stats):
+                calibration = Calibration.load(file)
+                scores = rank(path, calibration, "mone", guarded=True, seed=0)
+                judged = judge(
+                    found, path, calibration, lambda part, s=scores: plan(s, ratio=part), novice="mean"
+                )
+                for place, item in enumerate(judged):
+                    result = known.get(item.outtype) if not item.ratio else None
+                    if result is None:
+                        export(str(path), ratio=item.ratio, outtype=item.outtype, outfile=outfile, stats=file)
+                        result = {
+                            key: divergence(bin_dir, outfile, text, args) for key, text in texts.items()
+                        }
+                    if not item.ratio:
+                        known[item.outtype] = result
+                    run = {"model": name, "fraction": fraction, "sample": sample, "outtype": item.outtype}
+                    run |= {
+                        "ratio": item.ratio,
+                        "size": item.size,
+                        "estimate": item.error,
+                        "chosen": place == 0,
+                    }
+                    runs.append(run | result)
+                    print(runs[-1], file=sys.stderr, flush=True)
+    return runs
+
+
+def write_text(file: Path, kind: str, n_document: int = 400) -> Path:
+    """Write held-out documents of a kind."""
+    from mone_export.calibration.documents import builtin_documents
+
+    own = (document.text for document in builtin_documents("held-out") if document.kind == kind)
+    file.write_text("\n\n".join(islice(own, n_document)))
+    return file
+
+
+def perplexity(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace, *options: str) -> str:
+    """Run llama-perplexity with the unpruned model's logits, writing them unless `options` read them."""
+    command: list[Any] = [
+        bin_dir / "llama-perplexity",
+        "-m",
+        file,
+        "-f",
+        text,
+        "-c",
+        "512",
+        "-t",
+        args.threads,
+    ]
+    command += ["--chunks", args.chunks, "--kl-divergence-base", text.with_suffix(".kld"), *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(
+            f"llama-perplexity ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+        )
+    return done.stdout + done.stderr
+
+
+def divergence(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace) -> Json:
+    """Return KL(unpruned || file) per token in nats, and top-1 agreement."""
+    for _ in range(5):  # now and then it ends before its last lines are written
+        output = perplexity(bin_dir, file, text, args, "--kl-divergence")
+        kl = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", output)
+        same = re.search(r"Same top p:\s+([\d.]+)", output)
+        if kl and same:
+            return {"kl": float(kl[1]), "top1": float(same[1]) / 100}
+    raise SystemExit(f"llama-perplexity printed no divergence: {output[-2000:]}")
