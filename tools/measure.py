@@ -29,7 +29,7 @@ from measure_bytes import FRACTIONS, measure_bytes  # noqa: E402
 from measure_calibrate import measure_calibrate  # noqa: E402
 from measure_large import measure_large  # noqa: E402
 from measure_memory import measure_memory  # noqa: E402
-from measure_methods import MODELS, measure_methods  # noqa: E402
+from measure_methods import MODELS, VARIANTS, measure_methods  # noqa: E402
 from measure_quality import measure_quality  # noqa: E402
 from measure_server import measure_server  # noqa: E402
 from measure_speed import add_options as add_speed_options  # noqa: E402
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument(
         "--add", type=Path, metavar="JSON", help="keep this file's runs of other models and ratios"
     )
-    methods.add_argument("--contenders", action="store_true", help="only what a default is chosen among")
+    methods.add_argument("--kinds", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of variants")
     methods.add_argument("--samples", type=int, default=5, help="calibration samples")
     methods.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
     methods.add_argument("--eval-rows", type=int, default=8, help="rows of 512 tokens of each text")

@@ -30,6 +30,7 @@ class Variant(NamedTuple):
     method: str
     score: str
     novice: str = "none"
+    way: str = ""
 
 
 # what a default is chosen among, and what others propose
@@ -49,6 +50,10 @@ OTHERS = (
     ),
     Variant("drop", "gate"),
 )
+
+# what costs more than one pass over the text
+WAYS = (Variant("mone", "mone", "mean", "sequential"), Variant("mone", "mone", "mean", "search"))
+VARIANTS = {"contenders": CONTENDERS, "others": OTHERS, "ways": WAYS}
 
 
 def measure_methods(args: argparse.Namespace) -> Json:
@@ -72,11 +77,21 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
     """Return the runs of the file to add to, but for those that are measured again."""
     if not args.add:
         return []
+    names = {variant for kind in args.kinds for variant in VARIANTS[kind]}
     before = json.loads(args.add.read_text())
     if any(before["settings"][key] != value for key, value in settings.items()):
         raise SystemExit(f"{args.add} was measured with other settings: {before['settings']}")
-    again = {(name, ratio) for name in args.models for ratio in (0.0, *args.ratios)}
-    return [run for run in before["runs"] if (run["model"], run["ratio"]) not in again]
+    return [
+        run
+        for run in before["runs"]
+        if run["model"] not in args.models
+        or (run["ratio"] and (run["ratio"] not in args.ratios or variant_of(run) not in names))
+    ]
+
+
+def variant_of(run: Json) -> Variant:
+    """Return the variant of a run."""
+    return Variant(**{field: run[field] for field in Variant._fields if field in run})
 
 
 def trained(name: str, *, minutes: float) -> Path:
@@ -96,8 +111,10 @@ def trained(name: str, *, minutes: float) -> Path:
 
 
 def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
+    from mone_export.calibration.corpus import head
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
+    from mone_export.pipeline import SPARE_ROWS
 
     model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
     like, unlike = MODELS[name]
@@ -109,11 +126,13 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
     yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
     for sample in range(args.samples):
-        corpus = rows_of(model, "calibration", like, args.rows, first=sample, step=args.samples)
+        n_row = args.rows + SPARE_ROWS
+        whole = rows_of(model, "calibration", like, n_row, first=sample, step=args.samples)
+        corpus, spare = head(whole, args.rows), whole.tokens[args.rows :]
         calibration = calibrate(model, corpus, model_sha256="")
         for ratio in args.ratios:
-            for variant in (*CONTENDERS, *(() if args.contenders else OTHERS)):
-                with pruned(model, calibration, corpus, variant, ratio, seed=sample) as module:
+            for variant in (variant for kind in args.kinds for variant in VARIANTS[kind]):
+                with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
                     result = _compare(module, texts, wanted)
                 run = {"model": name, "ratio": ratio, "sample": sample} | variant._asdict() | result
                 print(run, file=sys.stderr, flush=True)
@@ -132,18 +151,29 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
 
 @contextmanager
 def pruned(
-    model: Any, calibration: Any, corpus: Any, variant: Variant, ratio: float, *, seed: int
+    model: Any, calibration: Any, corpus: Any, spare: Any, variant: Variant, ratio: float, *, seed: int
 ) -> Iterator[Any]:
     """Yield the model as a variant leaves it."""
-    from mone_export.calibration.masking import masked, measure_residuals
+    from mone_export.calibration.masking import masked, measure_residuals, recalibrate
+    from mone_export.pipeline import search_counts
     from mone_export.pruning.novices import joint_novices, novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
 
+    if variant.way == "sequential":
+        calibration = recalibrate(
+            model,
+            corpus,
+            calibration,
+            lambda so_far: plan(score(so_far, variant.score), ratio=ratio),
+            lambda stats: novices(stats, variant.novice),
+        )
     scores = (
         score_weights(model) if variant.score == "aimer" else score(calibration, variant.score, seed=seed)
     )
     chosen = plan(scores, ratio=ratio, method=variant.method)
+    if variant.way == "search":
+        chosen = search_counts(model, spare, calibration, scores, novice=variant.novice, ratio=ratio)
     if variant.method != "mone":
         yield with_fewer_experts(model.module, calibration, chosen)
         return

@@ -10,6 +10,7 @@ another table of the same numbers. No number of ours is typed by hand.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -72,7 +73,8 @@ def render(data: Json, view: str | None = None) -> str:
 
 
 def speed_table(data: Json) -> Iterable[Row]:
-    """Yield how many times less CPU time novices take than others, for every shape, type and ratio."""
+    """Yield how many times less time novices take than others: CPU time, with a GPU time on the clock."""
+    key = "wall_ms" if data["settings"].get("gpu") else "cpu_ms"
     columns = (
         f"{base}, {test}"
         for base in ("than all experts", "than hard-pruned", "than the ideal")
@@ -82,7 +84,7 @@ def speed_table(data: Json) -> Iterable[Row]:
     for case, ratio in speed_cases(data):
         novices = f"novices {ratio:.0%}"
         cells = [
-            f"{case['summary'][test]['speed_ratios'][f'{novices} / {base}']['cpu_ms']['median']:.2f}"
+            f"{case['summary'][test]['speed_ratios'][f'{novices} / {base}'][key]['median']:.2f}"
             for base in ("full", f"hard {ratio:.0%} on stock", f"ideal {ratio:.0%}")
             for test in SPEED_TESTS
         ]
@@ -125,8 +127,9 @@ def speed_note(data: Json) -> str:
         for name, shape in data["shapes"].items()
     )
     n_token = f"{settings['n_prompt']} tokens of prompt and {settings['n_gen']} generated"
+    gpu = f"{settings['gpu']}, " if settings.get("gpu") else ""
     return (
-        f"Random weights. {shapes}. llama-bench, {settings['threads']} threads, {n_token}, medians of "
+        f"Random weights. {shapes}. llama-bench, {gpu}{settings['threads']} threads, {n_token}, medians of "
         f"{settings['rounds']} interleaved rounds. Hard-pruned files run on llama.cpp without the patches. "
         "The ideal is the time without experts plus the experts' time times the share of slots kept."
     )
@@ -193,19 +196,22 @@ def methods_table(data: Json) -> Iterable[Row]:
     cells: dict[tuple[str, ...], dict[tuple[float, str], list[float]]] = {}
     for run in data["runs"]:
         if run["ratio"]:
-            row = cells.setdefault(tuple(run[key] for key in ("model", "method", "score", "novice")), {})
+            method = f"{run['method']}, {run['way']}" if run.get("way") else run["method"]
+            row = cells.setdefault((run["model"], method, run["score"], run["novice"]), {})
             for text in ("like", "unlike"):
                 row.setdefault((run["ratio"], text), []).append(run[text]["kl"])
     columns = [(ratio, text) for ratio in ratios for text in ("like", "unlike")]
     yield "model", "method", "score", "novice", *(f"{ratio:.0%}, {text}" for ratio, text in columns)
     order = (0.5, "like") if (0.5, "like") in columns else columns[0]
-    for key in sorted(cells, key=lambda key: (key[0], statistics.mean(cells[key][order]))):
+    for key in sorted(cells, key=lambda key: (key[0], statistics.mean(cells[key].get(order, [math.inf])))):
         paper = cells[key[0], "mone", "mone", "mean"]
-        yield *key, *(_divergence(cells[key][column], paper[column]) for column in columns)
+        yield *key, *(_divergence(cells[key].get(column, ()), paper[column]) for column in columns)
 
 
 def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
     """Format mean and deviation, and the multiples of the paper's values sample by sample."""
+    if not values:
+        return "-"
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     times = [value / other for value, other in zip(values, paper, strict=True)]
     multiples = f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
@@ -371,6 +377,39 @@ def large_note(data: Json) -> str:
     )
 
 
+def gpu_table(data: Json) -> Iterable[Row]:
+    """Yield what was run on a GPU, and what came of it."""
+    yield "what", "result"
+    build, ops = data["build"], data["ops"]
+    yield "the whole backend, compiled", f"{build['seconds']:.0f} s, {build['cpu_minutes']:.0f} CPU minutes"
+    cases = (
+        f"{ops['passed']} passed, {ops['with_skipped_ids']} of them with skipped ids; {ops['failed']} failed"
+    )
+    yield f"test-backend-ops -o MUL_MAT_ID for {ops['seconds']} s", cases
+    check = data["memcheck"]
+    yield "cases with skipped ids in compute-sanitizer", f"{check['passed']} passed, {check['errors']} errors"
+    for name in dict.fromkeys(run["outtype"] for run in data["logits"]):
+        runs = [f"{run['nmse']:.0e}" for run in data["logits"] if run["outtype"] == name]
+        yield (
+            f"demo at ratio 0.5, {name.upper()}: NMSE of logits, one batch / token by token",
+            " / ".join(runs),
+        )
+    yield (
+        "statistics of a calibration, against the CPU's",
+        f"equal up to {data['statistics']['largest_error']:.0e}",
+    )
+    for run in data["calibration"]:
+        shape = (
+            f"{run['n_expert']} experts, {run['hidden_size']} wide, {run['batch_tokens']} tokens at a time"
+        )
+        yield f"observed forward pass, {shape}", f"{run['wall_ratio']:.2f} times the plain one's time"
+
+
+def gpu_note(data: Json) -> str:
+    """Say where it was run."""
+    return f"{data['machine']['gpu']}. Forward passes in BF16; the statistics in float32."
+
+
 def spread_of(ratio: Json) -> str:
     """Format a ratio and its spread."""
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
@@ -382,6 +421,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "calibrate": calibrate_table,
     "quality": quality_table,
     "methods": methods_table,
+    "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,
     "server": server_table,
@@ -393,6 +433,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "calibrate": calibrate_note,
     "quality": quality_note,
     "methods": methods_note,
+    "gpu": gpu_note,
     "bytes": bytes_note,
     "memory": memory_note,
     "server": server_note,
