@@ -1,11 +1,12 @@
 """How to make a file fit: which type of weights, and how many experts, where it may have so many bytes.
 
 `candidates` finds for each type the most experts that fit, from exact sizes, before anything expensive;
-`judge` estimates from the statistics what each of them does to the model. Both kinds of error are squares
-relative to what they disturb, so that they can be added: in a layer, the share of the experts' output that is
-missing without the pruned ones (`damage.relative_error`), and what rounding does to each product, about the
-squared rounding error of its weights (`rounding_errors`). The mean over the layers ranks candidates; it
-predicts no perplexity. docs/methods.md compares what it chooses with what was measured.
+`judge` estimates from the statistics what each of them does to the model. Two kinds of error count, squares
+relative to what they disturb: in a layer, the share of the experts' output that is missing without the pruned
+ones (`damage.relative_error`), and what rounding does to each product, about the squared rounding error of
+its weights (`rounding_errors`). Rounding errors differ from weight to weight and cancel in part, what is
+missing does not, so the former count by `ROUNDED` only. The mean over the layers ranks candidates; it does not
+predict a perplexity. docs/methods.md compares what it chooses with what was measured.
 """
 
 import math
@@ -23,17 +24,10 @@ from mone_export.pruning.damage import relative_error
 from mone_export.pruning.planning import kept_per_layer, least_kept, plan_without_scores
 from mone_export.runtime import Progress
 
-LADDER = (
-    "auto",
-    "f16",
-    "q8_0",
-    "q6_k",
-    "q5_k_m",
-    "q4_k_m",
-    "iq4_xs",
-    "q3_k_m",
-    "q2_k",
-)  # in falling precision
+# in falling precision
+LADDER = ("auto", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
+# the estimate follows KL divergence best with it on the demo; docs/methods.md has another model's choices
+ROUNDED = 0.1
 
 _MATRIX = re.compile(r"blk\.(\d+)\.(\w+?)(_exps)?\.weight")
 
@@ -149,7 +143,9 @@ def _error(
         for layer in plan.layers
     }
     if not item.types:
-        rest = 7 * rounding[item.outtype]  # of a layer's matrices: attention's four, an expert's three
+        rest = (
+            ROUNDED * 7 * rounding[item.outtype]
+        )  # of a layer's matrices: attention's four, an expert's three
         return sum(error + rest for error in lost.values()) / len(lost)
     total = dict(lost)
     for name, kind in item.types.items():
@@ -159,5 +155,5 @@ def _error(
             and "norm" not in match[2]
         ):
             share = 1 - lost[layer] if match[3] else 1.0
-            total[layer] += share * rounding[kind]
+            total[layer] += share * ROUNDED * rounding[kind]
     return sum(total.values()) / len(total)

@@ -70,7 +70,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_size(small: Path) -> None:
 def test_the_estimate_adds_what_is_lost_and_what_is_rounded(small: Path, calibration: Calibration) -> None:
     errors = judged(small, calibration, {"f32": 0.0, "q8_0": 0.0, "q2_k": 0.0})
     assert errors["f32"] == 0
-    assert 0 < errors["q8_0"] < 1e-2 < errors["q2_k"]
+    assert 0 < errors["q8_0"] < 1e-4 < 1e-3 < errors["q2_k"]
     pruned = judged(small, calibration, {"f32": 0.5, "q8_0": 0.5})
     assert pruned["q8_0"] > pruned["f32"] > errors["q8_0"]
     more = judged(small, calibration, {"f32": 0.75})

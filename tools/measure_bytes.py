@@ -51,6 +51,7 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
     from mone_export.pruning.planning import plan
 
     path = trained(name, minutes=args.minutes)
+    read_sentencepiece(path)
     model = load(path, device="cpu", dtype="float32")
     runs: list[Json] = []
     with scratch() as folder:
@@ -95,6 +96,16 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
                     runs.append(run | result)
                     print(runs[-1], file=sys.stderr, flush=True)
     return runs
+
+
+def read_sentencepiece(path: Path) -> None:
+    """Let the converter read our models' kind of vocabulary, which it looks for in some families only."""
+    from mone_export.output import llamacpp
+
+    _, conversion = llamacpp._load_converter()
+    hparams = conversion.ModelBase.load_hparams(path, False)
+    own = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+    own.set_vocab = own._set_vocab_sentencepiece
 
 
 def write_text(file: Path, kind: str, n_document: int = 400) -> Path:

@@ -208,6 +208,49 @@ def methods_table(data: Json) -> Iterable[Row]:
         yield *key, *(_divergence(cells[key].get(column, ()), paper[column]) for column in columns)
 
 
+SHORT = {
+    ("mone", "mone", "least-squares", ""): "least-squares novices",
+    ("mone", "error", "least-squares", ""): "score error, least-squares novices",
+    ("mone", "mone", "mean", "sequential"): "--sequential",
+    ("mone", "mone", "mean", "search"): "--allocate search",
+    ("mone", "mone", "zero", ""): "the same experts pruned, no novices",
+    ("drop", "reap", "none", ""): "REAP (--stock)",
+    ("dern", "gate", "none", ""): "DERN",
+}
+
+
+def methods_short(data: Json) -> Iterable[Row]:
+    """Yield the default's divergences, and how many times as far others stray from the unpruned model."""
+    ratios = sorted({run["ratio"] for run in data["runs"] if run["ratio"]})
+    kl: dict[tuple[Any, ...], dict[int, Json]] = {}
+    for run in data["runs"]:
+        if run["ratio"]:
+            way = (run["method"], run["score"], run["novice"], run.get("way", ""))
+            kl.setdefault((run["model"], run["ratio"], way), {})[run["sample"]] = run
+    yield "model", "way", *(f"{ratio:.3g}, {text}" for ratio in ratios for text in ("like", "unlike"))
+    for model in data["settings"]["models"]:
+        default = {ratio: kl[model, ratio, ("mone", "mone", "mean", "")] for ratio in ratios}
+        cells = [
+            f"{statistics.mean(run[text]['kl'] for run in default[ratio].values()):.4f}"
+            for ratio in ratios
+            for text in ("like", "unlike")
+        ]
+        yield model, "**default** (`mone`, `mean`): KL divergence", *cells
+        for way, name in SHORT.items():
+            cells = []
+            for ratio in ratios:
+                own = kl.get((model, ratio, way), {})
+                for text in ("like", "unlike"):
+                    times = [run[text]["kl"] / default[ratio][n][text]["kl"] for n, run in own.items()]
+                    spread = (
+                        f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+                        if times
+                        else "-"
+                    )
+                    cells.append(f"x {spread}" if times else "-")
+            yield model, name, *cells
+
+
 def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
     """Format mean and deviation, and the multiples of the paper's values sample by sample."""
     if not values:
@@ -421,6 +464,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "calibrate": calibrate_table,
     "quality": quality_table,
     "methods": methods_table,
+    "methods/short": methods_short,
     "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,

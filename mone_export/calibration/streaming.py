@@ -8,10 +8,11 @@ hand to each other is kept between layers, row by row, so that it can be cut int
 disk, and taken up again by another process.
 
 The weights of a layer go through transformers' own conversion (fused experts, renamed keys): these functions
-are no stable interface, so the version of transformers is pinned.
+are no stable interface, so the version of transformers is pinned. Only the stacking of experts, which is most
+of the bytes, is done here: each is read when its place is known, into memory that an earlier layer had.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -47,6 +51,8 @@ class LayerFiles:
         self._path, self._module = path, module
         self._weights = open_weights(path)
         mapping: Any = get_model_conversion_mapping(module, None, quantizer)
+        self._memory = _Memory(device)
+        self._stacked = _stack_at_once(mapping, self._memory)
         self._loading = LoadStateDictConfig(
             weight_mapping=mapping,
             dtype=dtype,
@@ -56,6 +62,7 @@ class LayerFiles:
         )
         list_name, self.layers = decoder_layers(module)
         self._blank = [layer.state_dict() for layer in self.layers]
+        self._late: set[str] = set()  # keys that are read while their experts are stacked
         self._keys = self._grouped(list_name)
         # buffers that no file holds, as `from_pretrained` makes them
         module._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)  # type: ignore[arg-type]
@@ -71,6 +78,7 @@ class LayerFiles:
 
     def release(self, number: int) -> None:
         """Give the memory of layer `number` back."""
+        self._memory.give(self.layers[number].state_dict().values())
         self.layers[number].load_state_dict(self._blank[number], assign=True)
         give_back()
 
@@ -85,6 +93,7 @@ class LayerFiles:
                 coming = reader.submit(self.load, number + 1) if number + 1 in numbers else None
                 yield number
                 self.release(number)
+        self._memory.clear()
 
     def _grouped(self, list_name: str) -> dict[int, dict[str, list[str]]]:
         """Return for each layer, and at -1 for the rest of the body, the checkpoint's keys by target."""
@@ -95,7 +104,11 @@ class LayerFiles:
         prefix = next(name for name, module in self._module.named_modules() if module is body)
         keys: dict[int, dict[str, list[str]]] = {number: {} for number in range(-1, len(self.layers))}
         for key in self._weights:
-            target = rename_source_key(key, renamings, converters, self._module.base_model_prefix, known)[0]
+            target, pattern = rename_source_key(
+                key, renamings, converters, self._module.base_model_prefix, known
+            )
+            if pattern in self._stacked:
+                self._late.add(key)
             if target.startswith(f"{list_name}."):
                 number = int(target.removeprefix(f"{list_name}.").split(".")[0])
                 # blocks behind the last layer, which predict further tokens, have no place in the model
@@ -106,12 +119,110 @@ class LayerFiles:
 
     def _read(self, targets: dict[str, list[str]]) -> None:
         for keys in targets.values():  # one at a time: what a conversion needs besides is soon free again
-            self._convert({key: self._weights[key].get_slice(key) for key in keys})
+            slices = {key: self._weights[key].get_slice(key) for key in keys}
+            self._convert({key: _Unread(part) if key in self._late else part for key, part in slices.items()})
 
     def _convert(self, slices: dict[str, Any]) -> None:
         found, _ = convert_and_load_state_dict_in_model(self._module, slices, self._loading)
         if wrong := [*found.mismatched_keys, *found.conversion_errors, *found.error_msgs]:
             raise MoneError(f"cannot read the weights in {self._path}: {wrong[0]} does not fit the model")
+
+
+class _Unread:
+    """A slice of a file that transformers takes for a tensor, and that is read only when it is stacked."""
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+        self._dtype: torch.dtype | None = None
+
+    def __getitem__(self, _index: Any) -> "_Unread":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "_Unread":
+        self._dtype = dtype
+        return self
+
+    def read(self) -> Tensor:
+        tensor: Tensor = self._part[...]
+        return tensor.to(self._dtype or tensor.dtype)
+
+
+class _Memory:
+    """Tensors for the experts of layer after layer: fresh memory for each would cost as much as reading."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cpu = torch.device(device).type == "cpu"
+        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._lent: dict[int, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return memory on the CPU; for a GPU always the same, since what it held has been copied."""
+        free = self._free.setdefault((shape, dtype), [])
+        if not self._on_cpu:
+            if not free:
+                free.append(torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available()))
+            return free[0]
+        tensor = free.pop() if free else torch.empty(shape, dtype=dtype)
+        self._lent[tensor.data_ptr()] = tensor
+        return tensor
+
+    def give(self, tensors: Iterable[Tensor]) -> None:
+        """Take back what a layer does not need any more."""
+        for tensor in tensors:
+            lent = None if tensor.is_meta else self._lent.pop(tensor.data_ptr(), None)
+            if lent is not None:
+                self._free[tuple(lent.shape), lent.dtype].append(lent)
+
+    def clear(self) -> None:
+        """Give all of it back to the machine."""
+        self._free.clear()
+        self._lent.clear()
+
+
+class _Stack(ConversionOps):
+    """`MergeModulelist`, and `Concatenate` along `dim` behind it, in one copy of each expert."""
+
+    def __init__(self, dim: int, memory: _Memory) -> None:
+        self._dim, self._memory = dim, memory
+
+    def __deepcopy__(self, _memo: Any) -> "_Stack":
+        return self
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, list[_Unread]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """Return the stack [M, ...] of all experts."""
+        groups = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
+        firsts = [group[0].read() for group in groups]
+        shape = [len(groups[0]), *firsts[0].shape]
+        shape[self._dim] = sum(first.shape[self._dim - 1] for first in firsts)
+        stack, start = self._memory.take(tuple(shape), firsts[0].dtype), 0
+        for group, first in zip(groups, firsts, strict=True):
+            width = first.shape[self._dim - 1]
+            part = stack.narrow(self._dim, start, width)
+            for expert, unread in enumerate(group):
+                part[expert].copy_(unread.read() if expert else first)
+            start += width
+        return {target_patterns[0]: stack}
+
+
+def _stack_at_once(mapping: Any, memory: _Memory) -> set[str]:
+    """Let `_Stack` do what it can of a conversion; returns the patterns of the keys it does it for."""
+    patterns = set()
+    for entry in mapping or ():
+        kinds = [type(operation) for operation in getattr(entry, "operations", ())]
+        if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]) or len(entry.target_patterns) > 1:
+            continue
+        merge, *rest = entry.operations
+        dim = rest[0].dim if rest else 1
+        if merge.dim == 0 and dim > 0:
+            entry.operations, entry.force_cpu = [_Stack(dim, memory)], True
+            patterns.update(entry.source_patterns)
+    return patterns
 
 
 def decoder_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
