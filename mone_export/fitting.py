@@ -5,8 +5,8 @@
 relative to what they disturb: in a layer, the share of the experts' output that is missing without the pruned
 ones (`damage.relative_error`), and what rounding does to each product, about the squared rounding error of
 its weights (`rounding_errors`). Rounding errors differ from weight to weight and cancel in part, what is
-missing does not, so the former count by `ROUNDED` only. The mean over the layers ranks candidates; it does not
-predict a perplexity. docs/methods.md compares what it chooses with what was measured.
+missing does not, so the former count by `ROUNDED` only. The mean over the layers ranks candidates, and
+predicts no perplexity. docs/methods.md compares what it chooses with what was measured.
 """
 
 import math

@@ -151,7 +151,7 @@ def test_streamed_model_is_as_stable_as_the_one_in_memory(
     ]
     assert len(layers) == 3
     assert export("--stream", "on", "--until-stable", "0.9") == 1
-    assert "--until-stable needs all layers after each batch" in capsys.readouterr().err
+    assert "--until-stable needs the ratio, and all layers after each batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan"])

@@ -1,5 +1,6 @@
 """Processes that die: the same command goes on to the same bytes; several share the rows and end together."""
 
+import itertools
 import os
 import random
 import signal
@@ -68,8 +69,9 @@ def test_twenty_kills_one_result(stream: str, small: Path, text: Path, tmp_path:
         # mostly while it calibrates, also while it loads and writes
         return dice.uniform(0.3, 0.9) * seconds if len(kills) < N_KILL else None
 
+    numbers = itertools.count()
     while len(kills) < N_KILL:  # a run that comes through is followed by another from the start
-        assert run(f"killed-{len(kills)}", delay) == wanted
+        assert run(f"killed-{next(numbers)}", delay) == wanted
     print(f"\n{len(kills)} kills in {len(set(kills))} runs of {seconds:.1f} s, --stream {stream}")
 
 
