@@ -13,13 +13,13 @@ BATCH_TOKENS = 4096
 QWEN = {
     "vocab_size": 1000,
     "hidden_size": 1024,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 64,
     "num_experts": 64,
     "num_experts_per_tok": 8,
-    "moe_intermediate_size": 384,
+    "moe_intermediate_size": 768,
     "norm_topk_prob": True,
 }
 
