@@ -74,9 +74,11 @@ def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         for row in ROWS
         if row.name in found
     ]
-    for row in rows:
-        measured = [f"{row[key]:.0e}" for key in ("unpruned", "novice") if key in row]
-        print(f"\n{row['name']:50} {row.get('arch', ''):16}", *(measured or ["refused"]), end="")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for row in rows:
+            measured = [f"{row[key]:.0e}" for key in ("unpruned", "novice") if key in row]
+            print(f"\n{row['name']:50} {row.get('arch', ''):16}", *(measured or ["refused"]), end="")
+        print()
     if target := request.config.getoption("--families-json"):
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         data = {"kind": "families", "versions": versions, "rows": rows}
