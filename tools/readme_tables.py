@@ -441,16 +441,11 @@ def gpu_table(data: Json) -> Iterable[Row]:
         "statistics of a calibration, against the CPU's",
         f"equal up to {data['statistics']['largest_error']:.0e}",
     )
-    for run in data["calibration"]:
-        shape = (
-            f"{run['n_expert']} experts, {run['hidden_size']} wide, {run['batch_tokens']} tokens at a time"
-        )
-        yield f"observed forward pass, {shape}", f"{run['wall_ratio']:.2f} times the plain one's time"
 
 
 def gpu_note(data: Json) -> str:
     """Say where it was run."""
-    return f"{data['machine']['gpu']}. Forward passes in BF16; the statistics in float32."
+    return f"{data['machine']['gpu']}; statistics in float32."
 
 
 def spread_of(ratio: Json) -> str:
