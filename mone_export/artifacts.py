@@ -193,7 +193,8 @@ class Residual:
 class Calibration:
     """The statistics of all mixture-of-experts layers, with what they were measured on.
 
-    `parts` names the text: one part, or several where files were merged.
+    `parts` names the text: one part, or several where files were merged. `config_sha256` is the model's
+    config.json's, which `spec` was read from.
     """
 
     spec: MoeSpec
@@ -203,12 +204,14 @@ class Calibration:
     n_token: int
     layers: Mapping[int, ExpertStats]
     parts: tuple[Part, ...] = ()
+    config_sha256: str = ""
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file whose metadata holds everything that is not a tensor."""
         header = {
             "spec": asdict(self.spec),
             "model_sha256": self.model_sha256,
+            "config_sha256": self.config_sha256,
             "corpus_sha256": self.corpus_sha256,
             "corpus_name": self.corpus_name,
             "n_token": self.n_token,
@@ -225,6 +228,7 @@ class Calibration:
             return cls(
                 spec=spec,
                 model_sha256=header["model_sha256"],
+                config_sha256=header.get("config_sha256", ""),
                 corpus_sha256=header["corpus_sha256"],
                 corpus_name=header["corpus_name"],
                 n_token=header["n_token"],

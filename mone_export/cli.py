@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-f",
         "--file",
+        dest="files",
         action="append",
         default=[],
         metavar="TEXT[=WEIGHT]",
@@ -103,6 +104,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dataset",
+        dest="datasets",
         action="append",
         default=[],
         metavar="ID[:CONFIG][:SPLIT][=WEIGHT]",
@@ -270,40 +272,23 @@ _SCORES = (
 _NOVICES = ("mean", "gate-weighted", "least-squares", "zero", "joint")
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a request: most options have their name."""
+    from mone_export.request import Request
+
+    n_row, seq_len = _DEMO_CHUNKS if args.model == "demo" else _PAPER_CHUNKS
+    values = vars(args) | {
+        "n_row": n_row if args.chunks is None else args.chunks,
+        "seq_len": seq_len if args.ctx_size is None else args.ctx_size,
+    }
+    return {field.name: values[field.name] for field in fields(Request)}
+
+
 def _export(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
     from mone_export.pipeline import export
 
-    n_row, seq_len = _chunks(args)
-    report = export(
-        args.model,
-        ratio=args.ratio,
-        outfile=args.outfile,
-        outtype=args.outtype,
-        fit=args.fit,
-        files=args.file,
-        datasets=args.dataset,
-        field=args.field,
-        n_row=n_row,
-        seq_len=seq_len,
-        method=args.method,
-        score=args.score,
-        novice=args.novice,
-        min_kept=args.min_kept,
-        scope=args.scope,
-        allocate=args.allocate,
-        sequential=args.sequential,
-        guarded=args.guarded,
-        stats=args.stats,
-        workdir=args.workdir,
-        device=args.device,
-        dtype=args.dtype,
-        stream=args.stream,
-        memory=args.memory,
-        seed=args.seed,
-        until_stable=args.until_stable,
-        progress=display,
-    )
+    report = export(**_options(args), progress=display)
     display.close()
     if report is None:  # another process has it
         return 0
@@ -316,86 +301,42 @@ def _export(args: argparse.Namespace, display: Display) -> int:
 
 def _dry_run(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
-    from mone_export.artifacts import Calibration, Candidate, Part
-    from mone_export.calibration.corpus import read_corpus
-    from mone_export.fitting import candidates, judge
-    from mone_export.model import inspect, load_tokenizer, resolve
-    from mone_export.pipeline import announce, rank
-    from mone_export.pruning.planning import METHODS, plan, plan_without_scores
+    from mone_export.artifacts import Part
+    from mone_export.deciding import decide, settle
+    from mone_export.pruning.planning import plan_without_scores
+    from mone_export.request import Request, prepare
 
     if args.allocate == "search":
         raise MoneError("--allocate search measures the model, --dry-run does not load it: leave one out")
-    path = resolve(args.model)
-    spec = inspect(path)
-    score_name = args.score or METHODS[args.method]
-    how = {"min_kept": args.min_kept, "method": args.method}
-    ratio, outtype = args.ratio, args.outtype
-    fitting: list[Candidate] = []
-    if args.fit is not None:
-        options = how | {"outtype": outtype, "ratio": ratio, "novice": args.novice, "progress": display}
-        fitting = candidates(path, spec, args.fit, **options)
-    has_ids = args.stats is not None and args.stats.exists()
-    if not has_ids:
-        n_row, seq_len = _chunks(args)
-        corpus = read_corpus(
-            args.file,
-            load_tokenizer(path),
-            datasets=args.dataset,
-            field=args.field,
-            seed=args.seed,
-            n_row=n_row,
-            seq_len=seq_len,
-        )
-        parts: tuple[Part, ...] = (Part(corpus.sha256, corpus.sources),)
+    job = prepare(Request(**_options(args)), progress=display)
+    if saved := job.saved:
+        job = settle(job, saved) if job.candidates else job
+        chosen, parts = decide(job, saved), saved.parts
     else:
-        calibration = Calibration.load(args.stats)
-        parts = calibration.parts
-        if calibration.spec != spec:
-            raise MoneError(f"{args.stats} was made from another model: choose another --stats file")
-        scores = rank(path, calibration, score_name, guarded=args.guarded, seed=args.seed)
-        if fitting:
-            fitting = judge(
-                fitting, path, calibration, lambda part: plan(scores, ratio=part, **how), novice=args.novice
-            )
-    if fitting:  # without statistics none is better than another
-        ratio, outtype = fitting[0].ratio, fitting[0].outtype
-    size_unpruned, size = announce(
-        path,
-        spec,
-        ratio=ratio,
-        min_kept=args.min_kept,
-        method=args.method,
-        scope=args.scope,
-        score=score_name,
-        novice=args.novice,
-        outfile=args.outfile,
-        outtype=outtype,
-        at_most=len(fitting) > 1 and not has_ids,
-    )
-    chosen = plan_without_scores(spec, ratio=ratio, **how)
-    if has_ids:
-        chosen = plan(scores, ratio=ratio, scope=args.scope, **how)
-    decided = len(fitting) < 2 or has_ids
+        assert job.corpus is not None
+        chosen = plan_without_scores(job.spec, ratio=job.ratio, min_kept=args.min_kept, method=args.method)
+        parts = (Part(job.corpus.sha256, job.corpus.sources),)
+    decided = saved is not None or len(job.candidates) < 2  # without statistics none is better
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
-            spec=asdict(spec),
+            spec=asdict(job.spec),
             n_kept={layer.layer: len(layer.kept) for layer in chosen.layers} if decided else None,
-            pruned={layer.layer: layer.pruned for layer in chosen.layers} if has_ids else None,
+            pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved else None,
             parts=[asdict(part) for part in parts],
-            size=size if decided else None,
-            size_unpruned=size_unpruned if decided else None,
-            candidates=[_candidate_values(item) for item in fitting],
+            size=job.size if decided else None,
+            size_unpruned=job.size_unpruned if decided else None,
+            candidates=[_candidate_values(item) for item in job.candidates],
         )
         return 0
-    _print_spec(spec)
+    _print_spec(job.spec)
     for layer in chosen.layers if decided else ():
-        pruned = f": {' '.join(map(str, layer.pruned))}" if has_ids else ""
+        pruned = f": {' '.join(map(str, layer.pruned))}" if saved else ""
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
     _print_text(parts)
-    _print_candidates(fitting)
+    _print_candidates(job.candidates)
     if decided:
-        _print_sizes(size_unpruned, size)
+        _print_sizes(job.size_unpruned, job.size)
     else:
         print(
             "note     which of these does the least harm is known after a calibration, or with saved --stats"
@@ -409,14 +350,6 @@ def _size(text: str) -> int:
     if not match or match[1].count(".") > 1:
         raise argparse.ArgumentTypeError(f"{text} is no size: write 12G, 16GiB or 16GB")
     return int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** " KMGT".index(match[2] or " "))
-
-
-def _chunks(args: argparse.Namespace) -> tuple[int, int]:
-    n_row, seq_len = _DEMO_CHUNKS if args.model == "demo" else _PAPER_CHUNKS
-    return (
-        n_row if args.chunks is None else args.chunks,
-        seq_len if args.ctx_size is None else args.ctx_size,
-    )
 
 
 def _print_spec(spec: "MoeSpec") -> None:

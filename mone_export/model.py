@@ -10,26 +10,25 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig
 
 from mone_export.architectures import REFUSED, family_of
-from mone_export.artifacts import MoeSpec
+from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError, first_line
 from mone_export.runtime import Progress
 
+if TYPE_CHECKING:  # what builds models takes seconds to import: where it is not needed it is not imported
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Stream = Literal["auto", "on", "off"]
 
 _TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -65,8 +64,10 @@ def resolve(name: str) -> Path:
         raise MoneError(f"cannot download {name} from Hugging Face ({reason}); pass a local folder") from None
 
 
-def inspect(path: Path) -> MoeSpec:
+def inspect(path: Path, *, saved: Calibration | None = None) -> MoeSpec:
     """Read the mixture-of-experts shape of a model folder without its weights.
+
+    Statistics `saved` of a model with the very same config.json know it already.
 
     Raises `MoneError` for a missing or unknown config, a model without routed experts, and the families that
     cannot be exported (weights in a form transformers cannot unpack, experts outside its experts interface).
@@ -76,11 +77,14 @@ def inspect(path: Path) -> MoeSpec:
     if arch in REFUSED:
         raise MoneError(f"{arch} cannot be pruned: {REFUSED[arch]}")
     _refuse_packed(config, path)
+    text_config = config.get_text_config()
+    if saved and saved.config_sha256 == config_fingerprint(path):
+        _check_runtime_assumptions(arch, text_config)
+        return saved.spec
     modules = list(expert_modules(skeleton(config)))
     experts = dict(modules)
     if len(modules) > len(experts):
         raise MoneError(f"{arch} has layers with several expert stacks: such models are not supported")
-    text_config = config.get_text_config()
     if not experts:
         hint = (
             "its experts are not behind transformers' experts interface"
@@ -108,11 +112,13 @@ def inspect(path: Path) -> MoeSpec:
 
 def auto_class(config: Any) -> Any:
     """Return the class that builds a model: with its vision part where transformers has no other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     known = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
-def skeleton(config: Any) -> PreTrainedModel:
+def skeleton(config: Any) -> "PreTrainedModel":
     """Build a model without weights, on torch's meta device."""
     try:
         with torch.device("meta"):
@@ -145,8 +151,10 @@ def _mark(module: Any) -> None:
         module.is_transposed = first.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
     """Load the model's own tokenizer."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -192,6 +200,11 @@ def fingerprint(path: Path, *, progress: Progress | None = None) -> str:
             f"cannot read the weights in {path}: {first_line(error)}; download them again"
         ) from None
     return digest.hexdigest()
+
+
+def config_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a model folder's config.json."""
+    return hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
 
 
 def open_weights(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mone_export.output.writing import OUTTYPES
 from mone_export.pruning.novices import NOVICE_NAMES
 from mone_export.pruning.planning import METHODS
 from mone_export.pruning.scoring import SCORE_NAMES
+from mone_export.request import Request
 
 Change = Callable[[Path], None]
 SMALL_TEXT = ["--chunks", "2", "-c", "32"]
@@ -388,6 +390,19 @@ def test_statistics_are_taken_as_they_are_where_no_text_is_given(
     assert f"text     {text.name} 64 tokens" in export("--stats", stats, "--dry-run", file=None).out
 
 
+def test_saved_statistics_need_nothing_that_builds_models(small: Path, stats: Path, tmp_path: Path) -> None:
+    """It takes longer to import than all the rest of such a command."""
+    options = [str(small), "--ratio", "0.5", "--stats", str(stats), "-o", str(tmp_path / "f.gguf"), "-q"]
+    heavy = ["transformers.modeling_utils", "torch._dynamo", "torch.distributed.tensor"]
+    code = f"""
+import sys
+from mone_export.cli import main
+assert main({options!r}) == 0
+assert not (found := [name for name in {heavy!r} if name in sys.modules]), found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_mix_of_texts_is_reported_and_announced(
     export: Callable[..., Outcome],
     small: Path,
@@ -538,16 +553,12 @@ def test_choices_are_the_registries() -> None:
     assert set(named) <= set(OUTTYPES)
 
 
-def test_defaults_are_those_of_the_function(text: Path) -> None:
-    import inspect
-
-    from mone_export.pipeline import export
-
-    defaults = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
-    args = cli._parser().parse_args(["folder", "--ratio", "0.5", "-o", "x"])
-    for name in ("outtype", "score", "novice", "min_kept", "stats", "device", "dtype", "seed"):
-        assert getattr(args, name) == defaults[name], name
-    assert cli._chunks(args) == (defaults["n_row"], defaults["seq_len"])
+def test_defaults_are_those_of_the_function() -> None:
+    given = {"model": "folder", "outfile": Path("x"), "ratio": 0.5}
+    args = cli._parse(["folder", "--ratio", "0.5", "-o", "x"])
+    request = Request(**cli._options(args))
+    assert replace(request, files=(), datasets=()) == Request(**given)
+    assert not request.files and not request.datasets
 
 
 @pytest.mark.parametrize(

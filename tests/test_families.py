@@ -36,9 +36,9 @@ from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
-from mone_export.pipeline import announce
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
+from mone_export.request import announce
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream, pytest.mark.families]
 

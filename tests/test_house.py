@@ -29,7 +29,7 @@ ORDER = (
         "pruning.allocation",
     ),
     *("output.gguf_format", "output.llamacpp", "output.quantizing", "output.recombining", "output.writing"),
-    *("output.rounding", "fitting", "pipeline", "cli"),
+    *("output.rounding", "fitting", "request", "deciding", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output")
 TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from small_layer import LAYER, N_EXPERT, N_TOKEN, SPEC, Layer
 from tiny import random_model
 
 from mone_export.artifacts import Calibration
-from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import expert_stats
 from mone_export.errors import MoneError
+from mone_export.model import expert_modules
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation
 
@@ -191,7 +190,7 @@ def test_the_reference_misses_what_differs_between_batches() -> None:
 def test_aimer_is_its_formula() -> None:
     module = random_model("MixtralForCausalLM", 100)
     spec = replace(SPEC, moe_layers=(0, 1, 2), n_expert=16)
-    found = score_weights(Model(spec=spec, path=Path(), module=module, tokenizer=None))
+    found = score_weights(spec, expert_modules(module))
     assert found.score == "aimer" and found.values.shape == (3, 16)
     layer = module.model.layers[1].mlp.experts
     for e in range(16):
@@ -209,7 +208,7 @@ def test_aimer_prunes_the_evenly_spread_expert() -> None:
         ):
             matrix[3] = matrix[3].sign()
     spec = replace(SPEC, moe_layers=(0, 1, 2), n_expert=16)
-    values = score_weights(Model(spec=spec, path=Path(), module=module, tokenizer=None)).values
+    values = score_weights(spec, expert_modules(module)).values
     assert values[0].argmin() == 3 and values[0, 3].item() == pytest.approx(-1)
 
 

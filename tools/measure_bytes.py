@@ -45,9 +45,10 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
     from mone_export.artifacts import Calibration
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
+    from mone_export.deciding import rank
     from mone_export.fitting import candidates, judge
     from mone_export.model import fingerprint
-    from mone_export.pipeline import export, rank
+    from mone_export.pipeline import export
     from mone_export.pruning.planning import plan
 
     path = trained(name, minutes=args.minutes)

@@ -114,7 +114,7 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     from mone_export.calibration.corpus import head
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
-    from mone_export.pipeline import SPARE_ROWS
+    from mone_export.request import SPARE_ROWS
 
     model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
     like, unlike = MODELS[name]
@@ -154,8 +154,9 @@ def pruned(
     model: Any, calibration: Any, corpus: Any, spare: Any, variant: Variant, ratio: float, *, seed: int
 ) -> Iterator[Any]:
     """Yield the model as a variant leaves it."""
+    from mone_export.calibration.loading import loaded_experts
     from mone_export.calibration.masking import masked, measure_residuals, recalibrate
-    from mone_export.pipeline import search_counts
+    from mone_export.deciding import search_counts
     from mone_export.pruning.novices import joint_novices, novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
@@ -169,7 +170,9 @@ def pruned(
             lambda stats: novices(stats, variant.novice),
         )
     scores = (
-        score_weights(model) if variant.score == "aimer" else score(calibration, variant.score, seed=seed)
+        score_weights(model.spec, loaded_experts(model))
+        if variant.score == "aimer"
+        else score(calibration, variant.score, seed=seed)
     )
     chosen = plan(scores, ratio=ratio, method=variant.method)
     if variant.way == "search":

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -148,11 +149,13 @@ def bench(program: Path, file: Path, args: argparse.Namespace) -> Iterator[Json]
     """Yield wall and CPU time per token of llama-bench's two tests on a file.
 
     The process's CPU time is read when its log says that the timed runs begin, and when the result appears:
-    loading, repacking and warming up are not in it.
+    loading, repacking and warming up are not in it. Its threads wait for each other as they do for a user:
+    asleep, as in what measure.py itself computes, every node of the graph costs their waking.
     """
     command = [str(program), "-m", str(file), "-t", str(args.threads), "-r", str(REPETITIONS)]
     command += ["-p", str(args.n_prompt), "-n", str(args.n_gen), "-o", "jsonl", "--progress"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     assert process.stdout is not None
     clock = ~process.pid << 3 | 2  # Linux: the CPU-time clock of another process
     began, seen = 0.0, []
@@ -198,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="of the random models (default: 2, to fit small machines)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-p", "--n-prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("-n", "--n-gen", type=int, default=32, help="tokens to generate")
+    parser.add_argument("-n", "--n-gen", type=int, default=64, help="tokens to generate")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--weights", nargs="+", choices=BLOCK_TYPES, default=list(BLOCK_TYPES))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])

@@ -15,15 +15,17 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mone_export.artifacts import Corpus
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
 from mone_export.errors import MoneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class _Text(NamedTuple):
 
 def read_corpus(
     files: Iterable[str | Path] | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     datasets: Iterable[str] = (),
     field: str = "text",
@@ -72,7 +74,12 @@ def read_corpus(
 
 
 def make_corpus(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, name: str, n_row: int, seq_len: int
+    documents: Iterable[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    name: str,
+    n_row: int,
+    seq_len: int,
 ) -> Corpus:
     """Tokenise documents by the module's rule, reading no more of them than the rows need."""
     return _corpus([_Text(name, documents)], tokenizer, n_row=n_row, seq_len=seq_len)
@@ -95,7 +102,7 @@ def fingerprint_rows(tokens: Tensor) -> str:
 
 
 def _corpus(
-    texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, *, n_row: int, seq_len: int
+    texts: Sequence[_Text], tokenizer: "PreTrainedTokenizerBase", *, n_row: int, seq_len: int
 ) -> Corpus:
     """Concatenate the texts' documents and cut them into rows."""
     if n_row < 1 or seq_len < 2:
@@ -130,7 +137,7 @@ def _corpus(
 
 
 def _append_ids(
-    ids: list[int], documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, wanted: int
+    ids: list[int], documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", wanted: int
 ) -> None:
     for document in documents:
         # verbose=False: a document longer than the model's context is expected here, it is cut into rows
@@ -172,12 +179,12 @@ def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int)
     return rows
 
 
-def _file_text(given: str, tokenizer: PreTrainedTokenizerBase, field: str) -> _Text:
+def _file_text(given: str, tokenizer: "PreTrainedTokenizerBase", field: str) -> _Text:
     path, weight = (given, None) if Path(given).exists() else _split_weight(given)
     return _Text(Path(path).name, read_documents(Path(path), tokenizer, field=field), weight)
 
 
-def _dataset_text(given: str, tokenizer: PreTrainedTokenizerBase, field: str, seed: int) -> _Text:
+def _dataset_text(given: str, tokenizer: "PreTrainedTokenizerBase", field: str, seed: int) -> _Text:
     name, weight = (given, None) if Path(given).exists() else _split_weight(given)
     return _Text(Path(name).name, read_dataset(name, tokenizer, field=field, seed=seed), weight)
 

@@ -12,12 +12,14 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from mone_export.errors import MoneError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["calibration", "held-out"]
 HELD_OUT_SHARE = 0.1
@@ -37,7 +39,7 @@ class Document:
 
 
 def read_documents(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, field: str = "text"
+    path: Path, tokenizer: "PreTrainedTokenizerBase", *, field: str = "text"
 ) -> Iterator[Document]:
     """Yield the one document of a text file, or those of a `.jsonl` file: one per line, a text or a chat.
 
@@ -60,7 +62,7 @@ def read_documents(
 
 
 def read_dataset(
-    name: str, tokenizer: PreTrainedTokenizerBase, *, field: str = "text", seed: int = 0
+    name: str, tokenizer: "PreTrainedTokenizerBase", *, field: str = "text", seed: int = 0
 ) -> Iterator[Document]:
     """Yield the records of a dataset `id[:config][:split]`, a hub id or a folder, shuffled by `seed`.
 
@@ -143,7 +145,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _document(record: Any, place: str, tokenizer: PreTrainedTokenizerBase, field: str) -> Document:
+def _document(record: Any, place: str, tokenizer: "PreTrainedTokenizerBase", field: str) -> Document:
     """Turn a record into a document: its field's text or messages, else its `messages`."""
     value = None
     if isinstance(record, dict):
@@ -160,7 +162,7 @@ def _document(record: Any, place: str, tokenizer: PreTrainedTokenizerBase, field
     return Document(name=place, kind="file", text=value)
 
 
-def _render(messages: list[Any], record: Any, place: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(messages: list[Any], record: Any, place: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         raise MoneError(
             f"{place} is a chat, but the model's tokenizer has no chat template: "

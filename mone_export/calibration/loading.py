@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError, first_line
 from mone_export.memory import free_memory, give_back
 from mone_export.model import (
+    Dtype,
+    Stream,
     auto_class,
     expert_modules,
     inspect,
@@ -28,9 +30,6 @@ from mone_export.model import (
 )
 
 log = logging.getLogger(__name__)
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Stream = Literal["auto", "on", "off"]
 
 _SPARE = 1.3  # what a model in memory needs beside its weights: statistics, a batch on its way
 _LAYERS = 5  # a streamed one: a layer, the next one, copies while experts are stacked, statistics

@@ -46,6 +46,7 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
     return Calibration(
         spec=first.spec,
         model_sha256=first.model_sha256,
+        config_sha256=first.config_sha256,
         corpus_sha256=_fingerprint(parts),
         corpus_name=", ".join(dict.fromkeys(name for part in parts for name in part.sources)),
         n_token=sum(calibration.n_token for calibration in files.values()),

@@ -26,6 +26,7 @@ from mone_export.calibration.stability import Watch
 from mone_export.calibration.streaming import LayerFiles, RowStates, only_layer
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
+from mone_export.model import config_fingerprint
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def calibrate(
     return Calibration(
         spec=model.spec,
         model_sha256=model_sha256,
+        config_sha256=config_fingerprint(model.path),
         corpus_sha256=corpus.sha256,
         corpus_name=corpus.name,
         n_token=corpus.tokens.numel(),

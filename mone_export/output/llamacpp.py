@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mone_export.errors import MoneError, first_line
 from mone_export.runtime import Progress, tree
@@ -72,7 +73,7 @@ class Conversion:
         opened.no_mtp |= no_mtp
         ftype = self._gguf.LlamaFileType[CONVERTER_TYPES[outtype]]
         self._lazy = conversion.LazyTorchTensor.from_eager
-        with torch.inference_mode():
+        with torch.inference_mode(), _LazyStack(conversion.LazyTorchTensor):
             try:
                 # the file name is only used to derive a model name where the model has none
                 self._model = opened(path, ftype, path)
@@ -149,6 +150,29 @@ class Conversion:
             except _CONVERTER_ERRORS as error:
                 raise _cannot_convert(self._path, error) from None
         self._metadata_ready = True
+
+
+class _LazyStack(TorchFunctionMode):
+    """Stacks llama.cpp's lazy tensors by the shape alone.
+
+    It would ask PyTorch to stack tensors without data, and for that PyTorch imports its compiler and a
+    computer algebra system: a second.
+    """
+
+    def __init__(self, lazy: Any) -> None:
+        super().__init__()
+        self._lazy = lazy
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func is not torch.stack or not all(isinstance(part, self._lazy) for part in args[0]):
+            return func(*args, **named)
+        shape = list(args[0][0].shape)
+        shape.insert(named.get("dim", 0), len(args[0]))
+        meta = self._lazy.meta_with_dtype_and_shape(args[0][0].dtype, tuple(shape))
+        return self._lazy(meta=meta, args=tuple(args), kwargs=named, func=func)
 
 
 def padded_bytes(shape: Sequence[int], type_name: str) -> int:

@@ -5,14 +5,13 @@ Formulas: MoNE (arXiv 2507.00390), REAP (arXiv 2510.13999), MAN/MSAN (arXiv 2606
 An expert never seen (`count` 0) scores minus infinity: it is pruned first, for want of any evidence of use.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mone_export.artifacts import Calibration, ExpertStats, Scores
-from mone_export.calibration.loading import Model, loaded_experts
+from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Scores
 from mone_export.errors import MoneError
 
 
@@ -42,14 +41,15 @@ def score(calibration: Calibration, name: str = "mone", *, seed: int = 0) -> Sco
     return Scores(spec=calibration.spec, score=name, values=values)
 
 
-def score_weights(model: Model) -> Scores:
+def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
     """Score every expert by its weights alone, `aimer`: minus mean|w| / rms(w) over all its matrices.
 
+    `layers` gives the experts modules with their weights, as `loaded_experts` does, in ascending order.
     The ratio is large for weights spread evenly and small for concentrated ones; experts with a large one are
     the ones to prune. Source: AIMER, arXiv 2603.18492.
     """
     values = []
-    for _, experts in loaded_experts(model):
+    for _, experts in layers:
         matrices = [
             getattr(experts, name).detach().flatten(1).double()
             for name in ("gate_up_proj", "up_proj", "down_proj")
@@ -59,7 +59,7 @@ def score_weights(model: Model) -> Scores:
         mean = sum((matrix.abs().sum(1) for matrix in matrices), torch.zeros(())) / n
         square = sum((matrix.square().sum(1) for matrix in matrices), torch.zeros(())) / n
         values.append(-(mean / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
-    return Scores(spec=model.spec, score="aimer", values=torch.stack(values))
+    return Scores(spec=spec, score="aimer", values=torch.stack(values))
 
 
 def standard_deviation(stats: ExpertStats) -> Tensor:
