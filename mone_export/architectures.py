@@ -19,6 +19,7 @@ class Family:
 
     `after` gives, from the config, the factor by which the model multiplies the output of its experts module.
     `differs` says, from the config, what llama.cpp computes otherwise than the model: nothing if empty.
+    `unlike` says it of every model of the family, whose unpruned files are used all the same.
     `weights_inputs` marks a family that weights what goes into its experts, not what comes out.
     """
 
@@ -30,6 +31,7 @@ class Family:
     after: Callable[[Any], float] | None = None
     weights_inputs: bool = False
     differs: Callable[[Any], str] | None = None
+    unlike: str = ""
 
 
 _NORM: Mapping[str, object] = {"norm_topk_prob": True}
@@ -44,6 +46,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3_5MoeForCausalLM", "qwen35moe", "Qwen/Qwen3.5-35B-A3B"),
     Family("Qwen3_5MoeForConditionalGeneration", "qwen35moe", "Qwen/Qwen3.5-35B-A3B"),
     Family("Qwen3VLMoeForConditionalGeneration", "qwen3vlmoe", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
+    Family(
+        "PhiMoEForCausalLM",
+        "phimoe",
+        "microsoft/Phi-3.5-MoE-instruct",
+        unlike="RMS norms for layer norms, and for the weights of sparsemixer shares of a softmax",
+    ),
     Family("MixtralForCausalLM", "llama", "mistralai/Mixtral-8x7B-v0.1"),
     Family(
         "DeepseekV2ForCausalLM",
@@ -122,8 +130,6 @@ REFUSED: Mapping[str, str] = {
     "JetMoeForCausalLM": "its experts are not behind transformers' experts interface",
     "LongcatFlashForCausalLM": "its experts are not behind transformers' experts interface",
     "Step3p7ForConditionalGeneration": "its experts are not behind transformers' experts interface",
-    "PhiMoEForCausalLM": "llama.cpp weights its experts otherwise than the model (softmax, not sparsemixer)",
-    "PhimoeForCausalLM": "llama.cpp weights its experts otherwise than the model (softmax, not sparsemixer)",
 }
 
 

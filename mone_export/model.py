@@ -305,6 +305,8 @@ def _check_runtime_assumptions(arch: str, config: Any) -> None:
             )
     if family.differs and (what := family.differs(config)):
         raise MoneError(f"{arch}: llama.cpp computes otherwise than the model: {what}")
+    if family.unlike:
+        log.warning("%s: llama.cpp computes otherwise than the model, pruned or not: %s", arch, family.unlike)
     for key, value in family.states.items():
         if getattr(config, key, None) != value:
             raise MoneError(

@@ -37,7 +37,8 @@ def save_family(row: Row, folder: Path) -> Path:
     model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            tensor.normal_(1.0 if re.search("norm|scal", name) else 0.0, 0.1 if tensor.dim() > 1 else 0.05)
+            factor = re.search("norm|scal", name) and not name.endswith("bias")
+            tensor.normal_(1.0 if factor else 0.0, 0.1 if tensor.dim() > 1 else 0.05)
         for name, tensor in model.named_buffers():
             if name in model.state_dict() and "bias" in name:
                 tensor.normal_(0.0, 0.1)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -89,12 +90,6 @@ def nmse(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-def nmse_of_most(found: Tensor, wanted: Tensor) -> float:
-    """Return the NMSE without the worst token in fifty, for which rounded activations may decide a tie."""
-    rank = (found - wanted).square().sum(1).argsort()[: -(len(found) // 50)]
-    return nmse(found[rank], wanted[rank])
-
-
 def name(row: Row) -> str:
     return row.name
 
@@ -104,16 +99,21 @@ def test_logits_equal_the_definition(row: Row, tmp_path: Path, record: dict[str,
     folder = save_family(row, tmp_path / "model")
     spec = inspect(folder)
     model, calibration = calibrated(folder, spec)
-    tokens = random_tokens(1, N_TOKEN)[0]
-    error = nmse_of_most if row.packed == "mxfp4" else nmse
-    arch, unpruned, own = compare(model, folder, calibration, 0, tokens, error)
-    _, novice, pruned = compare(model, folder, calibration, 0.5, tokens, error)
+    texts = random_tokens(1, N_TOKEN)
+    if row.packed == "mxfp4":  # activations are rounded, which decides a tie of the router otherwise in a few
+        texts = random_tokens(15, 20)
+    arch, unpruned, own = compare(model, folder, calibration, 0, texts)
+    _, novice, pruned = compare(model, folder, calibration, 0.5, texts)
     assert nmse(pruned, own) > 1e-3, "pruning must be visible for this test to mean much"
     record[row.name] = {"arch": arch, "unpruned": unpruned, "novice": novice}
     family = family_of(spec.arch)
     assert family is not None and family.gguf_arch == arch
     assert unpruned < row.limit
     assert novice <= max(2 * unpruned, FLOOR)
+    if row.as_llama_cpp:
+        row.as_llama_cpp(model)
+        for ratio in (0, 0.5):
+            assert compare(model, folder, calibration, ratio, texts)[1] < FLOOR
 
 
 def compare(
@@ -121,10 +121,12 @@ def compare(
     folder: Path,
     calibration: Calibration,
     ratio: float,
-    tokens: Tensor,
-    error: Callable[[Tensor, Tensor], float],
+    texts: Tensor,
 ) -> tuple[str, float, Tensor]:
-    """Export at a ratio; return llama.cpp's architecture, the NMSE, and the logits of the definition."""
+    """Export at a ratio; return llama.cpp's architecture, the texts' median NMSE, the definition's logits.
+
+    `texts` are tokens [n_text, n_token], logits [n_text, n_token, n_vocab].
+    """
     outfile = folder.with_suffix(".gguf")
     chosen = plan(score(calibration), ratio=ratio)
     assert ratio == 0 or len({layer.kept for layer in chosen.layers}) == len(chosen.layers), (
@@ -133,10 +135,10 @@ def compare(
     write(folder, calibration, chosen, outfile, outtype="f32")
     install(model, unscaled(model, read_novices(outfile)))
     with torch.inference_mode():
-        wanted = model(tokens[None]).logits[0].float()
-    found = torch.from_numpy(logits(outfile, tokens.tolist(), n_batch=N_TOKEN))
+        wanted = torch.cat([model(tokens[None]).logits.float() for tokens in texts])
+    found = [torch.from_numpy(logits(outfile, tokens, n_batch=len(tokens))) for tokens in texts.tolist()]
     arch = GGUFReader(outfile).fields["general.architecture"].contents()
-    return arch, error(found, wanted), wanted
+    return arch, median(map(nmse, found, wanted)), wanted
 
 
 def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> dict[int, dict[int, Tensor]]:

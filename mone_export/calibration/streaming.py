@@ -12,11 +12,14 @@ are no stable interface, so the version of transformers is pinned. Only the stac
 of the bytes, is done here: each is read when its place is known, into memory that an earlier layer had.
 """
 
+import gc
+import json
+import os
 from collections.abc import Iterable, Iterator, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,8 @@ from mone_export.errors import MoneError
 from mone_export.memory import give_back
 from mone_export.model import expert_modules, open_weights
 
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # a file's types: ours
+
 State = tuple[Any, dict[str, dict[Any, Any]]]  # a layer's output, and what it put into mappings it was given
 
 
@@ -50,6 +55,7 @@ class LayerFiles:
         """Take a model built on the meta device; read its embeddings and all else but the decoder layers."""
         self._path, self._module = path, module
         self._weights = open_weights(path)
+        self._places = _places(path)
         mapping: Any = get_model_conversion_mapping(module, None, quantizer)
         self._memory = _Memory(device)
         self._stacked = _stack_at_once(mapping, self._memory)
@@ -85,14 +91,17 @@ class LayerFiles:
     def each(self, first: int = 0) -> Iterator[int]:
         """Yield layer numbers from `first`, each loaded; the next one is read meanwhile."""
         numbers = range(first, len(self.layers))
-        with ThreadPoolExecutor(max_workers=1) as reader:
+        with ThreadPoolExecutor(max_workers=1) as reader, _settled_objects():
             coming = reader.submit(self.load, first) if numbers else None
+            gone: Future[None] | None = None
             for number in numbers:
                 assert coming is not None
                 coming.result()
                 coming = reader.submit(self.load, number + 1) if number + 1 in numbers else None
                 yield number
-                self.release(number)
+                if gone:
+                    gone.result()
+                gone = reader.submit(self.release, number)  # before the one after the next is read
         self._memory.clear()
 
     def _grouped(self, list_name: str) -> dict[int, dict[str, list[str]]]:
@@ -120,7 +129,9 @@ class LayerFiles:
     def _read(self, targets: dict[str, list[str]]) -> None:
         for keys in targets.values():  # one at a time: what a conversion needs besides is soon free again
             slices = {key: self._weights[key].get_slice(key) for key in keys}
-            self._convert({key: _Unread(part) if key in self._late else part for key, part in slices.items()})
+            for key in self._late.intersection(keys):
+                slices[key] = _Unread(slices[key], *self._places[key])
+            self._convert(slices)
 
     def _convert(self, slices: dict[str, Any]) -> None:
         found, _ = convert_and_load_state_dict_in_model(self._module, slices, self._loading)
@@ -128,12 +139,24 @@ class LayerFiles:
             raise MoneError(f"cannot read the weights in {self._path}: {wrong[0]} does not fit the model")
 
 
+@contextmanager
+def _settled_objects() -> Iterator[None]:
+    """Let Python's collector, which runs behind every layer, skip the objects that are there already."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _Unread:
     """A slice of a file that transformers takes for a tensor, and that is read only when it is stacked."""
 
-    def __init__(self, part: Any) -> None:
-        self._part = part
+    def __init__(self, part: Any, file: BinaryIO, start: int) -> None:
+        """Take what is in `file` from byte `start` on."""
+        self._part, self._file, self._start = part, file, start
         self._dtype: torch.dtype | None = None
+        self.shape = torch.Size(part.get_shape())
 
     def __getitem__(self, _index: Any) -> "_Unread":
         return self
@@ -142,9 +165,41 @@ class _Unread:
         self._dtype = dtype
         return self
 
-    def read(self) -> Tensor:
-        tensor: Tensor = self._part[...]
-        return tensor.to(self._dtype or tensor.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it is wanted in."""
+        return self._dtype or _TYPES.get(self._part.get_dtype()) or self._part[:0].dtype
+
+    def read_into(self, place: Tensor) -> None:
+        """Read from the file to where the tensor belongs, with no copy between if it has the file's type."""
+        if self.dtype != _TYPES.get(self._part.get_dtype()) or not place.is_contiguous():
+            place.copy_(self._part[...])
+            return
+        octets: Any = place.view(torch.uint8).numpy()
+        view, start = memoryview(octets).cast("B"), self._start
+        while len(view):
+            n_read = os.preadv(self._file.fileno(), [view], start)
+            if not n_read:
+                raise MoneError(f"{self._file.name} ends early: get it again")
+            view, start = view[n_read:], start + n_read
+
+
+def _places(path: Path) -> dict[str, tuple[BinaryIO, int]]:
+    """Return each tensor's open file and first byte; safetensors itself reads into new memory only.
+
+    Source: the format, a header of JSON behind its length in eight bytes, then the data.
+    """
+    places: dict[str, tuple[BinaryIO, int]] = {}
+    for name in path.glob("*.safetensors"):
+        file = name.open("rb", buffering=0)
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        places |= {
+            key: (file, 8 + size + entry["data_offsets"][0])
+            for key, entry in header.items()
+            if key != "__metadata__"
+        }
+    return places
 
 
 class _Memory:
@@ -197,15 +252,14 @@ class _Stack(ConversionOps):
     ) -> dict[str, Tensor]:
         """Return the stack [M, ...] of all experts."""
         groups = [input_dict.pop(pattern) for pattern in source_patterns if pattern in input_dict]
-        firsts = [group[0].read() for group in groups]
-        shape = [len(groups[0]), *firsts[0].shape]
-        shape[self._dim] = sum(first.shape[self._dim - 1] for first in firsts)
-        stack, start = self._memory.take(tuple(shape), firsts[0].dtype), 0
-        for group, first in zip(groups, firsts, strict=True):
-            width = first.shape[self._dim - 1]
+        widths = [group[0].shape[self._dim - 1] for group in groups]
+        shape = [len(groups[0]), *groups[0][0].shape]
+        shape[self._dim] = sum(widths)
+        stack, start = self._memory.take(tuple(shape), groups[0][0].dtype), 0
+        for group, width in zip(groups, widths, strict=True):
             part = stack.narrow(self._dim, start, width)
             for expert, unread in enumerate(group):
-                part[expert].copy_(unread.read() if expert else first)
+                unread.read_into(part[expert])
             start += width
         return {target_patterns[0]: stack}
 
