@@ -170,7 +170,8 @@ class _LazyStack(TorchFunctionMode):
         if func is not torch.stack or not all(isinstance(part, self._lazy) for part in args[0]):
             return func(*args, **named)
         shape = list(args[0][0].shape)
-        shape.insert(named.get("dim", 0), len(args[0]))
+        dim = args[1] if len(args) > 1 else named.get("dim", 0)
+        shape.insert(dim % (len(shape) + 1), len(args[0]))
         meta = self._lazy.meta_with_dtype_and_shape(args[0][0].dtype, tuple(shape))
         return self._lazy(meta=meta, args=tuple(args), kwargs=named, func=func)
 
