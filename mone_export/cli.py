@@ -190,7 +190,7 @@ def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--sequential",
         action="store_true",
-        help="calibrate each layer behind the pruned ones before it: one more pass over the text per layer",
+        help="calibrate each layer behind the pruned ones before it: two more passes over the text",
     )
     group.add_argument(
         "--no-guard",

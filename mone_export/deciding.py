@@ -86,11 +86,12 @@ def behind_pruned(job: Job, calibration: Calibration, *, progress: Progress | No
     request = job.request
     known = _known(request.novice)
     return recalibrate(
-        load(job.path, device=job.device, dtype=request.dtype, stream="off", memory=request.memory),
+        load(job.path, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory),
         _corpus(job, calibration),
         calibration,
         lambda so_far: plan(_scores(job, so_far), ratio=job.ratio, min_kept=request.min_kept),
         lambda stats: novices(stats, known),
+        memory=request.memory,
         progress=progress,
     )
 

@@ -15,7 +15,7 @@ from mone_export.calibration.loading import Model, load
 from mone_export.calibration.masking import Divergence, masked, measure_residuals, recalibrate
 from mone_export.calibration.observer import expert_stats, observe
 from mone_export.calibration.passes import calibrate
-from mone_export.model import resolve
+from mone_export.model import Stream, resolve
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
@@ -80,14 +80,18 @@ def test_divergence_is_the_mean_over_the_compared_positions(demo: Model) -> None
     assert divergence(pruned, vectors) == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path) -> None:
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path, stream: Stream) -> None:
     corpus = read_corpus([text], demo.tokenizer, n_row=2, seq_len=128)
     plain = calibrate(demo, corpus, model_sha256="")
 
     def decide(calibration: Calibration) -> Plan:
         return plan(score(calibration), ratio=0.5)
 
-    found = recalibrate(demo, corpus, plain, decide, lambda stats: novices(stats, "mean"))
+    model = load(resolve("demo"), device="cpu", dtype="float32", stream=stream)
+    assert (model.files is None) == (stream == "off")
+    found = recalibrate(model, corpus, plain, decide, lambda stats: novices(stats, "mean"))
+    assert [stats.n_token for stats in found.layers.values()] == [corpus.tokens.numel()] * 5, "not twice"
     assert torch.equal(found.layers[0].gate_sum, plain.layers[0].gate_sum), "nothing stands before it"
     pruned = {layer.layer: layer.pruned for layer in decide(found).layers}
     for last in (1, 4):

@@ -6,7 +6,7 @@ neither needs to know how a family computes its experts, and both work under `ob
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
 from mone_export.calibration.loading import Model
-from mone_export.calibration.passes import calibrate, run_rows
+from mone_export.calibration.observer import observe
+from mone_export.calibration.passes import finished, run_rows
 from mone_export.model import expert_modules
 from mone_export.runtime import Progress
 
@@ -62,25 +63,23 @@ def recalibrate(
     decide: Callable[[Calibration], Plan],
     stand_in: Callable[[ExpertStats], Tensor],
     *,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure each layer anew behind the layers before it as they are after pruning, in their order.
 
-    `decide` gives the plan that statistics lead to, each layer by itself, `stand_in` a layer's novices. The
-    text runs through the model once for every layer but the first, which nothing pruned stands before.
+    `decide` gives the plan that statistics lead to, each layer by itself, `stand_in` a layer's novices. All
+    text runs through a layer twice, first whole, to be measured, then pruned, for the layers behind it.
     """
-    pruned: dict[int, Sequence[int]] = {}
-    vectors: dict[int, Tensor] = {}
-    layers = dict(calibration.layers)
-    for layer in calibration.spec.moe_layers:
-        if pruned:
-            with masked(model.module, pruned, vectors):
-                found = calibrate(model, corpus, model_sha256=calibration.model_sha256, progress=progress)
-            layers[layer] = found.layers[layer]
-        calibration = replace(calibration, layers=dict(layers))
-        pruned |= {part.layer: part.pruned for part in decide(calibration).layers if part.layer == layer}
-        vectors[layer] = stand_in(layers[layer])
-    return calibration
+
+    def pruned(layer: int, stats: ExpertStats) -> AbstractContextManager[None]:
+        so_far = replace(calibration, layers={**calibration.layers, layer: stats})
+        experts = next(part.pruned for part in decide(so_far).layers if part.layer == layer)
+        return masked(model.module, {layer: experts}, {layer: stand_in(stats)})
+
+    with torch.inference_mode(), observe(model.module) as layers:
+        run_rows(model, corpus.tokens, layers, memory=memory, progress=progress, hand_on=pruned)
+    return replace(calibration, layers={layer: finished(model, layers[layer]) for layer in sorted(layers)})
 
 
 class Divergence:

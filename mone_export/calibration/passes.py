@@ -1,14 +1,16 @@
 """calibrate(): rows of text through the model, every expert's statistics out.
 
 Two orders of the same work, which give the same sums: all layers for one batch of rows after the other, when
-the model is in memory; all batches for one layer after the other, when its layers come one at a time.
+the model is in memory; all batches for one layer after the other, when its layers come one at a time, or when
+what a layer hands on depends on what was found in it.
 """
 
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from mone_export.calibration.corpus import head
 from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import observe
 from mone_export.calibration.stability import Watch
-from mone_export.calibration.streaming import LayerFiles, RowStates, only_layer
+from mone_export.calibration.streaming import RowStates, decoder_layers, only_layer
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
 from mone_export.model import config_fingerprint
@@ -36,6 +38,8 @@ SECONDS_PER_STEP = 60.0  # how much work a model in memory may lose
 
 Layers = dict[int, ExpertStats]
 Report = Callable[[int, int], None]  # rows done, of so many
+HandOn = Callable[[int, ExpertStats], AbstractContextManager[None]]
+"""From a layer and its statistics: in this context the layer computes what it hands on to the next."""
 
 
 def calibrate(
@@ -66,9 +70,7 @@ def calibrate(
             model, tokens, layers, checkpoint=checkpoint, memory=memory, progress=progress, stop=watch
         )
     corpus = head(corpus, seen) if seen < len(tokens) else corpus
-    factor = factor_after_experts(model.spec.arch, model.module.config.get_text_config())
-    stats = {layer: layers[layer].to("cpu").weighted(factor) for layer in sorted(layers)}
-    stats = ranks.merged(stats)
+    stats = ranks.merged({layer: finished(model, layers[layer]) for layer in sorted(layers)})
     _check_finite(stats)
     return Calibration(
         spec=model.spec,
@@ -82,6 +84,12 @@ def calibrate(
     )
 
 
+def finished(model: Model, stats: ExpertStats) -> ExpertStats:
+    """Return a layer's statistics on the CPU, with the factor that the model applies after its experts."""
+    factor = factor_after_experts(model.spec.arch, model.module.config.get_text_config())
+    return stats.to("cpu").weighted(factor)
+
+
 def run_rows(
     model: Model,
     tokens: Tensor,
@@ -92,24 +100,26 @@ def run_rows(
     progress: Progress | None = None,
     what: str = "calibrating",
     stop: Callable[[Layers], bool] | None = None,
+    hand_on: HandOn | None = None,
 ) -> int:
     """Run rows of tokens [n_row, seq_len] once through the model, in the order its weights allow.
 
     `found` is where observers of the model put what they find, by layer, and never in place: what a pass that
     fails has put there is taken back. `stop` is asked after each batch whether `found` is enough; streamed
-    layers do not stop. Returns the number of rows.
+    layers do not stop. With `hand_on` each layer with experts computes twice: what `found` holds, and what it
+    hands on. Returns the number of rows.
     """
 
     def report(done: int, total: int) -> None:
         if progress:
             progress(done * tokens.shape[1], total * tokens.shape[1], f"{what} (tokens{by_layer})")
 
-    batches, by_layer = Batches(model, tokens), ", layer by layer" if model.files else ""
-    if model.files is None:
+    batches, by_layer = Batches(model, tokens), ", layer by layer" if model.files or hand_on else ""
+    if model.files is None and hand_on is None:
         return _row_by_row(model, batches, found, checkpoint, report, stop)
     with ExitStack() as stack:
         folder = checkpoint.states if checkpoint else _spill(stack, model, tokens, memory)
-        _layer_by_layer(model, model.files, batches, found, checkpoint, RowStates(folder), report, stop)
+        _layer_by_layer(model, batches, found, checkpoint, RowStates(folder), report, stop, hand_on)
     return len(tokens)
 
 
@@ -187,41 +197,50 @@ def _row_by_row(
 
 def _layer_by_layer(
     model: Model,
-    files: LayerFiles,
     batches: Batches,
     layers: Layers,
     checkpoint: Checkpoint | None,
     states: RowStates,
     report: Report,
     watch: Callable[[Layers], bool] | None,
+    hand_on: HandOn | None,
 ) -> None:
-    """All batches for each layer: the layers come one at a time."""
-    n_row = len(batches.tokens)
+    """All batches for each layer: streamed layers come one at a time."""
+    n_row, files = len(batches.tokens), model.files
+    decoder = files.layers if files else decoder_layers(model.module)[1]
     steps = checkpoint.steps() if checkpoint else []
     for step in steps:
         layers |= checkpoint.load(step) if checkpoint else {}
     first = steps[-1] if steps else 0
     states.drop(first - 2)
-    report(first * n_row, len(files.layers) * n_row)
-    for number in files.each(first):
+    report(first * n_row, len(decoder) * n_row)
+    for number in files.each(first) if files else range(len(decoder)):
         started = time.monotonic()
-        with only_layer(files.layers, number) as turn:
+        twice = hand_on is not None and number in model.spec.moe_layers
+        with only_layer(decoder, number) as turn:
 
-            def forward(rows: range, number: int = number, turn: Any = turn) -> None:
+            def forward(rows: range, number: int = number, turn: Any = turn, keep: bool = not twice) -> None:
                 turn.state = states.get(number - 1, rows, model.module.device)
                 _forward(model, batches.tokens, rows)
-                states.put(number, rows.start, turn.state)
+                if keep:
+                    states.put(number, rows.start, turn.state)
 
             for rows in batches.run(forward, layers):
-                report(number * n_row + rows.stop, len(files.layers) * n_row)
+                report(number * n_row + rows.stop, len(decoder) * n_row)
                 if watch:
                     watch(layers)
+            if hand_on and twice:
+                seen = layers[number]
+                with hand_on(number, finished(model, seen)):
+                    for _ in batches.run(partial(forward, keep=True), layers):
+                        pass
+                layers[number] = seen  # without the second time
         if checkpoint:
             own = {number: layers[number].to("cpu")} if number in layers else {}
             checkpoint.save(number + 1, own)
         states.drop(number - 1)
         seconds = time.monotonic() - started
-        log.debug("layer %d of %d: %d rows in %.1f s", number, len(files.layers), n_row, seconds)
+        log.debug("layer %d of %d: %d rows in %.1f s", number, len(decoder), n_row, seconds)
 
 
 def _forward(model: Model, tokens: Tensor, rows: range) -> None:
