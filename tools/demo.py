@@ -68,12 +68,13 @@ def _experts(file: Path) -> str:
 
 
 def _perplexity(file: Path, text: Path) -> str:
-    output = _run("llama-perplexity", "-m", str(file), "-f", str(text), "-c", "512", "--chunks", str(N_CHUNK))
-    # the running value after the last chunk; the line with the final estimate is not always flushed to a pipe
-    found = re.search(rf"\[{N_CHUNK}\]([\d.]+)", output)
-    return (
-        f"{float(found[1]):.2f}" if found else sys.exit(f"llama-perplexity gave no result:\n{output[-2000:]}")
-    )
+    options = ["-m", str(file), "-f", str(text), "-c", "512", "--chunks", str(N_CHUNK)]
+    for _ in range(20):  # on a busy machine it may end before its last lines are written
+        output = _run("llama-perplexity", *options)
+        # the running value after the last chunk, which comes before the final estimate
+        if found := re.search(rf"\[{N_CHUNK}\]([\d.]+)", output):
+            return f"{float(found[1]):.2f}"
+    sys.exit(f"llama-perplexity gave no result:\n{output[-2000:]}")
 
 
 def _sample(file: Path) -> str:
