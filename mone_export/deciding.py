@@ -6,7 +6,6 @@ calibrating layer after layer, searching the layers' counts, `joint` novices, th
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch import Tensor
 from mone_export.artifacts import Calibration, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
 from mone_export.fitting import judge
-from mone_export.model import Dtype, Stream
 from mone_export.output.writing import measure
 from mone_export.pruning.allocation import error_curves, search
 from mone_export.pruning.guard import guard
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from mone_export.calibration.loading import Model
 
 # `calibration.loading`, `.passes` and `.masking` bring in most of transformers, which takes longer than all
-# that saved statistics need: so they are imported where a model is loaded.
+# that saved statistics need: so they are imported where a model is at work.
 
 
 def settle(job: Job, calibration: Calibration) -> Job:
@@ -64,10 +62,8 @@ def decide(job: Job, calibration: Calibration, *, progress: Progress | None = No
         return plan(
             scores, ratio=job.ratio, min_kept=request.min_kept, method=request.method, scope=request.scope
         )
-    from mone_export.calibration.loading import load
-
     return search_counts(
-        load(job.path, device=job.device, dtype=request.dtype, stream="off", memory=request.memory),
+        job.load_model(stream="off"),
         job.spare,
         calibration,
         scores,
@@ -80,13 +76,12 @@ def decide(job: Job, calibration: Calibration, *, progress: Progress | None = No
 
 def behind_pruned(job: Job, calibration: Calibration, *, progress: Progress | None = None) -> Calibration:
     """Return the statistics of each layer behind the pruned layers before it (`--sequential`)."""
-    from mone_export.calibration.loading import load
     from mone_export.calibration.masking import recalibrate
 
     request = job.request
     known = _known(request.novice)
     return recalibrate(
-        load(job.path, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory),
+        job.load_model(),
         _corpus(job, calibration),
         calibration,
         lambda so_far: plan(_scores(job, so_far), ratio=job.ratio, min_kept=request.min_kept),
@@ -100,16 +95,10 @@ def joint_vectors(
     job: Job, calibration: Calibration, chosen: Plan, *, progress: Progress | None = None
 ) -> dict[int, Tensor]:
     """Return novices [n_expert, d] per layer that make up for a plan's pruned experts together."""
-    from mone_export.calibration.loading import load
     from mone_export.calibration.masking import measure_residuals
 
-    request = job.request
     residuals = measure_residuals(
-        load(job.path, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory),
-        _corpus(job, calibration),
-        chosen,
-        memory=request.memory,
-        progress=progress,
+        job.load_model(), _corpus(job, calibration), chosen, memory=job.request.memory, progress=progress
     )
     return {
         layer: joint_novices(calibration.layers[layer], residual) for layer, residual in residuals.items()
@@ -117,18 +106,15 @@ def joint_vectors(
 
 
 def _scores(job: Job, calibration: Calibration) -> Scores:
-    request = job.request
-    return rank(
-        job.path,
-        calibration,
-        job.score,
-        guarded=request.guarded,
-        seed=request.seed,
-        device=job.device,
-        dtype=request.dtype,
-        stream=request.stream,
-        memory=request.memory,
-    )
+    """Score the experts, from the statistics or the weights; guarded super experts stand above all others."""
+    if job.score == "aimer":
+        from mone_export.calibration.loading import loaded_experts
+
+        model = job.load_model()
+        scores = score_weights(model.spec, loaded_experts(model))
+    else:
+        scores = score_experts(calibration, job.score, seed=job.request.seed)
+    return guard(scores, calibration) if job.request.guarded else scores
 
 
 def _corpus(job: Job, calibration: Calibration) -> Corpus:
@@ -140,29 +126,6 @@ def _corpus(job: Job, calibration: Calibration) -> Corpus:
 def _known(novice: str) -> str:
     """Return the novice to reckon with while there is no plan, which `joint` novices belong to."""
     return "least-squares" if novice == "joint" else novice
-
-
-def rank(
-    path: Path,
-    calibration: Calibration,
-    score: str,
-    *,
-    guarded: bool,
-    seed: int,
-    device: str = "auto",
-    dtype: Dtype = "auto",
-    stream: Stream = "auto",
-    memory: int | None = None,
-) -> Scores:
-    """Score the experts, from the statistics or the weights; guarded super experts stand above all others."""
-    if score == "aimer":
-        from mone_export.calibration.loading import load, loaded_experts
-
-        model = load(path, device=device, dtype=dtype, stream=stream, memory=memory)
-        scores = score_weights(model.spec, loaded_experts(model))
-    else:
-        scores = score_experts(calibration, score, seed=seed)
-    return guard(scores, calibration) if guarded else scores
 
 
 def search_counts(

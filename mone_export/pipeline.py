@@ -67,7 +67,8 @@ def export(model: str, *, progress: Progress | None = None, **options: Any) -> R
         calibration = behind_pruned(job, calibration, progress=progress)
         clock.lap("layer by layer")
     chosen = decide(job, calibration, progress=progress)
-    clock.lap("search" if job.spare is not None else "plan")
+    if job.spare is not None:
+        clock.lap("search")
     vectors = None
     if request.novice == "joint" and request.method == "mone":
         vectors = joint_vectors(job, calibration, chosen, progress=progress)
@@ -136,16 +137,13 @@ def _measured(
     job: Job, model_sha256: str, checkpoint: Checkpoint | None, clock: "_Clock", progress: Progress | None
 ) -> tuple[Calibration, Stability | None]:
     """Calibrate; return the statistics, and how stable the decision became while they grew."""
-    from mone_export.calibration.loading import load  # here for the reason that `deciding` gives
-    from mone_export.calibration.passes import calibrate
+    from mone_export.calibration.passes import calibrate  # here for the reason that `deciding` gives
 
     request = job.request
     assert job.corpus is not None
     if not (request.files or request.datasets):
         log.info(_BUILTIN_TEXT)
-    loaded = load(
-        job.path, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory
-    )
+    loaded = job.load_model()
     clock.lap("load")
     if request.until_stable and (job.candidates or loaded.files or checkpoint or ranks.n_rank() > 1):
         raise MoneError(

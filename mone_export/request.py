@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from mone_export.pruning.novices import NOVICE_NAMES
 from mone_export.pruning.planning import METHODS, SCOPES, check_scope, kept_per_layer, plan_without_scores
 from mone_export.pruning.scoring import SCORE_NAMES
 from mone_export.runtime import Progress
+
+if TYPE_CHECKING:
+    from mone_export.calibration.loading import Model
 
 SPARE_ROWS = 8  # of text, to judge the layers' counts by
 
@@ -95,6 +98,19 @@ class Job:
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
     spare: Tensor | None = None
+
+    def load_model(self, *, stream: Stream | None = None) -> "Model":
+        """Load the model as the request says, or streamed as `stream` says."""
+        from mone_export.calibration.loading import load  # takes longer than all that saved statistics need
+
+        request = self.request
+        return load(
+            self.path,
+            device=self.device,
+            dtype=request.dtype,
+            stream=stream or request.stream,
+            memory=request.memory,
+        )
 
 
 def prepare(request: Request, *, progress: Progress | None = None) -> Job:

@@ -4,11 +4,12 @@ Exports the demo model in full, with half of its experts as novices, and with ha
 measures each on text that neither training nor calibration has seen; lets the novice model write a few lines.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from measuring import ask_perplexity
 
 from mone_export import runtime
 from mone_export.calibration.documents import builtin_documents
@@ -68,28 +69,20 @@ def _experts(file: Path) -> str:
 
 
 def _perplexity(file: Path, text: Path) -> str:
-    options = ["-m", str(file), "-f", str(text), "-c", "512", "--chunks", str(N_CHUNK)]
-    for _ in range(20):  # on a busy machine it may end before its last lines are written
-        output = _run("llama-perplexity", *options)
-        # the running value after the last chunk, which comes before the final estimate
-        if found := re.search(rf"\[{N_CHUNK}\]([\d.]+)", output):
-            return f"{float(found[1]):.2f}"
-    sys.exit(f"llama-perplexity gave no result:\n{output[-2000:]}")
+    # the running value after the last chunk, which comes before the final estimate
+    found = ask_perplexity(runtime.path(), file, text, rf"\[{N_CHUNK}\]([\d.]+)", "--chunks", N_CHUNK)
+    return f"{float(found[1]):.2f}"
 
 
 def _sample(file: Path) -> str:
     options = ["-p", PROMPT, "-n", "60", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io"]
-    return PROMPT + _run("llama-completion", "-m", str(file), *options, both=False).rstrip()
-
-
-def _run(tool: str, *arguments: str, both: bool = True) -> str:
-    command = [str(runtime.path() / tool), *arguments]
+    command = [str(runtime.path() / "llama-completion"), "-m", str(file), *options]
     result = subprocess.run(
         command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
     )
     if result.returncode != 0:
-        sys.exit(f"{tool} failed:\n{result.stderr[-2000:]}")
-    return result.stdout + result.stderr if both else result.stdout
+        sys.exit(f"llama-completion failed:\n{result.stderr[-2000:]}")
+    return PROMPT + result.stdout.rstrip()
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ divergence stands the estimate that `--fit` chooses by: it has seen neither text
 """
 
 import argparse
-import re
-import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from measure_methods import MODELS, rows_of, trained
-from measuring import Json, programs, scratch
+from measuring import Json, ask_perplexity, programs, scratch
 
 TEXTS = ("like", "unlike")
 FRACTIONS = (
@@ -45,11 +43,12 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
     from mone_export.artifacts import Calibration
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
-    from mone_export.deciding import rank
     from mone_export.fitting import candidates, judge
     from mone_export.model import fingerprint
     from mone_export.pipeline import export
+    from mone_export.pruning.guard import guard
     from mone_export.pruning.planning import plan
+    from mone_export.pruning.scoring import score
 
     path = trained(name, minutes=args.minutes)
     read_sentencepiece(path)
@@ -68,13 +67,13 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
             text: write_text(folder / text, kind) for text, kind in zip(TEXTS, MODELS[name], strict=True)
         }
         for text in texts.values():
-            perplexity(bin_dir, base, text, args)
+            ask_perplexity(bin_dir, base, text, "Final estimate", *_options(text, args))
         known: dict[str, Json] = {}  # files without novices are the same for all samples
         for fraction in args.fractions:
             found = candidates(path, model.spec, int(fraction * size))
             for sample, file in enumerate(stats):
                 calibration = Calibration.load(file)
-                scores = rank(path, calibration, "mone", guarded=True, seed=0)
+                scores = guard(score(calibration, "mone"), calibration)
                 judged = judge(
                     found, path, calibration, lambda part, s=scores: plan(s, ratio=part), novice="mean"
                 )
@@ -118,34 +117,13 @@ def write_text(file: Path, kind: str, n_document: int = 400) -> Path:
     return file
 
 
-def perplexity(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace, *options: str) -> str:
-    """Run llama-perplexity with the unpruned model's logits, writing them unless `options` read them."""
-    command: list[Any] = [
-        bin_dir / "llama-perplexity",
-        "-m",
-        file,
-        "-f",
-        text,
-        "-c",
-        "512",
-        "-t",
-        args.threads,
-    ]
-    command += ["--chunks", args.chunks, "--kl-divergence-base", text.with_suffix(".kld"), *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(
-            f"llama-perplexity ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
-        )
-    return done.stdout + done.stderr
-
-
 def divergence(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace) -> Json:
     """Return KL(unpruned || file) per token in nats, and top-1 agreement."""
-    for _ in range(20):  # on a busy machine it may end before its last lines are written
-        output = perplexity(bin_dir, file, text, args, "--kl-divergence")
-        kl = re.search(r"Mean\s+KLD:\s+(-?[\d.]+)", output)
-        same = re.search(r"Same top p:\s+([\d.]+)", output)
-        if kl and same:
-            return {"kl": float(kl[1]), "top1": float(same[1]) / 100}
-    raise SystemExit(f"llama-perplexity printed no divergence: {output[-2000:]}")
+    pattern = r"(?s)Mean\s+KLD:\s+(-?[\d.]+).*Same top p:\s+([\d.]+)"
+    found = ask_perplexity(bin_dir, file, text, pattern, *_options(text, args), "--kl-divergence")
+    return {"kl": float(found[1]), "top1": float(found[2]) / 100}
+
+
+def _options(text: Path, args: argparse.Namespace) -> Sequence[object]:
+    """Return llama-perplexity's options: the unpruned model's logits are written, or read to compare."""
+    return "-t", args.threads, "--chunks", args.chunks, "--kl-divergence-base", text.with_suffix(".kld")

@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     way: str = ""
 
 
+PAPER = Variant("mone", "mone", "mean")
 # what a default is chosen among, and what others propose
 CONTENDERS = (
     *(Variant("mone", "mone", name) for name in ("zero", "mean", "least-squares", "joint")),
@@ -77,7 +78,7 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
     """Return the runs of the file to add to, but for those that are measured again."""
     if not args.add:
         return []
-    names = {variant for kind in args.kinds for variant in VARIANTS[kind]}
+    names = _variants(args)
     before = json.loads(args.add.read_text())
     if any(before["settings"][key] != value for key, value in settings.items()):
         raise SystemExit(f"{args.add} was measured with other settings: {before['settings']}")
@@ -87,6 +88,12 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
         if run["model"] not in args.models
         or (run["ratio"] and (run["ratio"] not in args.ratios or variant_of(run) not in names))
     ]
+
+
+def _variants(args: argparse.Namespace) -> Sequence[Variant]:
+    """Return what to measure; the paper's combination always, in whose multiples the others are told."""
+    chosen = (variant for kind in args.kinds for variant in VARIANTS[kind])
+    return tuple(dict.fromkeys((PAPER, *chosen)))
 
 
 def variant_of(run: Json) -> Variant:
@@ -131,7 +138,7 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
         corpus, spare = head(whole, args.rows), whole.tokens[args.rows :]
         calibration = calibrate(model, corpus, model_sha256="")
         for ratio in args.ratios:
-            for variant in (variant for kind in args.kinds for variant in VARIANTS[kind]):
+            for variant in _variants(args):
                 with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
                     result = _compare(module, texts, wanted)
                 run = {"model": name, "ratio": ratio, "sample": sample} | variant._asdict() | result

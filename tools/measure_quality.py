@@ -1,12 +1,10 @@
 """Perplexity on held-out text by ratio, score and novice."""
 
 import argparse
-import re
-import subprocess
 import sys
 from pathlib import Path
 
-from measuring import Json, programs, scratch
+from measuring import Json, ask_perplexity, programs, scratch
 
 N_RANDOM = 3
 
@@ -75,12 +73,6 @@ def export_once(model: str, outfile: Path, run: Json, stats: Path) -> Json:
 
 def perplexity(bin_dir: Path, file: Path, text: Path, args: argparse.Namespace) -> Json:
     """Return llama-perplexity's estimate and its standard error."""
-    command = [str(bin_dir / "llama-perplexity"), "-m", str(file), "-f", str(text), "-c", "512"]
-    command += ["--chunks", str(args.chunks), "-t", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", done.stdout + done.stderr)
-    if done.returncode != 0 or not found:
-        raise SystemExit(
-            f"llama-perplexity ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
-        )
+    pattern = r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)"
+    found = ask_perplexity(bin_dir, file, text, pattern, "--chunks", args.chunks, "-t", args.threads)
     return {"perplexity": float(found[1]), "standard_error": float(found[2])}

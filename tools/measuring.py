@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,3 +65,25 @@ def programs(args: argparse.Namespace) -> Path:
     folder: Path = args.bin or runtime.path(vars(args).get("backend"))
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
     return folder
+
+
+def ask_perplexity(bin_dir: Path, file: Path, text: Path, pattern: str, *options: object) -> re.Match[str]:
+    """Run llama-perplexity on a text, 512 tokens at a time; return where its output matches `pattern`.
+
+    On a busy machine it may end before its last lines are written: then it is asked again.
+    """
+    command = [bin_dir / "llama-perplexity", "-m", file, "-f", text, "-c", 512, *options]
+    for _ in range(20):
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+        )
+        output = done.stdout + done.stderr
+        if done.returncode != 0:
+            break
+        if found := re.search(pattern, output):
+            return found
+    raise SystemExit(f"llama-perplexity ended with {done.returncode} and gave no result: {output[-2000:]}")

@@ -326,6 +326,12 @@ def bytes_note(data: Json) -> str:
         for runs in ([run for run in whole if run["sample"] == n] for n in range(settings["samples"]))
         if len(runs) > 2
     ]
+    correlation = "too few candidates of a size to compare their order"
+    if orders:
+        correlation = (
+            f"rank correlation {statistics.median(orders):.2f} "
+            f"(median over sizes and samples, {min(orders):.2f} to {max(orders):.2f})"
+        )
     lost = [
         statistics.mean(run["like"]["kl"] for run in runs if run["chosen"])
         / min(
@@ -339,8 +345,7 @@ def bytes_note(data: Json) -> str:
         f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens (range), on "
         f"{settings['evaluation_tokens']} held-out tokens; behind it the type, and the share of the experts "
         "pruned. Sizes relative to the unpruned file in the checkpoint's own type. The estimate that --fit "
-        f"chooses by and the divergence on like text: rank correlation {statistics.median(orders):.2f} "
-        f"(median over sizes and samples, {min(orders):.2f} to {max(orders):.2f}); the choice has "
+        f"chooses by and the divergence on like text: {correlation}; the choice has "
         f"{statistics.median(lost):.2f} times the best candidate's divergence (median over sizes, "
         f"{min(lost):.2f} to {max(lost):.2f})."
     )
