@@ -194,7 +194,8 @@ class Calibration:
     """The statistics of all mixture-of-experts layers, with what they were measured on.
 
     `parts` names the text: one part, or several where files were merged. `config_sha256` is the model's
-    config.json's, which `spec` was read from.
+    config.json's, which `spec` was read from. `sensitivity` says for each layer how much the model minds an
+    error in it, as `pruning.allocation` defines it; empty where that was not measured.
     """
 
     spec: MoeSpec
@@ -205,6 +206,7 @@ class Calibration:
     layers: Mapping[int, ExpertStats]
     parts: tuple[Part, ...] = ()
     config_sha256: str = ""
+    sensitivity: Mapping[int, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file whose metadata holds everything that is not a tensor."""
@@ -216,6 +218,7 @@ class Calibration:
             "corpus_name": self.corpus_name,
             "n_token": self.n_token,
             "parts": [asdict(part) for part in self.parts],
+            "sensitivity": {str(layer): value for layer, value in self.sensitivity.items()},
         }
         save_layers(path, self.layers, header)
 
@@ -234,6 +237,7 @@ class Calibration:
                 n_token=header["n_token"],
                 layers={layer: layers[layer] for layer in spec.moe_layers},
                 parts=tuple(Part(**part) for part in header["parts"]),
+                sensitivity={int(layer): value for layer, value in header.get("sensitivity", {}).items()},
             )
         except (KeyError, TypeError) as error:
             raise _not_ours(path, error) from None

@@ -141,9 +141,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--ratio", type=float, metavar="R", help="share of the experts to prune in each layer, e.g. 0.5"
-    )
+    group.add_argument("--ratio", type=float, metavar="R", help="share of the experts to prune, e.g. 0.5")
     group.add_argument(
         "--fit",
         "--target-size",
@@ -164,10 +162,13 @@ def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--score",
         choices=_SCORES,
-        help="which experts stay: the best by this score (default mone; with drop reap, with dern gate)",
+        help="which experts stay: the best by this score (default error; with drop reap, with dern gate)",
     )
     group.add_argument(
-        "--novice", choices=_NOVICES, default="mean", help="what stands in for a pruned expert (default mean)"
+        "--novice",
+        choices=_NOVICES,
+        default="least-squares",
+        help="what stands in for a pruned expert (default least-squares)",
     )
     group.add_argument(
         "--min-kept",
@@ -183,9 +184,10 @@ def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--allocate",
-        choices=("even", "search"),
-        default="even",
-        help="search: how many experts each layer keeps is decided by measuring the model (default even)",
+        choices=("auto", "even", "sensitivity", "search"),
+        default="auto",
+        help="sensitivity: layers that matter more keep more experts (default, but even with --scope model, "
+        "drop and dern); search: start there, and measure the model",
     )
     group.add_argument(
         "--sequential",
@@ -302,41 +304,49 @@ def _export(args: argparse.Namespace, display: Display) -> int:
 def _dry_run(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
     from mone_export.artifacts import Part
-    from mone_export.deciding import decide, settle
+    from mone_export.deciding import decide, file_size, settle
     from mone_export.pruning.planning import plan_without_scores
     from mone_export.request import Request, prepare
 
-    if args.allocate == "search":
-        raise MoneError("--allocate search measures the model, --dry-run does not load it: leave one out")
+    for option in ("--allocate search",) * (args.allocate == "search") + ("--sequential",) * args.sequential:
+        raise MoneError(f"{option} runs the model, --dry-run does not: leave one out")
     job = prepare(Request(**_options(args)), progress=display)
     if saved := job.saved:
         job = settle(job, saved) if job.candidates else job
         chosen, parts = decide(job, saved), saved.parts
+        size = file_size(job, chosen)
     else:
         assert job.corpus is not None
         chosen = plan_without_scores(job.spec, ratio=job.ratio, min_kept=args.min_kept, method=args.method)
-        parts = (Part(job.corpus.sha256, job.corpus.sources),)
+        parts, size = (Part(job.corpus.sha256, job.corpus.sources),), job.size
     decided = saved is not None or len(job.candidates) < 2  # without statistics none is better
+    counted = saved is not None or (decided and (job.scope == "layer" or not job.ratio))
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
             spec=asdict(job.spec),
-            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers} if decided else None,
+            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers} if counted else None,
             pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved else None,
             parts=[asdict(part) for part in parts],
-            size=job.size if decided else None,
+            size=size if decided else None,
             size_unpruned=job.size_unpruned if decided else None,
             candidates=[_candidate_values(item) for item in job.candidates],
         )
         return 0
     _print_spec(job.spec)
-    for layer in chosen.layers if decided else ():
+    for layer in chosen.layers if counted else ():
         pruned = f": {' '.join(map(str, layer.pruned))}" if saved else ""
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
+    if decided and not counted:
+        kept = len(chosen.layers[0].kept)
+        print(
+            f"layers   keep {kept} of {job.spec.n_expert} experts on average, each how many is known after a "
+            "calibration, or with saved --stats"
+        )
     _print_text(parts)
     _print_candidates(job.candidates)
     if decided:
-        _print_sizes(job.size_unpruned, job.size)
+        _print_sizes(job.size_unpruned, size)
     else:
         print(
             "note     which of these does the least harm is known after a calibration, or with saved --stats"
@@ -374,8 +384,9 @@ def _candidate_values(item: "Candidate") -> dict[str, Any]:
 
 def _print_report(report: "Report") -> None:
     print(f"wrote {report.outfile}")
-    kept = sorted(set(report.n_kept.values()))
-    print(f"experts  {' to '.join(map(str, kept))} kept in each of {len(report.n_kept)} layers")
+    kept = report.n_kept.values()
+    each = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{min(kept)}"
+    print(f"experts  {each} kept in each of {len(kept)} layers, {sum(kept)} in all")
     _print_text(report.parts)
     if report.stability:
         found = report.stability

@@ -85,11 +85,17 @@ def _show(args: argparse.Namespace) -> int:
     calibration = Calibration.load(args.file)
     _print_origin(calibration)
     n_expert = calibration.spec.n_expert
-    print(f"layer  experts seen  entropy (of {math.log2(n_expert):.2f} bits)  in fewer than {RARELY} tokens")
+    matters = calibration.sensitivity
+    mean = sum(matters.values()) / len(matters) if matters else 1.0
+    print(
+        f"layer  experts seen  entropy (of {math.log2(n_expert):.2f} bits)  in fewer than {RARELY} tokens"
+        + "  matters (of mean 1)" * bool(matters)
+    )
     for layer, stats in calibration.layers.items():
         seen = int((stats.count > 0).sum())
         rare = len(rarely_seen(stats))
-        print(f"{layer:5}  {seen:6} of {n_expert:3}  {entropy(stats):22.2f}  {rare:22}")
+        line = f"{layer:5}  {seen:6} of {n_expert:3}  {entropy(stats):22.2f}  {rare:22}"
+        print(line + (f"  {matters[layer] / mean:19.2f}" if matters else ""))
     return 0
 
 

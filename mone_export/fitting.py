@@ -6,7 +6,8 @@ relative to what they disturb: in a layer, the share of the experts' output that
 ones (`damage.relative_error`), and what rounding does to each product, about the squared rounding error of
 its weights (`rounding_errors`). Rounding errors differ from weight to weight and cancel in part, what is
 missing does not, so the former count by `ROUNDED` only. The mean over the layers ranks candidates, and
-predicts no perplexity. docs/methods.md compares what it chooses with what was measured.
+predicts no perplexity; layers count by their sensitivity. docs/methods.md compares what it chooses with what
+was measured.
 """
 
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from mone_export.artifacts import Calibration, Candidate, MoeSpec, Plan
 from mone_export.errors import MoneError
+from mone_export.output.llamacpp import CONVERTER_TYPES
 from mone_export.output.rounding import rounding_errors
 from mone_export.output.writing import Layout, layouts
 from mone_export.pruning.damage import relative_error
@@ -55,11 +57,22 @@ def candidates(
     if ratio is not None:
         floor = kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
 
-    @cache
-    def sizes(n_kept: int) -> dict[str, Layout]:
+    def blank(n_kept: int) -> Plan:
         part = 1 - n_kept / spec.n_expert
-        blank = plan_without_scores(spec, ratio=part, min_kept=min_kept, method=method)
-        return layouts(path, blank, outtypes, novice=novice)
+        return plan_without_scores(spec, ratio=part, min_kept=min_kept, method=method)
+
+    smallest = layouts(path, blank(floor), outtypes, novice=novice)
+    types = {name: layout.types for name, layout in smallest.items()} if method == "mone" else None
+    quantized = tuple(name for name in outtypes if name not in CONVERTER_TYPES)  # all from one file's header
+
+    @cache
+    def some(names: Sequence[str], n_kept: int) -> dict[str, Layout]:
+        return layouts(path, blank(n_kept), names, novice=novice, types=types)
+
+    def layout_of(name: str, n_kept: int) -> Layout:
+        if n_kept == floor:
+            return smallest[name]
+        return some(quantized if name in quantized and types else (name,), n_kept)[name]
 
     found: list[Candidate] = []
     for number, name in enumerate(outtypes, start=1):
@@ -67,10 +80,10 @@ def candidates(
             progress(number, len(outtypes), "measuring sizes (types)")
 
         def size(n_kept: int, name: str = name) -> int:
-            return sizes(n_kept)[name].size
+            return layout_of(name, n_kept).size
 
         count = floor if ratio is not None else _most(budget, spec.n_expert, floor, size)
-        layout = sizes(count)[name]
+        layout = layout_of(name, count)
         same = any(item.size == layout.size for item in found)  # a type that the checkpoint has already
         if layout.size <= budget and not same:
             found.append(Candidate(name, 1 - count / spec.n_expert, layout.size, layout.types))
@@ -79,9 +92,9 @@ def candidates(
     if progress:
         progress(len(outtypes), len(outtypes), "measuring sizes (types)")
     if not found:
-        name = min(outtypes, key=lambda name: sizes(floor)[name].size)
+        name = min(outtypes, key=lambda name: smallest[name].size)
         raise MoneError(
-            f"nothing fits {budget} bytes: the smallest file has {sizes(floor)[name].size}, --outtype {name} "
+            f"nothing fits {budget} bytes: the smallest file has {smallest[name].size}, --outtype {name} "
             f"with {floor} of {spec.n_expert} experts: pass a larger --fit, or another --min-kept or --ratio"
         )
     return found
@@ -91,15 +104,15 @@ def judge(
     found: Sequence[Candidate],
     path: Path,
     calibration: Calibration,
-    decide: Callable[[float], Plan],
+    decide: Callable[[Candidate], Plan],
     *,
     novice: str,
 ) -> list[Candidate]:
-    """Return the candidates with their estimated errors, the best first; `decide` makes a ratio's plan."""
+    """Return the candidates with their estimated errors, the best first; `decide` makes one's plan."""
     kinds = {kind for item in found for kind in item.types.values() or {item.outtype}} - {"auto"}
     rounding = rounding_errors(path, kinds) | {"auto": 0.0}
     judged = [
-        replace(item, error=_error(item, calibration, decide(item.ratio), novice, rounding)) for item in found
+        replace(item, error=_error(item, calibration, decide(item), novice, rounding)) for item in found
     ]
     return sorted(judged, key=lambda item: item.error or 0.0)
 
@@ -136,17 +149,18 @@ def _most(budget: int, n_expert: int, floor: int, size: Callable[[int], int]) ->
 def _error(
     item: Candidate, calibration: Calibration, plan: Plan, novice: str, rounding: Mapping[str, float]
 ) -> float:
-    """Return the mean over the layers of what is missing and what is rounded in each."""
+    """Return the mean over the layers, by sensitivity, of what is missing and what is rounded in each."""
     known = "least-squares" if novice == "joint" else novice if plan.method == "mone" else "zero"
     lost = {
         layer.layer: relative_error(calibration.layers[layer.layer], layer.pruned, known)
         for layer in plan.layers
     }
+    weights = {layer: calibration.sensitivity.get(layer, 1.0) for layer in lost}
     if not item.types:
         rest = (
             ROUNDED * 7 * rounding[item.outtype]
         )  # of a layer's matrices: attention's four, an expert's three
-        return sum(error + rest for error in lost.values()) / len(lost)
+        return sum(weights[layer] * error for layer, error in lost.items()) / sum(weights.values()) + rest
     total = dict(lost)
     for name, kind in item.types.items():
         if (
@@ -156,4 +170,4 @@ def _error(
         ):
             share = 1 - lost[layer] if match[3] else 1.0
             total[layer] += share * ROUNDED * rounding[kind]
-    return sum(total.values()) / len(total)
+    return sum(weights[layer] * error for layer, error in total.items()) / sum(weights.values())

@@ -17,15 +17,15 @@ from mone_export.calibration.checkpoint import Checkpoint, begun
 from mone_export.calibration.corpus import head
 from mone_export.calibration.stability import Decide, Watch
 from mone_export.calibration.usage import RARELY, rarely_seen
-from mone_export.deciding import behind_pruned, decide, joint_vectors, settle
+from mone_export.deciding import behind_pruned, decide, joint_vectors, settle, with_sensitivity
 from mone_export.errors import MoneError
 from mone_export.model import Dtype, Stream, fingerprint
 from mone_export.output.writing import write
 from mone_export.pruning.damage import mean_relative_error
-from mone_export.pruning.guard import super_experts
+from mone_export.pruning.guard import guard, super_experts
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score as score_experts
-from mone_export.request import Job, Request, prepare
+from mone_export.request import NO_EARLY_END, Job, Request, prepare
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ def export(model: str, *, progress: Progress | None = None, **options: Any) -> R
 
     `options` are those of `Request`: `outfile`, and `ratio` or `fit` must be among them. With `fit`, a size
     in bytes, the ratio and the type that do the least harm are chosen, unless given. Every failure is a
-    `MoneError` and leaves no file behind. Of several processes that share the rows (torchrun) the first alone
-    returns a report.
+    `MoneError` and leaves no output behind; finished statistics stay. Of several processes that share the
+    rows (torchrun) the first alone returns a report.
     """
     clock = _Clock()
     request = Request(model=model, **options)
@@ -63,12 +63,14 @@ def export(model: str, *, progress: Progress | None = None, **options: Any) -> R
     if job.candidates:
         job = settle(job, calibration)
         clock.lap("fit")
-    if request.sequential:
-        calibration = behind_pruned(job, calibration, progress=progress)
-        clock.lap("layer by layer")
     chosen = decide(job, calibration, progress=progress)
     if job.spare is not None:
         clock.lap("search")
+    if request.sequential:
+        counts = {layer.layer: len(layer.kept) for layer in chosen.layers}
+        calibration = behind_pruned(job, calibration, counts, progress=progress)
+        chosen = decide(job, calibration, counts=counts)
+        clock.lap("layer by layer")
     vectors = None
     if request.novice == "joint" and request.method == "mone":
         vectors = joint_vectors(job, calibration, chosen, progress=progress)
@@ -145,11 +147,8 @@ def _measured(
         log.info(_BUILTIN_TEXT)
     loaded = job.load_model()
     clock.lap("load")
-    if request.until_stable and (job.candidates or loaded.files or checkpoint or ranks.n_rank() > 1):
-        raise MoneError(
-            "--until-stable needs the ratio, and all layers after each batch, in one process from "
-            "start to end: leave out --fit, --workdir, --stream and torchrun, or --until-stable"
-        )
+    if request.until_stable and loaded.files:
+        raise MoneError(NO_EARLY_END)
     watch = _watch(job, job.corpus)
     calibration = calibrate(
         loaded,
@@ -160,8 +159,11 @@ def _measured(
         progress=progress,
         watch=watch,
     )
-    if job.stats is not None and ranks.rank() == 0:
-        calibration.save(job.stats)
+    if ranks.rank() == 0:
+        corpus = head(job.corpus, calibration.n_token // request.seq_len)
+        calibration = with_sensitivity(loaded, corpus, calibration, progress=progress)
+        if job.stats is not None:
+            calibration.save(job.stats)
     ranks.wait()
     clock.lap("calibrate")
     return calibration, watch.stability() if watch else None
@@ -186,7 +188,7 @@ def check_origin(stats: Path, calibration: Calibration, model_sha256: str, corpu
 
 
 def _watch(job: Job, corpus: Corpus) -> Watch | None:
-    """Return what follows the decision while the text goes by; None where no text changes it."""
+    """Return what follows the decision while text goes by; None where none changes it, or none is near."""
     request = job.request
     if not job.ratio or job.candidates or job.score == "aimer":
         return None
@@ -195,7 +197,10 @@ def _watch(job: Job, corpus: Corpus) -> Watch | None:
 
 
 def _decision(job: Job) -> Decide:
-    """Return the function from layers' statistics to the experts that the job's plan would prune."""
+    """Return the function from layers' statistics to the experts that the job's scores would prune.
+
+    As many in each layer as the ratio says, whatever the layer's share of the plan will be.
+    """
     request = job.request
 
     def decide(layers: Mapping[int, ExpertStats]) -> Mapping[int, frozenset[int]]:
@@ -207,8 +212,9 @@ def _decision(job: Job) -> Decide:
             n_token=0,
             layers=layers,
         )
+        scores = score_experts(so_far, job.score, seed=request.seed)
         chosen = plan(
-            score_experts(so_far, job.score, seed=request.seed),
+            guard(scores, so_far) if request.guarded else scores,
             ratio=job.ratio,
             min_kept=request.min_kept,
             method=request.method,

@@ -19,9 +19,10 @@ from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.model import Dtype, Stream, check_weights, inspect, load_tokenizer, resolve, resolve_device
-from mone_export.output.llamacpp import projector_command
+from mone_export.output.llamacpp import CONVERTER_TYPES, projector_command
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, check_output, measure
+from mone_export.pruning.allocation import ALLOCATIONS
 from mone_export.pruning.novices import NOVICE_NAMES
 from mone_export.pruning.planning import METHODS, SCOPES, check_scope, kept_per_layer, plan_without_scores
 from mone_export.pruning.scoring import SCORE_NAMES
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from mone_export.calibration.loading import Model
 
 SPARE_ROWS = 8  # of text, to judge the layers' counts by
+NO_EARLY_END = (
+    "--until-stable needs the ratio, and all layers after each batch, in one process from "
+    "start to end: leave out --fit, --workdir, --stream and torchrun, or --until-stable"
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,8 @@ class Request:
     `read_corpus`. `stats` names a file to keep the calibration in, or to take it from when it exists: it must
     be of the text given, or no text be given. In `workdir` an unfinished one is kept, too, and taken up by
     the next call. `score` None is the method's own. `until_stable` ends the calibration when the decision's
-    overlap with that at half the text is that much.
+    overlap with that at half the text is that much. `allocate` is `auto` for `sensitivity` where layers may
+    keep different numbers of experts, else `even`.
     """
 
     model: str
@@ -59,10 +65,10 @@ class Request:
     seq_len: int = 2048
     method: str = "mone"
     score: str | None = None
-    novice: str = "mean"
+    novice: str = "least-squares"
     min_kept: int | None = None
     scope: str = "layer"
-    allocate: str = "even"
+    allocate: str = "auto"
     sequential: bool = False
     guarded: bool = True
     stats: Path | None = None
@@ -81,7 +87,7 @@ class Job:
 
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
     `size_unpruned` are bytes of the file; `saved` are statistics made before; `corpus` is None where they are
-    enough; `spare` [n, seq_len] are rows that no calibration sees.
+    enough; `spare` [n, seq_len] are rows that no calibration sees. `scope` is the plan's.
     """
 
     request: Request
@@ -89,6 +95,7 @@ class Job:
     spec: MoeSpec
     device: str
     score: str
+    scope: str
     ratio: float
     outtype: str
     size: int
@@ -98,6 +105,11 @@ class Job:
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
     spare: Tensor | None = None
+
+    @property
+    def mixes_types(self) -> bool:
+        """Whether the types of a layer's experts depend on the layer."""
+        return self.outtype not in CONVERTER_TYPES
 
     def load_model(self, *, stream: Stream | None = None) -> "Model":
         """Load the model as the request says, or streamed as `stream` says."""
@@ -123,10 +135,11 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
     if saved and saved.spec != spec:
         raise MoneError(f"{stats} was made from another model: choose another --stats file")
     device = resolve_device(ranks.own_device(request.device))
-    score = request.score or METHODS.get(request.method, "mone")
+    score = request.score or METHODS.get(request.method, "error")
     if stats is not None and saved is None and stats.parent != request.workdir:
         check_output(stats, option="--stats")
-    searches = request.allocate == "search"
+    scope = _scope(request)
+    searches = scope == "search"
     asks_model = searches or request.sequential or request.novice == "joint"
     tokenizer = None
     if not saved or request.files or request.datasets or asks_model:
@@ -154,7 +167,7 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
         spec,
         ratio=ratio,
         min_kept=request.min_kept,
-        scope="search" if searches else request.scope,
+        scope=scope,
         outfile=request.outfile,
         outtype=outtype,
         at_most=len(found) > 1,
@@ -166,6 +179,7 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
         spec=spec,
         device=device,
         score=score,
+        scope=scope,
         ratio=ratio,
         outtype=outtype,
         size=size,
@@ -191,26 +205,38 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
 
 def _check_together(request: Request) -> None:
     """Refuse options that contradict each other, whatever the model."""
-    if request.sequential and (
-        request.method != "mone"
-        or request.scope != "layer"
-        or request.allocate != "even"
-        or request.score == "aimer"
-    ):
+    if request.sequential and (request.method != "mone" or request.score == "aimer"):
         raise MoneError(
-            "--sequential decides layer after layer from the statistics, each by itself: "
-            "leave out --method, --scope, --allocate and --score aimer, or --sequential"
+            "--sequential decides layer after layer from the statistics: leave out --method and "
+            "--score aimer, or --sequential"
+        )
+    if request.allocate not in ALLOCATIONS:
+        raise MoneError(f"unknown --allocate {request.allocate}: choose from {', '.join(ALLOCATIONS)}")
+    if request.scope != "layer" and request.allocate in ("sensitivity", "search"):
+        raise MoneError(
+            f"--scope {request.scope} and --allocate {request.allocate} both say how many experts each layer "
+            "keeps: leave one of them out"
         )
     if request.ratio is None and request.fit is None:
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
-    if request.fit is not None and (request.scope != "layer" or request.allocate != "even"):
+    if request.fit is not None and (request.scope != "layer" or request.allocate == "search"):
         raise MoneError(
-            "--fit prunes the same number of experts in every layer: leave out --scope and --allocate, "
-            "or pass the --ratio and --outtype that it chooses instead of it"
+            "--fit shares out the experts by --allocate even or sensitivity: leave out --scope model and "
+            "--allocate search, or pass the --ratio and --outtype that it chooses instead of it"
         )
     until = request.until_stable
     if until is not None and not 0 < until <= 1:
         raise MoneError(f"--until-stable {until:g} is no overlap: pass a number above 0, up to 1")
+    several = request.fit is not None or request.workdir or request.stream == "on" or ranks.n_rank() > 1
+    if until is not None and several:
+        raise MoneError(NO_EARLY_END)
+
+
+def _scope(request: Request) -> str:
+    """Return how a plan comes by its counts per layer."""
+    if request.allocate == "auto":
+        return "sensitivity" if (request.method, request.scope) == ("mone", "layer") else request.scope
+    return request.scope if request.allocate == "even" else request.allocate
 
 
 def announce(
@@ -243,7 +269,8 @@ def announce(
     size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
     size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
     temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
-    log.info("%s will have %s%.1f MB%s", outfile, "at most " if at_most else "", size / 1e6, temporary)
+    about = "at most " if at_most else "about " if scope not in SCOPES and intermediate else ""
+    log.info("%s will have %s%.1f MB%s", outfile, about, size / 1e6, temporary)
     check_output(outfile, needed=size + intermediate)
     if command := projector_command(path, outfile):
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
@@ -270,7 +297,7 @@ def check_names(
     for what, name, known in (
         ("--method", method, tuple(METHODS)),
         ("--score", score, SCORE_NAMES),
-        ("--scope", scope, (*SCOPES, "search")),
+        ("--scope", scope, (*SCOPES, *ALLOCATIONS)),
         ("--novice", novice, NOVICE_NAMES),
         ("--outtype", outtype, OUTTYPES),
     ):

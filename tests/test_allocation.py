@@ -1,6 +1,7 @@
 """Budgets are kept, layers that matter get more, and nothing measured worse than even is taken."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from small_layer import LAYER, N_EXPERT, SPEC
 from torch import Tensor
 
 from mone_export.artifacts import Calibration
-from mone_export.pruning.allocation import allocate, error_curves, search
+from mone_export.pruning.allocation import allocate, error_curves, search, sensitivities
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
@@ -33,30 +34,47 @@ def test_curve_is_the_relative_error_of_each_plan() -> None:
 
 def test_places_go_to_the_largest_gain() -> None:
     curves = {0: curve(9, 5, 1, 1), 1: curve(9, 8, 7, 0), 2: curve(1, 1, 1, 1)}
-    assert allocate(curves, 2, 1) == {0: 2, 1: 3, 2: 1}
-    assert sum(allocate(curves, 3, 1).values()) == 9
-    assert allocate(curves, 4, 1) == {0: 4, 1: 4, 2: 4}
+    floors = dict.fromkeys(curves, 1)
+    assert allocate(curves, 6, floors) == {0: 2, 1: 3, 2: 1}
+    assert allocate(curves, 5, floors) == {0: 1, 1: 3, 2: 1}
+    assert sum(allocate(curves, 9, floors).values()) == 9
+    assert allocate(curves, 12, floors) == {0: 4, 1: 4, 2: 4}
+    assert allocate(curves, 6, floors | {2: 3}) == {0: 1, 1: 2, 2: 3}, "a layer's floor comes first"
 
 
 def test_a_flat_stretch_does_not_hide_a_gain_behind_it() -> None:
     curves = {0: curve(1, 0, 6, 0), 1: curve(1, 2, 0, 0)}
-    assert allocate(curves, 2, 1) == {0: 3, 1: 1}
+    assert allocate(curves, 4, dict.fromkeys(curves, 1)) == {0: 3, 1: 1}
 
 
-def test_search_finds_the_layer_that_the_proxy_underrates() -> None:
-    """Equal curves, but an error in layer 2 costs the model ten times as much."""
-    curves = {layer: curve(*[16.0 - r for r in range(16)]) for layer in range(3)}
+def test_a_layer_counts_by_its_sensitivity() -> None:
+    scores = score(CALIBRATION)
+    plain, weighted = error_curves(CALIBRATION, scores, "mean")[1], replace(CALIBRATION, sensitivity={1: 3.0})
+    assert torch.equal(error_curves(weighted, scores, "mean")[1], plain * 3)
+
+
+def test_sensitivity_is_the_damage_of_an_error() -> None:
+    found = sensitivities({0: 0.02, 1: 0.3, 2: 0.0, 3: float("nan")}, {0: 0.1, 1: 0.5, 2: 0.0, 3: 0.1})
+    assert found == pytest.approx({0: 0.2, 1: 0.6, 2: 0.4, 3: 0.4}), "unknown ones are the mean of the others"
+    assert sensitivities({0: 0.0}, {0: 0.0}) == {0: 1.0}
+
+
+def test_search_goes_on_from_what_the_curves_say() -> None:
+    """Layer 2 matters twice as much as the others by its curve, and ten times as much in fact."""
+    drops = [16.0 - r for r in range(16)]
+    curves = {layer: curve(*drops) * (2 if layer == 2 else 1) for layer in range(3)}
     asked: list[Mapping[int, int]] = []
 
     def measure(counts: Mapping[int, int]) -> float:
         asked.append(counts)
-        return sum(float(curves[layer][n]) * (10 if layer == 2 else 1) for layer, n in counts.items())
+        return sum(float(curves[layer][n]) * (5 if layer == 2 else 1) for layer, n in counts.items())
 
-    found = search(curves, 8, 2, measure, n_step=8)
+    found = search(curves, 8, dict.fromkeys(curves, 2), measure, n_step=8)
     assert sum(found.values()) == 24 and min(found.values()) >= 2
-    assert found[2] > max(found[0], found[1])
-    assert measure(found) < measure(dict.fromkeys(curves, 8))
-    assert len(asked) <= 3 + 3 + 8 + 2
+    assert len(asked) <= 2 + 8
+    start = allocate(curves, 24, dict.fromkeys(curves, 2))
+    assert found[2] > start[2] > 8
+    assert measure(found) < measure(start) < measure(dict.fromkeys(curves, 8))
 
 
 def test_search_keeps_even_counts_where_nothing_measured_is_better() -> None:
@@ -65,4 +83,4 @@ def test_search_keeps_even_counts_where_nothing_measured_is_better() -> None:
     def measure(counts: Mapping[int, int]) -> float:
         return float(sum(abs(n - 2) for n in counts.values()))
 
-    assert search(curves, 2, 1, measure) == {0: 2, 1: 2}
+    assert search(curves, 2, dict.fromkeys(curves, 1), measure) == {0: 2, 1: 2}

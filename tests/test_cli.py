@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from mone_export import cli
 from mone_export.artifacts import Calibration
 from mone_export.output.writing import OUTTYPES
+from mone_export.pruning.allocation import ALLOCATIONS
 from mone_export.pruning.novices import NOVICE_NAMES
 from mone_export.pruning.planning import METHODS
 from mone_export.pruning.scoring import SCORE_NAMES
@@ -460,17 +461,33 @@ def test_dry_run_writes_nothing_and_its_bytes_are_the_real_files(
     outcome = export("--dry-run", *options, ratio=ratio)
     assert (outcome.status, outcome.left, outcome.err) == (0, [], "")
     (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)
-    assert outcome.out.count(f"keep {16 - round(16 * ratio)}, prune {round(16 * ratio)}") == 3
+    kept = 16 - round(16 * ratio)
+    if ratio:
+        assert f"keep {kept} of 16 experts on average" in outcome.out
+        outcome = export("--dry-run", "--allocate", "even", *options, ratio=ratio)
+    assert outcome.out.count(f"keep {kept}, prune {16 - kept}") == 3
     assert export(*options, ratio=ratio).left == ["model.gguf"]
     assert (tmp_path / "out" / "model.gguf").stat().st_size == int(announced)
 
 
 def test_dry_run_with_statistics_names_the_experts_of_the_real_file(
-    export: Callable[..., Outcome], stats: Path
+    export: Callable[..., Outcome], stats: Path, small: Path, tmp_path: Path
 ) -> None:
-    lines = re.findall(r"layer +\d+  keep 8, prune 8: ([\d ]+)", export("--dry-run", "--stats", stats).out)
-    ids = [[int(expert) for expert in line.split()] for line in lines]
-    assert len(ids) == 3 and all(len(layer) == 8 and layer == sorted(set(layer)) for layer in ids)
+    found = re.findall(
+        r"layer +\d+  keep (\d+), prune \d+: ([\d ]+)", export("--dry-run", "--stats", stats).out
+    )
+    ids = [[int(expert) for expert in pruned.split()] for _, pruned in found]
+    assert len(ids) == 3 and all(layer == sorted(set(layer)) for layer in ids)
+    assert [16 - len(layer) for layer in ids] == [int(n_kept) for n_kept, _ in found]
+    export("--stats", stats, "-o", tmp_path / "model.gguf")
+    tensors, weights = gguf_file.read(tmp_path / "model.gguf").tensors, load_file(small / "model.safetensors")
+    for layer, pruned in enumerate(ids):
+        order = [expert for expert in range(16) if expert not in pruned] + pruned
+        (router,) = (
+            weights[name] for name in weights if re.search(rf"layers\.{layer}\..*gate\.weight", name)
+        )
+        found = torch.from_numpy(tensors[f"blk.{layer}.ffn_gate_inp.weight"].data.copy())
+        assert torch.equal(found, router[order].float())
 
 
 def test_dry_run_of_an_impossible_ratio_is_one_line(export: Callable[..., Outcome]) -> None:
@@ -508,6 +525,36 @@ def test_counts_are_searched_in_the_model(export: Callable[..., Outcome], tmp_pa
     export("--allocate", "search", "--stock").is_one_line("--allocate search does not: leave one of them out")
 
 
+def test_counts_follow_the_sensitivities_in_the_statistics(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path
+) -> None:
+    """A layer keeps most experts where it matters most, and fewest where it matters least."""
+    for factor, holds in ((1e6, max), (1e-6, min)):
+        calibration = Calibration.load(stats)
+        sensitivity = dict.fromkeys(calibration.layers, 1.0) | {1: factor}
+        replace(calibration, sensitivity=sensitivity).save(tmp_path / "stats")
+        outcome = export("--stats", tmp_path / "stats", "-o", tmp_path / "model.gguf")
+        assert outcome.status == 0, outcome.err
+        keys = gguf_file.read(tmp_path / "model.gguf").keys
+        counts = [count or 16 for count in keys["llama.expert_kept_count"][1]]
+        assert sum(counts) == 3 * 8 and counts[1] == holds(counts) != 8, counts
+        assert keys["mone.scope"][1] == "sensitivity"
+
+
+def test_statistics_without_sensitivities_want_even_counts(
+    export: Callable[..., Outcome], stats: Path, tmp_path: Path
+) -> None:
+    replace(Calibration.load(stats), sensitivity={}).save(tmp_path / "stats")
+    export("--stats", tmp_path / "stats").is_one_line("calibrate anew, or --allocate even")
+    outcome = export("--stats", tmp_path / "stats", "--allocate", "even", "-o", tmp_path / "model.gguf")
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize("allocate", ["sensitivity", "search"])
+def test_counts_are_decided_in_one_way(export: Callable[..., Outcome], allocate: str) -> None:
+    export("--scope", "model", "--allocate", allocate).is_one_line(f"--scope model and --allocate {allocate}")
+
+
 @pytest.mark.parametrize(
     "arguments", [["--score", "aimer"], ["--scope", "model"], ["--no-guard"], ["--sequential"]]
 )
@@ -518,7 +565,7 @@ def test_pruning_options_are_carried_out(
     assert outcome.status == 0, outcome.err
     keys = gguf_file.read(tmp_path / "model.gguf").keys
     counts = keys["llama.expert_kept_count"][1]
-    assert sum(counts) == 3 * 8 and min(counts) >= 4
+    assert sum(count or 16 for count in counts) == 3 * 8 and all(count == 0 or count >= 4 for count in counts)
     if len(arguments) > 1:
         assert keys[f"mone.{arguments[0][2:]}"][1] == arguments[1]
 
@@ -548,6 +595,7 @@ def test_choices_are_the_registries() -> None:
     assert tuple(METHODS) == cli._METHODS
     assert cli._SCORES == SCORE_NAMES
     assert cli._NOVICES == NOVICE_NAMES
+    assert f"--allocate {{{','.join(ALLOCATIONS)}}}" in cli._parser().format_help()
     named = re.findall(r"\w+", cli._parser().format_help().partition("TYPE  ")[2].partition("...")[0])
     assert "f32" in named
     assert set(named) <= set(OUTTYPES)

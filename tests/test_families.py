@@ -29,7 +29,10 @@ from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan
 from mone_export.calibration.checkpoint import Checkpoint
 from mone_export.calibration.loading import Model, open_streamed
+from mone_export.calibration.masking import masked
+from mone_export.calibration.observer import observe
 from mone_export.calibration.passes import calibrate
+from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError
 from mone_export.model import check_weights, expert_modules, inspect
@@ -37,6 +40,7 @@ from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
+from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.request import announce
@@ -193,6 +197,35 @@ def streamed(folder: Path, workdir: Path) -> Mapping[int, ExpertStats]:
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
     model: Any = Model(inspect(folder), folder, module, tokenizer=None, files=files)  # type: ignore[arg-type]
     return calibrate(model, corpus, model_sha256="", checkpoint=Checkpoint(workdir, {})).layers
+
+
+@pytest.mark.parametrize("row", EXPORTED, ids=name)
+def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_path: Path) -> None:
+    """Layer after layer for all of them together, in memory and streamed, as in whole passes of the model."""
+    folder = save_family(row, tmp_path / "model")
+    spec = inspect(folder)
+    module, calibration = calibrated(folder, spec)
+    pruned = {layer.layer: layer.pruned for layer in plan(score(calibration), ratio=0.5).layers}
+    vectors = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
+    tokens = random_tokens(3, 24)
+
+    def last_hidden() -> Tensor:
+        with torch.inference_mode():
+            hidden: Tensor = module.base_model(input_ids=tokens, use_cache=False)[0]
+            return hidden.float()
+
+    before, wanted = last_hidden(), {}
+    for layer in pruned:
+        with observe(module), masked(module, {layer: pruned[layer]}, vectors):
+            after = last_hidden()
+        change = (after - before).square().sum(-1) / before.square().sum(-1)
+        wanted[layer] = pytest.approx(float(change.mean()), rel=1e-3)
+        assert change.mean() > 1e-9
+    whole: Any = Model(spec, folder, module, tokenizer=None)  # type: ignore[arg-type]
+    assert damage_by_layer(whole, tokens, pruned, vectors) == wanted
+    streaming, files = open_streamed(folder, device="cpu", dtype=torch.float32)
+    parts: Any = Model(spec, folder, streaming, tokenizer=None, files=files)  # type: ignore[arg-type]
+    assert damage_by_layer(parts, tokens, pruned, vectors) == wanted
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)

@@ -18,7 +18,7 @@ ORDER = (
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
     *("calibration.checkpoint", "calibration.streaming", "calibration.loading", "calibration.stability"),
     "calibration.passes",
-    *("calibration.masking", "calibration.merging", "calibration.usage"),
+    *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
     *(
         "pruning.scoring",
         "pruning.novices",

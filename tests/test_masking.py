@@ -15,6 +15,7 @@ from mone_export.calibration.loading import Model, load
 from mone_export.calibration.masking import Divergence, masked, measure_residuals, recalibrate
 from mone_export.calibration.observer import expert_stats, observe
 from mone_export.calibration.passes import calibrate
+from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.model import Stream, resolve
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
@@ -101,6 +102,30 @@ def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path, 
             demo.module.base_model(corpus.tokens)
         torch.testing.assert_close(found.layers[last].out_mean, seen[last].out_mean, rtol=1e-6, atol=1e-9)
         assert not torch.allclose(found.layers[last].out_mean, plain.layers[last].out_mean, rtol=1e-3)
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_damage_is_that_of_the_whole_model_with_one_layer_pruned(demo: Model, stream: Stream) -> None:
+    tokens = torch.randint(3, 3000, (12, 300), generator=torch.Generator().manual_seed(1))
+    pruned = {0: tuple(range(16)), 1: (3,), 4: (0, 31)}
+    vectors = {layer: torch.randn(32, 256, dtype=torch.float64) / 10 for layer in pruned}
+    model = load(resolve("demo"), device="cpu", dtype="float32", stream=stream)
+    found = damage_by_layer(model, tokens, pruned, vectors)
+    assert found.keys() == pruned.keys()
+    probe = tokens[[0, 1, 3, 4, 6, 7, 9, 11], :256]  # eight evenly spaced rows
+
+    def last_hidden() -> Tensor:
+        with torch.inference_mode():
+            return demo.module.base_model(probe).last_hidden_state
+
+    before = last_hidden()
+    for layer in pruned:
+        with masked(demo.module, {layer: pruned[layer]}, vectors):
+            after = last_hidden()
+        wanted = ((after - before).norm(dim=-1) / before.norm(dim=-1)).square().mean()
+        assert found[layer] == pytest.approx(float(wanted), rel=1e-4)
+    assert found[0] > 1e-3
+    assert damage_by_layer(model, tokens[:2], {}, {}) == {}, "nothing is pruned"
 
 
 @pytest.fixture

@@ -59,6 +59,18 @@ def assert_close(found: Calibration, wanted: Calibration) -> None:
             assert ((a - b).abs() <= TOLERANCE * scale).all(), f"layer {layer}: {name}"
 
 
+def test_sensitivities_are_the_mean_by_tokens(demo: Model, rows: torch.Tensor) -> None:
+    few, many = run(demo, rows[:4]), run(demo, rows[4:])
+    sensitivity = dict.fromkeys(few.layers, 1.0)
+    files = {
+        "few": replace(few, sensitivity=sensitivity),
+        "many": replace(many, sensitivity=dict.fromkeys(few.layers, 5.0)),
+    }
+    assert merge(files).sensitivity == pytest.approx(dict.fromkeys(few.layers, 4.0))
+    assert merge(files, weights={"few": 0.5}).sensitivity == pytest.approx(dict.fromkeys(few.layers, 3.0))
+    assert merge(files | {"many": many}).sensitivity == {}, "not of all, not known"
+
+
 def test_merged_halves_equal_the_whole(
     demo: Model, rows: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,8 +64,8 @@ def _experts(file: Path) -> str:
     fields = GGUFReader(file).fields
     n_expert = fields["llama.expert_count"].contents()
     kept = fields.get("llama.expert_kept_count")
-    counts = sorted({n or n_expert for n in kept.contents()} if kept else {n_expert})
-    return "/".join(map(str, counts))
+    counts = [n or n_expert for n in kept.contents()] if kept else [n_expert]
+    return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
 
 
 def _perplexity(file: Path, text: Path) -> str:

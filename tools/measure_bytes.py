@@ -40,15 +40,11 @@ def measure_bytes(args: argparse.Namespace) -> Json:
 
 
 def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
-    from mone_export.artifacts import Calibration
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
-    from mone_export.fitting import candidates, judge
+    from mone_export.deciding import with_sensitivity
     from mone_export.model import fingerprint
     from mone_export.pipeline import export
-    from mone_export.pruning.guard import guard
-    from mone_export.pruning.planning import plan
-    from mone_export.pruning.scoring import score
 
     path = trained(name, minutes=args.minutes)
     read_sentencepiece(path)
@@ -61,7 +57,8 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
             corpus = rows_of(
                 model, "calibration", MODELS[name][0], args.rows, first=sample, step=args.samples
             )
-            calibrate(model, corpus, model_sha256=fingerprint(path)).save(file)
+            calibration = calibrate(model, corpus, model_sha256=fingerprint(path))
+            with_sensitivity(model, corpus, calibration).save(file)
         size = export(str(path), ratio=0, outfile=base, stats=stats[0]).size
         texts = {
             text: write_text(folder / text, kind) for text, kind in zip(TEXTS, MODELS[name], strict=True)
@@ -70,17 +67,14 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
             ask_perplexity(bin_dir, base, text, "Final estimate", *_options(text, args))
         known: dict[str, Json] = {}  # files without novices are the same for all samples
         for fraction in args.fractions:
-            found = candidates(path, model.spec, int(fraction * size))
+            budget = int(fraction * size)
             for sample, file in enumerate(stats):
-                calibration = Calibration.load(file)
-                scores = guard(score(calibration, "mone"), calibration)
-                judged = judge(
-                    found, path, calibration, lambda part, s=scores: plan(s, ratio=part), novice="mean"
-                )
+                judged = export(str(path), fit=budget, outfile=outfile, stats=file).candidates
                 for place, item in enumerate(judged):
                     result = known.get(item.outtype) if not item.ratio else None
                     if result is None:
-                        export(str(path), ratio=item.ratio, outtype=item.outtype, outfile=outfile, stats=file)
+                        way = {"ratio": item.ratio} if item.outtype == "auto" else {"fit": budget}
+                        export(str(path), **way, outtype=item.outtype, outfile=outfile, stats=file)
                         result = {
                             key: divergence(bin_dir, outfile, text, args) for key, text in texts.items()
                         }

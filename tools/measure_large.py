@@ -43,6 +43,7 @@ LARGE: dict[str, tuple[str, Json]] = {
 # assumptions: bytes/s read from disk, FLOP/s of a data sheet, and the share of them that is reached
 MACHINE = {"name": "RTX 4090 with 24 GB, 32 GB of RAM, NVMe", "read": 3e9, "flops": 165e12, "share": 0.2}
 N_TOKEN_LARGE = 100 * 2048  # what mone-export calibrates on unless told otherwise
+PROBE = 8 * 256  # tokens that measure how much a layer matters, see calibration/sensitivity.py
 
 
 def measure_large(args: argparse.Namespace) -> Json:
@@ -130,6 +131,7 @@ def shape(model_type: str, config: Json) -> Json:
         "embedding_bytes": 2 * n_weight(model.get_input_embeddings()),
         "active": total - routed + routed * built.num_experts_per_tok // n_expert,
         "hidden_size": built.hidden_size,
+        "n_layer": len(layers),
         "stats_bytes": len(experts) * n_expert * 8 * (3 * built.hidden_size + n_expert),
         "pruned_bytes": 2 * total - routed,
     }
@@ -142,7 +144,7 @@ def n_weight(module: Any) -> int:
 
 def known_bytes(sizes: Json, n_token: int) -> int:
     """Return what streaming is known to hold: embeddings, three layers, the statistics, the hidden states."""
-    states = 2 * n_token * sizes["hidden_size"]
+    states = 2 * max(n_token, sizes["n_layer"] * PROBE) * sizes["hidden_size"]  # not both at a time
     total: int = sizes["embedding_bytes"] + 3 * sizes["layer_bytes"] + sizes["stats_bytes"] + states
     return total
 
@@ -151,12 +153,13 @@ def estimate(sizes: Json, overhead: int) -> Json:
     """Return memory, disk and seconds that a large model would take on `MACHINE`."""
     states = 2 * N_TOKEN_LARGE * sizes["hidden_size"]
     read = sizes["bytes"] / MACHINE["read"]
-    compute = 2 * sizes["active"] * N_TOKEN_LARGE / (MACHINE["flops"] * MACHINE["share"])
+    per_token = 2 * sizes["active"] / (MACHINE["flops"] * MACHINE["share"])
+    calibrate = max(read, N_TOKEN_LARGE * per_token) + max(read, sizes["n_layer"] / 2 * PROBE * per_token)
     return {
         "bytes": sizes["bytes"],
         "memory": overhead + known_bytes(sizes, N_TOKEN_LARGE),
         "disk": sizes["pruned_bytes"] + 2 * states + sizes["stats_bytes"],
-        "calibrate_s": max(read, compute),
+        "calibrate_s": calibrate,
         # the fingerprint reads the model as well, the writer half of the experts, and writes as much
-        "total_s": max(read, compute) + read + 2 * sizes["pruned_bytes"] / MACHINE["read"],
+        "total_s": calibrate + read + 2 * sizes["pruned_bytes"] / MACHINE["read"],
     }

@@ -52,8 +52,16 @@ OTHERS = (
     Variant("drop", "gate"),
 )
 
-# what costs more than one pass over the text
-WAYS = (Variant("mone", "mone", "mean", "sequential"), Variant("mone", "mone", "mean", "search"))
+# other ways to an allocation than the same count in every layer, and what costs more passes over the text
+WAYS = (
+    *(Variant("mone", "mone", name, "sensitivity") for name in ("mean", "least-squares", "joint", "zero")),
+    *(Variant("mone", "error", name, "sensitivity") for name in ("mean", "least-squares", "joint", "zero")),
+    *(
+        Variant("mone", score, novice, way)
+        for score, novice in (("mone", "mean"), ("error", "least-squares"))
+        for way in ("sequential", "search")
+    ),
+)
 VARIANTS = {"contenders": CONTENDERS, "others": OTHERS, "ways": WAYS}
 
 
@@ -121,6 +129,7 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     from mone_export.calibration.corpus import head
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
+    from mone_export.deciding import with_sensitivity
     from mone_export.request import SPARE_ROWS
 
     model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
@@ -136,7 +145,7 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
         n_row = args.rows + SPARE_ROWS
         whole = rows_of(model, "calibration", like, n_row, first=sample, step=args.samples)
         corpus, spare = head(whole, args.rows), whole.tokens[args.rows :]
-        calibration = calibrate(model, corpus, model_sha256="")
+        calibration = with_sensitivity(model, corpus, calibrate(model, corpus, model_sha256=""))
         for ratio in args.ratios:
             for variant in _variants(args):
                 with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
@@ -163,27 +172,31 @@ def pruned(
     """Yield the model as a variant leaves it."""
     from mone_export.calibration.loading import loaded_experts
     from mone_export.calibration.masking import masked, measure_residuals, recalibrate
-    from mone_export.deciding import search_counts
+    from mone_export.deciding import search_counts, shared_out
     from mone_export.pruning.novices import joint_novices, novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
 
-    if variant.way == "sequential":
-        calibration = recalibrate(
-            model,
-            corpus,
-            calibration,
-            lambda so_far: plan(score(so_far, variant.score), ratio=ratio),
-            lambda stats: novices(stats, variant.novice),
-        )
     scores = (
         score_weights(model.spec, loaded_experts(model))
         if variant.score == "aimer"
         else score(calibration, variant.score, seed=seed)
     )
-    chosen = plan(scores, ratio=ratio, method=variant.method)
+    counts = None
     if variant.way == "search":
-        chosen = search_counts(model, spare, calibration, scores, novice=variant.novice, ratio=ratio)
+        counts = search_counts(model, spare, calibration, scores, novice=variant.novice, ratio=ratio)
+    elif variant.way:
+        counts = shared_out(calibration, scores, novice=variant.novice, ratio=ratio)
+    if variant.way == "sequential":
+        calibration = recalibrate(
+            model,
+            corpus,
+            calibration,
+            lambda so_far: plan(score(so_far, variant.score), ratio=ratio, counts=counts),
+            lambda stats: novices(stats, variant.novice),
+        )
+        scores = score(calibration, variant.score)
+    chosen = plan(scores, ratio=ratio, method=variant.method, counts=counts)
     if variant.method != "mone":
         yield with_fewer_experts(model.module, calibration, chosen)
         return

@@ -14,10 +14,10 @@ def measure_quality(args: argparse.Namespace) -> Json:
     from mone_export.model import resolve
 
     bin_dir = programs(args)
-    variants = [(0.0, "mone", "mean", 0)]
+    variants = [(0.0, "error", "least-squares", 0)]
     for ratio in args.ratios:
-        variants += [(ratio, "mone", "mean", 0), (ratio, "mone", "zero", 0)]
-        variants += [(ratio, "random", "mean", seed) for seed in range(N_RANDOM)]
+        variants += [(ratio, "error", "least-squares", 0), (ratio, "error", "zero", 0)]
+        variants += [(ratio, "random", "least-squares", seed) for seed in range(N_RANDOM)]
     with scratch() as folder:
         text = folder / "held-out.txt"
         n_character = write_held_out(text, args.chunks)

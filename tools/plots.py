@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, PLOTS = ROOT / "docs" / "measurements", ROOT / "docs" / "plots"
 TEXTS = ("like", "unlike")
 
-# (method, score, novice) -> its name in the legend; colours that colour-blind people tell apart, and markers
+# (method, score, novice, way) -> name in the legend, colour (told apart by the colour-blind, too), marker
 LINES = {
-    ("mone", "mone", "mean"): ("MoNE (default)", "#0072b2", "o"),
-    ("mone", "error", "least-squares"): ("score error, least-squares", "#009e73", "^"),
-    ("mone", "mone", "zero"): ("MoNE's choice, no novices", "#56b4e9", "v"),
-    ("drop", "reap", "none"): ("REAP", "#d55e00", "s"),
-    ("dern", "gate", "none"): ("DERN", "#cc79a7", "D"),
+    ("mone", "error", "least-squares", "sensitivity"): ("default", "#0072b2", "o"),
+    ("mone", "mone", "mean", ""): ("MoNE's paper: even counts", "#56b4e9", "v"),
+    ("mone", "error", "zero", "sensitivity"): ("default, no novices", "#009e73", "^"),
+    ("drop", "reap", "none", ""): ("REAP", "#d55e00", "s"),
+    ("dern", "gate", "none", ""): ("DERN", "#cc79a7", "D"),
 }
 
 
@@ -49,11 +49,11 @@ def draw_methods(data: dict[str, Any]) -> Any:
     models = list(data["settings"]["models"])
     figure, panels = plt.subplots(len(models), 2, figsize=(8, 3.2 * len(models)), sharex=True, squeeze=False)
     for panel, model, text in cells(panels, models):
-        for (method, score, novice), (label, colour, marker) in LINES.items():
+        for line, (label, colour, marker) in LINES.items():
             values: dict[float, list[float]] = {}
             for run in data["runs"]:
-                same = [run.get(key) for key in ("model", "method", "score", "novice")]
-                if same == [model, method, score, novice] and not run.get("way"):
+                own = tuple(run.get(key, "") for key in ("method", "score", "novice", "way"))
+                if run["model"] == model and own == line:
                     values.setdefault(run["ratio"], []).append(run[text]["kl"])
             ratios = sorted(values)
             panel.plot(

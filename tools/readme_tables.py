@@ -23,6 +23,7 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 
 Json = dict[str, Any]
 Row = Sequence[str]
+ByWay = dict[tuple[Any, ...], dict[int, Json]]  # runs by (model, ratio, way), each by calibration sample
 
 _TABLE = re.compile(r"(<!-- table:([\w-]+)(?:/(\w+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -208,12 +209,15 @@ def methods_table(data: Json) -> Iterable[Row]:
         yield *key, *(_divergence(cells[key].get(column, ()), paper[column]) for column in columns)
 
 
+DEFAULT = ("mone", "error", "least-squares", "sensitivity")
 SHORT = {
-    ("mone", "mone", "least-squares", ""): "least-squares novices",
-    ("mone", "error", "least-squares", ""): "score error, least-squares novices",
-    ("mone", "mone", "mean", "sequential"): "--sequential",
-    ("mone", "mone", "mean", "search"): "--allocate search",
-    ("mone", "mone", "zero", ""): "the same experts pruned, no novices",
+    ("mone", "error", "least-squares", ""): "--allocate even",
+    ("mone", "mone", "mean", "sensitivity"): "--score mone --novice mean",
+    ("mone", "mone", "mean", ""): "the paper's: --score mone --novice mean --allocate even",
+    ("mone", "error", "zero", "sensitivity"): "--novice zero: no novices",
+    ("mone", "error", "joint", "sensitivity"): "--novice joint",
+    ("mone", "error", "least-squares", "sequential"): "--sequential",
+    ("mone", "error", "least-squares", "search"): "--allocate search",
     ("drop", "reap", "none", ""): "REAP (--stock)",
     ("dern", "gate", "none", ""): "DERN",
 }
@@ -222,33 +226,55 @@ SHORT = {
 def methods_short(data: Json) -> Iterable[Row]:
     """Yield the default's divergences, and how many times as far others stray from the unpruned model."""
     ratios = sorted({run["ratio"] for run in data["runs"] if run["ratio"]})
-    kl: dict[tuple[Any, ...], dict[int, Json]] = {}
+    columns = [(ratio, text) for ratio in ratios for text in ("like", "unlike")]
+    by_way = _by_way(data)
+    yield "model", "way", *(f"{ratio:.3g}, {text}" for ratio, text in columns)
+    for model in data["settings"]["models"]:
+        yield model, "**default**: KL divergence", *(_mean(by_way, model, *column) for column in columns)
+        for way, name in SHORT.items():
+            yield model, name, *(_times(by_way, model, *column, way) for column in columns)
+
+
+def methods_against(data: Json) -> Iterable[Row]:
+    """Yield the default's divergence at a quarter and a half, and what those known before stray by."""
+    yield (
+        "model",
+        "experts pruned",
+        "text",
+        "KL divergence",
+        "the MoNE paper's",
+        "REAP",
+        "default without novices",
+    )
+    by_way = _by_way(data)
+    others = ("mone", "mone", "mean", ""), ("drop", "reap", "none", ""), (*DEFAULT[:2], "zero", DEFAULT[3])
+    for model in data["settings"]["models"]:
+        for ratio in (0.25, 0.5):
+            for text in ("like", "unlike"):
+                cells = (_times(by_way, model, ratio, text, way) for way in others)
+                yield model, f"{ratio:.0%}", text, _mean(by_way, model, ratio, text), *cells
+
+
+def _by_way(data: Json) -> ByWay:
+    """Return the runs by (model, ratio, way), and in each by calibration sample."""
+    found: ByWay = {}
     for run in data["runs"]:
         if run["ratio"]:
             way = (run["method"], run["score"], run["novice"], run.get("way", ""))
-            kl.setdefault((run["model"], run["ratio"], way), {})[run["sample"]] = run
-    yield "model", "way", *(f"{ratio:.3g}, {text}" for ratio in ratios for text in ("like", "unlike"))
-    for model in data["settings"]["models"]:
-        default = {ratio: kl[model, ratio, ("mone", "mone", "mean", "")] for ratio in ratios}
-        cells = [
-            f"{statistics.mean(run[text]['kl'] for run in default[ratio].values()):.4f}"
-            for ratio in ratios
-            for text in ("like", "unlike")
-        ]
-        yield model, "**default** (`mone`, `mean`): KL divergence", *cells
-        for way, name in SHORT.items():
-            cells = []
-            for ratio in ratios:
-                own = kl.get((model, ratio, way), {})
-                for text in ("like", "unlike"):
-                    times = [run[text]["kl"] / default[ratio][n][text]["kl"] for n, run in own.items()]
-                    spread = (
-                        f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-                        if times
-                        else "-"
-                    )
-                    cells.append(f"x {spread}" if times else "-")
-            yield model, name, *cells
+            found.setdefault((run["model"], run["ratio"], way), {})[run["sample"]] = run
+    return found
+
+
+def _mean(by_way: ByWay, model: str, ratio: float, text: str) -> str:
+    """Format the mean over the samples of the default's divergence."""
+    return f"{statistics.mean(run[text]['kl'] for run in by_way[model, ratio, DEFAULT].values()):.4f}"
+
+
+def _times(by_way: ByWay, model: str, ratio: float, text: str, way: Row) -> str:
+    """Format a way's divergence as a multiple of the default's on the same sample: median and range."""
+    own, default = by_way.get((model, ratio, way), {}), by_way[model, ratio, DEFAULT]
+    times = [run[text]["kl"] / default[sample][text]["kl"] for sample, run in own.items()]
+    return f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else "-"
 
 
 def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
@@ -272,8 +298,9 @@ def methods_note(data: Json) -> str:
         "KL divergence from the unpruned model in nats per token, mean over "
         f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens ± their "
         "standard deviation, on "
-        f"{settings['evaluation_tokens']} held-out tokens of each kind; x: times `mone` + `mean` on the same "
-        f"sample, median (smallest to largest). Float32 in PyTorch. {kinds}."
+        f"{settings['evaluation_tokens']} held-out tokens of each kind; x: times as much on the same sample "
+        "as the default in the short table, as the paper's combination in the long one, median (smallest to "
+        f"largest). Float32 in PyTorch. {kinds}."
     )
 
 
@@ -465,6 +492,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "quality": quality_table,
     "methods": methods_table,
     "methods/short": methods_short,
+    "methods/against": methods_against,
     "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,

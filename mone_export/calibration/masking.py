@@ -21,7 +21,9 @@ from mone_export.calibration.passes import finished, run_rows
 from mone_export.model import expert_modules
 from mone_export.runtime import Progress
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, experts' ids, their weights -> output
+Forward = Callable[
+    ..., Tensor
+]  # hidden, and where they are not weighted yet experts' ids and weights -> output
 
 
 @contextmanager
@@ -41,7 +43,15 @@ def masked(
             spread.scatter_(1, ids, (weights * gone).to(novices.dtype))
             return kept + (spread @ novices).to(kept.dtype)
 
-        return forward
+        def forward_weighted(hidden: Tensor) -> Tensor:
+            """Stand in where what goes into the experts is weighted: [n_expert * n_token, d], mostly zero."""
+            output: Tensor = type(experts).forward(experts, hidden)
+            by_expert = output.view(len(novices), -1, hidden.shape[-1])
+            selected = hidden.view_as(by_expert).any(-1, keepdim=True)
+            is_pruned = _mask(pruned[layer], experts, hidden.device)[:, None, None]
+            return torch.where(is_pruned, selected * novices[:, None], by_expert).view_as(output)
+
+        return lambda hidden, *routing: (forward if routing else forward_weighted)(hidden, *routing)
 
     with _wrapped(model, [layer for layer in pruned if len(pruned[layer])], wrap):
         yield
@@ -142,15 +152,18 @@ def _wrapped(
     model: PreTrainedModel, layers: Sequence[int] | Mapping[int, Any], wrap: Callable[[int, Any], Forward]
 ) -> Iterator[None]:
     """Give the experts of some layers another forward; some families name its arguments as they like."""
-    modules = [(layer, experts) for layer, experts in expert_modules(model) if layer in layers]
+    modules = {experts: layer for layer, experts in expert_modules(model) if layer in layers}
+    before = {experts: experts.__dict__.get("forward") for experts in modules}  # of an observer
     try:
-        for layer, experts in modules:
+        for experts, layer in modules.items():
             forward = wrap(layer, experts)
             experts.forward = lambda hidden, *ids, _do=forward, **named: _do(hidden, *ids, *named.values())
         yield
     finally:
-        for _, experts in modules:
+        for experts, forward_before in before.items():
             experts.__dict__.pop("forward", None)
+            if forward_before:
+                experts.forward = forward_before
 
 
 def _mask(ids: Sequence[int], experts: Any, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """merge(): statistics made on different days, machines or texts become those of all the text together."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -24,7 +24,8 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
         M2 = sum c_i M2_i + sum c_i n_i ||m_i - mean||^2.
 
     `n_token` is T, and sum c_i T_i = T too, so a score per token of the text keeps its scale. `count` stays
-    the sum of the n_i: what was seen is not more because it weighs more.
+    the sum of the n_i: what was seen is not more because it weighs more. Sensitivities, which no text adds up
+    to, are the mean of the files' own, by c_i T_i.
 
     The merged fingerprint of the text is the SHA-256 of the parts' own, one a line, sorted, each with its
     weight unless that is 1; so it does not depend on the order of merging.
@@ -52,6 +53,7 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
         n_token=sum(calibration.n_token for calibration in files.values()),
         layers=layers,
         parts=tuple(parts),
+        sensitivity=_sensitivity([files[name] for name in ordered], [times[name] for name in ordered]),
     )
 
 
@@ -92,6 +94,17 @@ def _times(files: Mapping[str, Calibration], weights: Mapping[str, float]) -> di
         raise MoneError(f"the weights sum to {1 - rest:g}: all shares of the evidence must sum to 1")
     share = {name: rest * n_token[name] / others for name in files if name not in weights} | dict(weights)
     return {name: share[name] * sum(n_token.values()) / n_token[name] for name in files}
+
+
+def _sensitivity(files: Sequence[Calibration], times: Sequence[float]) -> dict[int, float]:
+    """Return the layers' sensitivities, each file's by its tokens as often as they count."""
+    if not all(calibration.sensitivity for calibration in files):
+        return {}
+    weights = [n * calibration.n_token for n, calibration in zip(times, files, strict=True)]
+    return {
+        layer: sum(n * each.sensitivity[layer] for n, each in zip(weights, files, strict=True)) / sum(weights)
+        for layer in files[0].spec.moe_layers
+    }
 
 
 def _counted(stats: ExpertStats, times: float) -> ExpertStats:

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -216,6 +216,7 @@ def projector_command(path: Path, outfile: Path) -> str | None:
     return shlex.join([sys.executable, str(program), "--mmproj", str(path), "--outfile", str(projector)])
 
 
+@cache
 def _load_converter() -> tuple[Any, Any]:
     """Import `gguf` and `conversion` from the pinned tree: they must be of one commit."""
     root = tree()

@@ -9,6 +9,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -103,11 +104,19 @@ class Layout(NamedTuple):
     types: Mapping[str, str]
 
 
-def layouts(path: Path, plan: Plan, outtypes: Sequence[str], *, novice: str = "mean") -> dict[str, Layout]:
+def layouts(
+    path: Path,
+    plan: Plan,
+    outtypes: Sequence[str],
+    *,
+    novice: str = "mean",
+    types: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Layout]:
     """Return the layout of a plan's file in each of several types, without reading a weight.
 
     Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
-    our header and holes in place of its data.
+    our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
+    more of the same model's experts by method `mone`: how many there are makes no difference.
     """
     blank = {
         layer.layer: torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
@@ -129,10 +138,14 @@ def layouts(path: Path, plan: Plan, outtypes: Sequence[str], *, novice: str = "m
             head_size = head.stat().st_size
             with head.open("r+b") as file:
                 file.truncate(size)
-            for outtype in set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ():
-                types = quantized_types(head, outtype)
-                bytes_ = (padded_bytes(conversion.shapes[name], kind) for name, kind in types.items())
-                found[outtype] = Layout(head_size + sum(bytes_), size, types)
+            quantized = set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ()
+            with ThreadPoolExecutor() as pool:
+                asked = pool.map(partial(quantized_types, head), () if types else quantized)
+                known = types or dict(zip(quantized, asked, strict=True))
+            for outtype in quantized:
+                own = {name: kind for name, kind in known[outtype].items() if name in conversion.shapes}
+                bytes_ = (padded_bytes(conversion.shapes[name], kind) for name, kind in own.items())
+                found[outtype] = Layout(head_size + sum(bytes_), size, own)
     return found
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
 from mone_export.errors import MoneError
 
-# how experts are removed, and the score each method's own paper ranks them by
-METHODS = {"mone": "mone", "drop": "reap", "dern": "gate"}
-SCOPES = ("layer", "model")  # and `search`, where `allocation` has counted
+# how experts are removed, and the score that ranks them: the papers' own of `drop` and `dern`, the best in
+# docs/methods.md of `mone`
+METHODS = {"mone": "error", "drop": "reap", "dern": "gate"}
+SCOPES = ("layer", "model")  # and `sensitivity` or `search`, where `allocation` has counted
 
 
 def kept_per_layer(spec: MoeSpec, ratio: float, *, min_kept: int | None = None, method: str = "mone") -> int:
@@ -63,7 +64,7 @@ def check_scope(method: str, scope: str) -> None:
     if method != "mone" and scope != "layer":
         raise MoneError(
             f"--method {method} keeps the same number of experts in every layer, "
-            f"{'--allocate' if scope == 'search' else '--scope'} {scope} does not: leave one of them out"
+            f"{'--scope' if scope in SCOPES else '--allocate'} {scope} does not: leave one of them out"
         )
 
 
