@@ -29,7 +29,7 @@ from mone_export.runtime import Progress
 # in falling precision
 LADDER = ("auto", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 # the estimate follows KL divergence best with it on the demo; docs/methods.md has another model's choices
-ROUNDED = 0.1
+ROUNDED = 0.03
 
 _MATRIX = re.compile(r"blk\.(\d+)\.(\w+?)(_exps)?\.weight")
 
