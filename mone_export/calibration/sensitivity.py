@@ -43,7 +43,7 @@ def damage_by_layer(
     files = model.files
     decoder = files.layers if files else decoder_layers(model.module)[1]
     states: dict[int, State | None] = {-1: None}  # by the layer that is pruned; -1: none is
-    hidden: dict[int, Tensor] = {}
+    unpruned, damage = torch.empty(0), {}
     with torch.inference_mode():
         for number in files.each() if files else range(len(decoder)):
             with only_layer(decoder, number) as turn:
@@ -58,11 +58,13 @@ def damage_by_layer(
                         found = model.module.base_model(input_ids=probe, use_cache=False)[0]
                     states[which] = turn.state
                     if number == len(decoder) - 1:
-                        hidden[which] = found.float()
+                        if which == -1:  # comes first
+                            unpruned = found.float()
+                        else:
+                            damage[which] = _change(unpruned, found.float())
             if progress:
                 progress(number + 1, len(decoder), "measuring how much layers matter (layers)")
-    unpruned = hidden.pop(-1)
-    return {layer: float(_change(unpruned, after)) for layer, after in hidden.items()}
+    return {layer: float(change) for layer, change in damage.items()}
 
 
 def _copy(leaf: Any) -> Any:
