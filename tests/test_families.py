@@ -207,7 +207,7 @@ def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_pa
     module, calibration = calibrated(folder, spec)
     pruned = {layer.layer: layer.pruned for layer in plan(score(calibration), ratio=0.5).layers}
     vectors = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
-    tokens = random_tokens(3, 24)
+    tokens = random_tokens(3, 16)
 
     def last_hidden() -> Tensor:
         with torch.inference_mode():

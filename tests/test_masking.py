@@ -112,7 +112,9 @@ def test_damage_is_that_of_the_whole_model_with_one_layer_pruned(demo: Model, st
     model = load(resolve("demo"), device="cpu", dtype="float32", stream=stream)
     found = damage_by_layer(model, tokens, pruned, vectors)
     assert found.keys() == pruned.keys()
-    probe = tokens[[0, 1, 3, 4, 6, 7, 9, 11], :256]  # eight evenly spaced rows
+    probe = tokens[
+        [0, 1, 3, 4, 6, 7, 9, 11], : 3600 // 5 // 8
+    ]  # eight evenly spaced rows, half the work of all
 
     def last_hidden() -> Tensor:
         with torch.inference_mode():

@@ -36,12 +36,14 @@ def damage_by_layer(
 
     h is a token's last hidden state in the unpruned model, h' the one with `vectors[layer]` [n_expert, d] in
     place of the experts `pruned[layer]`. Of `tokens`, int64 [n_row, seq_len], up to `N_ROW` evenly spaced
-    rows take part with their first `N_TOKEN` tokens. Between layers 8 x 256 states are kept for each of them.
+    rows take part with their first tokens, `N_TOKEN` or so few that this takes at most half the work of one
+    pass over all. Between layers one state per token is kept for each layer of `pruned`.
     """
     rows = torch.linspace(0, len(tokens) - 1, min(N_ROW, len(tokens))).long()
-    probe = tokens[rows, :N_TOKEN].to(model.module.device)
     files = model.files
     decoder = files.layers if files else decoder_layers(model.module)[1]
+    most = max(16, tokens.numel() // len(decoder) // N_ROW)  # half the work of all the text
+    probe = tokens[rows, : min(N_TOKEN, most)].to(model.module.device)
     states: dict[int, State | None] = {-1: None}  # by the layer that is pruned; -1: none is
     unpruned, damage = torch.empty(0), {}
     with torch.inference_mode():
