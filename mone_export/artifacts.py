@@ -326,6 +326,11 @@ class Plan:
     layers: tuple[LayerPlan, ...]
 
     @property
+    def n_kept(self) -> dict[int, int]:
+        """How many experts each layer keeps."""
+        return {layer.layer: len(layer.kept) for layer in self.layers}
+
+    @property
     def share_pruned(self) -> float:
         """The share of experts replaced, over all mixture-of-experts layers."""
         return sum(len(layer.pruned) for layer in self.layers) / (len(self.layers) * self.spec.n_expert)

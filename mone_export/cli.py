@@ -308,7 +308,8 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
     from mone_export.pruning.planning import plan_without_scores
     from mone_export.request import Request, prepare
 
-    for option in ("--allocate search",) * (args.allocate == "search") + ("--sequential",) * args.sequential:
+    if args.sequential or args.allocate == "search":
+        option = "--sequential" if args.sequential else "--allocate search"
         raise MoneError(f"{option} runs the model, --dry-run does not: leave one out")
     job = prepare(Request(**_options(args)), progress=display)
     if saved := job.saved:
@@ -325,7 +326,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
         display.event(
             "plan",
             spec=asdict(job.spec),
-            n_kept={layer.layer: len(layer.kept) for layer in chosen.layers} if counted else None,
+            n_kept=chosen.n_kept if counted else None,
             pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved else None,
             parts=[asdict(part) for part in parts],
             size=size if decided else None,

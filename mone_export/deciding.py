@@ -15,6 +15,7 @@ from mone_export.artifacts import Calibration, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
 from mone_export.errors import MoneError
 from mone_export.fitting import judge
+from mone_export.output.llamacpp import CONVERTER_TYPES
 from mone_export.output.writing import measure
 from mone_export.pruning.allocation import Counts, allocate, error_curves, search, sensitivities
 from mone_export.pruning.damage import relative_error
@@ -105,7 +106,7 @@ def decide(
 
 def file_size(job: Job, chosen: Plan) -> int:
     """Return the bytes of a plan's file."""
-    if job.scope != "sensitivity" or not job.mixes_types:  # the layers' counts make no difference
+    if job.scope != "sensitivity" or job.outtype in CONVERTER_TYPES:  # whose types are the same in all layers
         return job.size
     size, _ = measure(job.path, chosen, novice=job.request.novice, outtype=job.outtype)
     return size

@@ -67,9 +67,8 @@ def export(model: str, *, progress: Progress | None = None, **options: Any) -> R
     if job.spare is not None:
         clock.lap("search")
     if request.sequential:
-        counts = {layer.layer: len(layer.kept) for layer in chosen.layers}
-        calibration = behind_pruned(job, calibration, counts, progress=progress)
-        chosen = decide(job, calibration, counts=counts)
+        calibration = behind_pruned(job, calibration, chosen.n_kept, progress=progress)
+        chosen = decide(job, calibration, counts=chosen.n_kept)
         clock.lap("layer by layer")
     vectors = None
     if request.novice == "joint" and request.method == "mone":
@@ -90,7 +89,7 @@ def export(model: str, *, progress: Progress | None = None, **options: Any) -> R
         outfile=request.outfile,
         size=size,
         size_unpruned=job.size_unpruned,
-        n_kept={layer.layer: len(layer.kept) for layer in chosen.layers},
+        n_kept=chosen.n_kept,
         parts=calibration.parts,
         stability=stability,
         seconds=clock.seconds,

@@ -19,7 +19,7 @@ from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.model import Dtype, Stream, check_weights, inspect, load_tokenizer, resolve, resolve_device
-from mone_export.output.llamacpp import CONVERTER_TYPES, projector_command
+from mone_export.output.llamacpp import projector_command
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, check_output, measure
 from mone_export.pruning.allocation import ALLOCATIONS
@@ -105,11 +105,6 @@ class Job:
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
     spare: Tensor | None = None
-
-    @property
-    def mixes_types(self) -> bool:
-        """Whether the types of a layer's experts depend on the layer."""
-        return self.outtype not in CONVERTER_TYPES
 
     def load_model(self, *, stream: Stream | None = None) -> "Model":
         """Load the model as the request says, or streamed as `stream` says."""

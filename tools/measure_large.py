@@ -43,7 +43,6 @@ LARGE: dict[str, tuple[str, Json]] = {
 # assumptions: bytes/s read from disk, FLOP/s of a data sheet, and the share of them that is reached
 MACHINE = {"name": "RTX 4090 with 24 GB, 32 GB of RAM, NVMe", "read": 3e9, "flops": 165e12, "share": 0.2}
 N_TOKEN_LARGE = 100 * 2048  # what mone-export calibrates on unless told otherwise
-PROBE = 8 * 256  # tokens that measure how much a layer matters, see calibration/sensitivity.py
 
 
 def measure_large(args: argparse.Namespace) -> Json:
@@ -144,17 +143,21 @@ def n_weight(module: Any) -> int:
 
 def known_bytes(sizes: Json, n_token: int) -> int:
     """Return what streaming is known to hold: embeddings, three layers, the statistics, the hidden states."""
-    states = 2 * max(n_token, sizes["n_layer"] * PROBE) * sizes["hidden_size"]  # not both at a time
+    states = 2 * n_token * sizes["hidden_size"]
     total: int = sizes["embedding_bytes"] + 3 * sizes["layer_bytes"] + sizes["stats_bytes"] + states
     return total
 
 
 def estimate(sizes: Json, overhead: int) -> Json:
     """Return memory, disk and seconds that a large model would take on `MACHINE`."""
+    from mone_export.calibration.sensitivity import N_ROW
+    from mone_export.calibration.sensitivity import N_TOKEN as N_TOKEN_PROBE
+
     states = 2 * N_TOKEN_LARGE * sizes["hidden_size"]
     read = sizes["bytes"] / MACHINE["read"]
     per_token = 2 * sizes["active"] / (MACHINE["flops"] * MACHINE["share"])
-    calibrate = max(read, N_TOKEN_LARGE * per_token) + max(read, sizes["n_layer"] / 2 * PROBE * per_token)
+    n_probe = min(N_ROW * N_TOKEN_PROBE * sizes["n_layer"], N_TOKEN_LARGE) / 2  # tokens through all layers
+    calibrate = max(read, N_TOKEN_LARGE * per_token) + max(read, n_probe * per_token)
     return {
         "bytes": sizes["bytes"],
         "memory": overhead + known_bytes(sizes, N_TOKEN_LARGE),
