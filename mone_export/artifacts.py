@@ -361,12 +361,15 @@ class Stability:
 class Candidate:
     """One way to reach a size: a type, and the share of experts to prune (0: only quantise).
 
-    `types` are those of its tensors, empty where all have type `outtype`; `error` is the estimate, if known.
+    Sizes are in bytes: of the file, of the one it is quantised from (or 0), of the file with all experts.
+    `types` are those of its tensors; `error` is the estimate, if known.
     """
 
     outtype: str
     ratio: float
     size: int
+    size_between: int
+    size_unpruned: int
     types: Mapping[str, str]
     error: float | None = None
 

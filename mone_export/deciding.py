@@ -21,7 +21,7 @@ from mone_export.pruning.allocation import Counts, allocate, error_curves, searc
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.guard import guard
 from mone_export.pruning.novices import joint_novices, novices
-from mone_export.pruning.planning import kept_per_layer, least_kept, plan, plan_without_scores
+from mone_export.pruning.planning import kept_per_layer, least_kept, plan
 from mone_export.pruning.scoring import score as score_experts
 from mone_export.pruning.scoring import score_weights
 from mone_export.request import Job
@@ -63,14 +63,13 @@ def settle(job: Job, calibration: Calibration) -> Job:
         novice=job.request.novice,
     )
     best = judged[0]
-    size_unpruned, _ = measure(job.path, plan_without_scores(job.spec, ratio=0), outtype=best.outtype)
     return replace(
         job,
         candidates=tuple(judged),
         ratio=best.ratio,
         outtype=best.outtype,
         size=best.size,
-        size_unpruned=size_unpruned,
+        size_unpruned=best.size_unpruned,
     )
 
 

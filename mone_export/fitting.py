@@ -12,14 +12,13 @@ was measured.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from mone_export.artifacts import Calibration, Candidate, MoeSpec, Plan
 from mone_export.errors import MoneError
-from mone_export.output.llamacpp import CONVERTER_TYPES
 from mone_export.output.rounding import rounding_errors
 from mone_export.output.writing import Layout, layouts
 from mone_export.pruning.damage import relative_error
@@ -43,14 +42,16 @@ def candidates(
     ratio: float | None = None,
     min_kept: int | None = None,
     method: str = "mone",
+    score: str = "error",
     novice: str = "mean",
+    scope: str = "layer",
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Return for each type the candidate with the most experts that `budget` bytes hold, exactest type first.
 
     `outtype` and `ratio` narrow the search to one type (`auto` is all of them) and one ratio. Types behind
-    the first that takes all experts are left out: they could only be worse. Raises `MoneError`, naming the
-    smallest size there is, when nothing fits.
+    the first that takes all experts are left out: they could only be worse. The names count: the file states
+    them. Raises `MoneError`, naming the smallest size there is, when nothing fits.
     """
     outtypes = LADDER if outtype == "auto" else (outtype,)
     floor = least_kept(spec, min_kept)
@@ -59,20 +60,21 @@ def candidates(
 
     def blank(n_kept: int) -> Plan:
         part = 1 - n_kept / spec.n_expert
-        return plan_without_scores(spec, ratio=part, min_kept=min_kept, method=method)
+        return plan_without_scores(
+            spec, ratio=part, min_kept=min_kept, score=score, method=method, scope=scope
+        )
 
     smallest = layouts(path, blank(floor), outtypes, novice=novice)
     types = {name: layout.types for name, layout in smallest.items()} if method == "mone" else None
-    quantized = tuple(name for name in outtypes if name not in CONVERTER_TYPES)  # all from one file's header
+    whole = layouts(path, blank(spec.n_expert), outtypes, novice=novice, types=types)
 
     @cache
-    def some(names: Sequence[str], n_kept: int) -> dict[str, Layout]:
-        return layouts(path, blank(n_kept), names, novice=novice, types=types)
-
     def layout_of(name: str, n_kept: int) -> Layout:
-        if n_kept == floor:
-            return smallest[name]
-        return some(quantized if name in quantized and types else (name,), n_kept)[name]
+        if n_kept in (floor, spec.n_expert):
+            return (smallest if n_kept == floor else whole)[name]
+        if method == "mone":
+            return smallest[name].with_kept(dict.fromkeys(spec.moe_layers, n_kept))
+        return layouts(path, blank(n_kept), (name,), novice=novice)[name]
 
     found: list[Candidate] = []
     for number, name in enumerate(outtypes, start=1):
@@ -86,7 +88,16 @@ def candidates(
         layout = layout_of(name, count)
         same = any(item.size == layout.size for item in found)  # a type that the checkpoint has already
         if layout.size <= budget and not same:
-            found.append(Candidate(name, 1 - count / spec.n_expert, layout.size, layout.types))
+            found.append(
+                Candidate(
+                    name,
+                    1 - count / spec.n_expert,
+                    layout.size,
+                    size_between=layout.size_between,
+                    size_unpruned=whole[name].size,
+                    types=layout.types,
+                )
+            )
         if layout.size <= budget and count == spec.n_expert:
             break
     if progress:
@@ -109,8 +120,8 @@ def judge(
     novice: str,
 ) -> list[Candidate]:
     """Return the candidates with their estimated errors, the best first; `decide` makes one's plan."""
-    kinds = {kind for item in found for kind in item.types.values() or {item.outtype}} - {"auto"}
-    rounding = rounding_errors(path, kinds) | {"auto": 0.0}
+    kinds = {kind for item in found for _, _, kind in _matrices(item)}
+    rounding = rounding_errors(path, kinds)
     judged = [
         replace(item, error=_error(item, calibration, decide(item), novice, rounding)) for item in found
     ]
@@ -155,19 +166,16 @@ def _error(
         layer.layer: relative_error(calibration.layers[layer.layer], layer.pruned, known)
         for layer in plan.layers
     }
-    weights = {layer: calibration.sensitivity.get(layer, 1.0) for layer in lost}
-    if not item.types:
-        rest = (
-            ROUNDED * 7 * rounding[item.outtype]
-        )  # of a layer's matrices: attention's four, an expert's three
-        return sum(weights[layer] * error for layer, error in lost.items()) / sum(weights.values()) + rest
     total = dict(lost)
-    for name, kind in item.types.items():
-        if (
-            (match := _MATRIX.fullmatch(name))
-            and (layer := int(match[1])) in total
-            and "norm" not in match[2]
-        ):
-            share = 1 - lost[layer] if match[3] else 1.0
-            total[layer] += share * ROUNDED * rounding[kind]
+    for layer, of_experts, kind in _matrices(item):
+        if layer in total:
+            total[layer] += ROUNDED * rounding[kind] * (1 - lost[layer] if of_experts else 1.0)
+    weights = {layer: calibration.sensitivity.get(layer, 1.0) for layer in lost}
     return sum(weights[layer] * error for layer, error in total.items()) / sum(weights.values())
+
+
+def _matrices(item: Candidate) -> Iterator[tuple[int, bool, str]]:
+    """Yield (layer, whether it is experts', type) of each matrix in the layers of a candidate's file."""
+    for name, kind in item.types.items():
+        if (match := _MATRIX.fullmatch(name)) and "norm" not in match[2]:
+            yield int(match[1]), bool(match[3]), kind

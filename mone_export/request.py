@@ -141,6 +141,7 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
         tokenizer = load_tokenizer(path)
     names: dict[str, Any] = {"method": request.method, "score": score, "novice": request.novice}
     ratio, outtype, found = request.ratio, request.outtype, []
+    largest: Candidate | None = None
     if request.fit is not None:
         check_names(spec, outtype=outtype, **names)
         found = candidates(
@@ -150,9 +151,9 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
             outtype=outtype,
             ratio=ratio,
             min_kept=request.min_kept,
-            method=request.method,
-            novice=request.novice,
+            scope=scope,
             progress=progress,
+            **names,
         )
         largest = max(found, key=lambda item: item.size)
         ratio, outtype = largest.ratio, largest.outtype
@@ -165,6 +166,7 @@ def prepare(request: Request, *, progress: Progress | None = None) -> Job:
         scope=scope,
         outfile=request.outfile,
         outtype=outtype,
+        largest=largest,
         at_most=len(found) > 1,
         **names,
     )
@@ -246,6 +248,7 @@ def announce(
     novice: str,
     outfile: Path,
     outtype: str,
+    largest: Candidate | None = None,
     at_most: bool = False,
 ) -> tuple[int, int]:
     """Check everything that needs no weights, and return the sizes in bytes: (unpruned file, pruned file).
@@ -260,13 +263,17 @@ def announce(
     kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
     check_output(outfile)
     check_weights(path)
-    blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, score=score, method=method, scope=scope)
-    size, intermediate = measure(path, blank, novice=novice, outtype=outtype)
-    size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
-    temporary = f", and {intermediate / 1e6:.1f} MB beside it for a while" if intermediate else ""
-    about = "at most " if at_most else "about " if scope not in SCOPES and intermediate else ""
+    if largest:  # measured already
+        size, size_between, size_unpruned = largest.size, largest.size_between, largest.size_unpruned
+    else:
+        names = {"score": score, "method": method, "scope": scope}
+        blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, **names)
+        size, size_between = measure(path, blank, novice=novice, outtype=outtype)
+        size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
+    temporary = f", and {size_between / 1e6:.1f} MB beside it for a while" if size_between else ""
+    about = "at most " if at_most else "about " if scope not in SCOPES and size_between else ""
     log.info("%s will have %s%.1f MB%s", outfile, about, size / 1e6, temporary)
-    check_output(outfile, needed=size + intermediate)
+    check_output(outfile, needed=size + size_between)
     if command := projector_command(path, outfile):
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
     return size_unpruned, size

@@ -152,5 +152,5 @@ def calibrated(folder: Path, spec: MoeSpec) -> tuple[PreTrainedModel, Calibratio
     """Load a model and calibrate it on random tokens."""
     module = load_module(folder, device="cpu", dtype=torch.float32)
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
-    model: Any = Model(spec=spec, path=folder, module=module, tokenizer=None)  # type: ignore[arg-type]
+    model = Model(spec=spec, path=folder, module=module)
     return module, calibrate(model, corpus, model_sha256="")

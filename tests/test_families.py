@@ -195,7 +195,7 @@ def streamed(folder: Path, workdir: Path) -> Mapping[int, ExpertStats]:
     torch.manual_seed(0)
     module, files = open_streamed(folder, device="cpu", dtype=torch.float32)
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
-    model: Any = Model(inspect(folder), folder, module, tokenizer=None, files=files)  # type: ignore[arg-type]
+    model = Model(inspect(folder), folder, module, files=files)
     return calibrate(model, corpus, model_sha256="", checkpoint=Checkpoint(workdir, {})).layers
 
 
@@ -221,10 +221,10 @@ def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_pa
         change = (after - before).square().sum(-1) / before.square().sum(-1)
         wanted[layer] = pytest.approx(float(change.mean()), rel=1e-3)
         assert change.mean() > 1e-9
-    whole: Any = Model(spec, folder, module, tokenizer=None)  # type: ignore[arg-type]
+    whole = Model(spec, folder, module)
     assert damage_by_layer(whole, tokens, pruned, vectors) == wanted
     streaming, files = open_streamed(folder, device="cpu", dtype=torch.float32)
-    parts: Any = Model(spec, folder, streaming, tokenizer=None, files=files)  # type: ignore[arg-type]
+    parts = Model(spec, folder, streaming, files=files)
     assert damage_by_layer(parts, tokens, pruned, vectors) == wanted
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def test_types_behind_the_first_that_takes_all_experts_are_left_out(small: Path)
     assert all(item.ratio > 0 for item in found[:-1])
 
 
+def test_names_that_the_file_states_count(small: Path) -> None:
+    spec = inspect(small)
+    sizes = set()
+    for name, novice in product(("error", "mone-paper"), ("mean", "zero", "gate-weighted", "least-squares")):
+        names = {"score": name, "scope": "sensitivity"}
+        (found,) = candidates(small, spec, 10**9, outtype="q8_0", ratio=0.5, novice=novice, **names)
+        blank = plan_without_scores(spec, ratio=0.5, **names)
+        assert found.size == measure(small, blank, novice=novice, outtype="q8_0")[0]
+        sizes.add(found.size)
+    assert len(sizes) > 1, "they do make a difference"
+
+
 def test_a_type_and_a_ratio_narrow_the_search(small: Path) -> None:
     spec, budget = inspect(small), 10**9
     (only,) = candidates(small, spec, budget, outtype="q4_0", ratio=0.5)
@@ -87,8 +100,8 @@ def judged(small: Path, calibration: Calibration, ratios: Mapping[str, float]) -
 
 
 def test_the_answer_names_the_best_of_the_other_kind() -> None:
-    whole = Candidate("iq4_xs", 0.0, 10, {}, 0.04)
-    pruned = Candidate("q6_k", 0.25, 10, {}, 0.01)
+    whole = Candidate("iq4_xs", 0.0, 10, 0, 20, {}, 0.04)
+    pruned = Candidate("q6_k", 0.25, 10, 0, 20, {}, 0.01)
     worse = replace(pruned, outtype="q8_0", error=0.02)
     assert answer([pruned, worse, whole]).startswith("prune: --outtype q6_k, 25% of the experts pruned")
     assert "rather than --outtype iq4_xs" in answer([pruned, worse, whole])

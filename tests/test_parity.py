@@ -56,7 +56,7 @@ def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp
     unpruned = model(tokens[None]).logits[0].detach()
     install(model, novices)
     wanted = model(tokens[None]).logits[0].detach()
-    assert nmse_per_position(unpruned, wanted).median() > 20 * LIMIT, "a forgotten novice must not pass"
+    assert nmse_per_position(unpruned, wanted).max() > 20 * LIMIT, "a forgotten novice must not pass"
     for n_batch in (N_TOKEN, 1):
         nmse = nmse_per_position(torch.from_numpy(logits(outfile, tokens.tolist(), n_batch=n_batch)), wanted)
         print(f"{folder.name} ratio {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")
@@ -89,7 +89,7 @@ def test_unpatched_llama_cpp_runs_ordinary_files(
             set_experts(after[layer.layer], list(recombine(read, layer.kept, layer.pruned, importance)))
     tokens = torch.randint(3, model.config.vocab_size, (N_TOKEN,), generator=torch.Generator().manual_seed(1))
     unpruned, wanted = (each(tokens[None]).logits[0].detach() for each in (model, smaller))
-    assert nmse_per_position(unpruned, wanted).median() > 20 * LIMIT, "a forgotten row must not pass"
+    assert nmse_per_position(unpruned, wanted).max() > 20 * LIMIT, "a forgotten row must not pass"
     for n_batch in (N_TOKEN, 1):
         found = logits(outfile, tokens.tolist(), n_batch=n_batch, libraries=stock_libraries)
         nmse = nmse_per_position(torch.from_numpy(found), wanted)

@@ -18,7 +18,7 @@ from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules, fingerprint
+from mone_export.model import expert_modules, fingerprint, load_tokenizer
 from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
 from mone_export.output.quantizing import QUANTIZE_TYPES
 from mone_export.output.writing import check_output, measure, write
@@ -38,7 +38,7 @@ SMALL = ("small", "f32")
 
 def calibration_of(folder: Path, text: Path) -> Calibration:
     model = load(folder, device="cpu")
-    corpus = read_corpus([text], model.tokenizer, n_row=2, seq_len=64)
+    corpus = read_corpus([text], load_tokenizer(folder), n_row=2, seq_len=64)
     return calibrate(model, corpus, model_sha256=fingerprint(folder))
 
 

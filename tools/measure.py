@@ -41,8 +41,6 @@ OUT = ROOT / "docs" / "measurements"
 def main() -> int:
     """Run one measurement, write its JSON and print its table."""
     args = _parser().parse_args()
-    # threads that wait for each other by spinning starve one another on a machine that is not idle
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported
     started = environment()
     data = {"kind": args.command} | started | args.measure(args)
     data["machine"]["load_average_after"] = [round(load, 1) for load in os.getloadavg()]

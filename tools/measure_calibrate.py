@@ -74,7 +74,7 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
     model.set_experts_implementation(fastest)
     # opening is not timed, as loading a model into memory is not; what streaming reads in its turn is
     module, files = open_streamed(folder, device=args.device, dtype=dtype)
-    handle: Any = Model(inspect(folder), folder, module, None, files)
+    handle = Model(inspect(folder), folder, module, files)
     competitors = {
         "plain": forward,
         "observed": observed,

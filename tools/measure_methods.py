@@ -159,10 +159,11 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
     """Return rows of every `step`-th built-in document of a kind, from the `first` on."""
     from mone_export.calibration.corpus import make_corpus
     from mone_export.calibration.documents import builtin_documents
+    from mone_export.model import load_tokenizer
 
     documents = (document for document in builtin_documents(split) if document.kind == kind)
     own = islice(documents, first, None, step)
-    return make_corpus(own, model.tokenizer, name=kind, n_row=n_row, seq_len=SEQ_LEN)
+    return make_corpus(own, load_tokenizer(model.path), name=kind, n_row=n_row, seq_len=SEQ_LEN)
 
 
 @contextmanager

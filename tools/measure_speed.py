@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import json
-import os
 import subprocess
 import sys
 import time
@@ -149,13 +148,11 @@ def bench(program: Path, file: Path, args: argparse.Namespace) -> Iterator[Json]
     """Yield wall and CPU time per token of llama-bench's two tests on a file.
 
     The process's CPU time is read when its log says that the timed runs begin, and when the result appears:
-    loading, repacking and warming up are not in it. Its threads wait for each other as they do for a user:
-    asleep, as in what measure.py itself computes, every node of the graph costs their waking.
+    loading, repacking and warming up are not in it.
     """
     command = [str(program), "-m", str(file), "-t", str(args.threads), "-r", str(REPETITIONS)]
     command += ["-p", str(args.n_prompt), "-n", str(args.n_gen), "-o", "jsonl", "--progress"]
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     clock = ~process.pid << 3 | 2  # Linux: the CPU-time clock of another process
     began, seen = 0.0, []

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from mone_export.artifacts import MoeSpec
@@ -22,7 +22,6 @@ from mone_export.model import (
     auto_class,
     expert_modules,
     inspect,
-    load_tokenizer,
     packing,
     read_config,
     resolve_device,
@@ -45,7 +44,6 @@ class Model:
     spec: MoeSpec
     path: Path
     module: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     files: LayerFiles | None = None
 
 
@@ -57,7 +55,7 @@ def load(
     stream: Stream = "auto",
     memory: int | None = None,
 ) -> Model:
-    """Load weights and tokenizer for calibration.
+    """Load weights for calibration.
 
     `device` auto means CUDA when there is one; `dtype` auto means the checkpoint's own, except on a CPU with
     room for float32, where float32 is both faster and more exact; `stream` auto brings the decoder layers one
@@ -72,7 +70,7 @@ def load(
     log.info(
         "loaded %s as %s on %s%s", path.name, torch_dtype, device, ", layer by layer" if streamed else ""
     )
-    return Model(spec=spec, path=path, module=module, tokenizer=load_tokenizer(path), files=files)
+    return Model(spec=spec, path=path, module=module, files=files)
 
 
 def loaded_experts(model: Model) -> Iterator[tuple[int, Any]]:
@@ -135,6 +133,8 @@ def open_streamed(path: Path, *, device: str, dtype: torch.dtype) -> tuple[PreTr
     # late where either has run before
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, "16")
+    # one thread reads already: transformers' own four would take turns with it, and each keep memory
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     config = _unpacking(read_config(path))
     quantizer: Any = None
     if packing(config):

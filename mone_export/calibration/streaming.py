@@ -38,7 +38,6 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mone_export.errors import MoneError
-from mone_export.memory import give_back
 from mone_export.model import expert_modules, open_weights
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # a file's types: ours
@@ -86,12 +85,12 @@ class LayerFiles:
         """Give the memory of layer `number` back."""
         self._memory.give(self.layers[number].state_dict().values())
         self.layers[number].load_state_dict(self._blank[number], assign=True)
-        give_back()
+        gc.collect()  # but no `give_back`: the next layer wants the same memory
 
     def each(self, first: int = 0) -> Iterator[int]:
         """Yield layer numbers from `first`, each loaded; the next one is read meanwhile."""
         numbers = range(first, len(self.layers))
-        with ThreadPoolExecutor(max_workers=1) as reader, _settled_objects():
+        with _settled_objects(), ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.load, first) if numbers else None
             gone: Future[None] | None = None
             for number in numbers:

@@ -88,6 +88,11 @@ class Conversion:
         """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
         return {name: tuple(info.shape) for name, info in self._model.gguf_writer.tensors[0].items()}
 
+    @property
+    def types(self) -> Mapping[str, str]:
+        """The type of every tensor, such as `bf16`."""
+        return {name: info.dtype.name.lower() for name, info in self._model.gguf_writer.tensors[0].items()}
+
     def key(self, name: str) -> Any:
         """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
         self._prepare_metadata()

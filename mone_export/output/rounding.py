@@ -10,15 +10,15 @@ from mone_export.model import open_weights
 from mone_export.output.llamacpp import block_of, dequantize
 from mone_export.runtime import path as runtime_path
 
-N_SAMPLE = 2**20  # weights, from all over the model
-_EXACT = ("f32", "f16", "bf16")
+N_SAMPLE = 2**18  # weights, from all over the model
+_EXACT = ("f32", "f16", "bf16", "mxfp4", "nvfp4")  # the latter where a checkpoint has them itself
 _BLOCK = 256  # weights that K-quants take together
 
 
 def rounding_errors(path: Path, types: Iterable[str]) -> dict[str, float]:
     """Return the squared error of each type relative to the squared weights, on a sample of a model's own.
 
-    `types` are names of tensor types such as `q4_k`; those of floating-point numbers count as exact. Rounded
+    `types` are names of tensor types such as `q4_k`; those that a checkpoint may have count as exact. Rounded
     by ggml itself, without an importance matrix.
     """
     wanted = sorted(set(types) - set(_EXACT))

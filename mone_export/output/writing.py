@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,15 +94,42 @@ def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "aut
     return layout.size, layout.size_between
 
 
-class Layout(NamedTuple):
-    """A file before it is written: its size and that of the one between, and the types of its tensors.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file before it is written: the bytes of its head, and each tensor's shape (numpy's order) and type.
 
-    `types` is empty where the converter makes them all alike.
+    `types_between` are those of the file llama-quantize makes it from, empty where there is none.
     """
 
-    size: int
-    size_between: int
+    head_size: int
+    shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
+    types_between: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return self._size(self.types)
+
+    @property
+    def size_between(self) -> int:
+        """The size of the file that llama-quantize makes it from, or 0."""
+        return self._size(self.types_between) if self.types_between else 0
+
+    def with_kept(self, n_kept: Mapping[int, int]) -> "Layout":
+        """Return the layout with other numbers of experts, fewer than all, in pruned layers.
+
+        By method `mone` nothing else changes in the file.
+        """
+        shapes = dict(self.shapes)
+        for name, shape in self.shapes.items():
+            layer, part = part_of(name) or (-1, None)
+            if part == "experts" and layer in n_kept:
+                shapes[name] = (n_kept[layer], *shape[1:])
+        return replace(self, shapes=shapes)
+
+    def _size(self, types: Mapping[str, str]) -> int:
+        return self.head_size + sum(padded_bytes(self.shapes[name], kind) for name, kind in types.items())
 
 
 def layouts(
@@ -133,9 +161,9 @@ def layouts(
             conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
             size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
             conversion.close()
+            base = Layout(head.stat().st_size, conversion.shapes, conversion.types)
             if base_type in outtypes:
-                found[base_type] = Layout(size, 0, {})
-            head_size = head.stat().st_size
+                found[base_type] = base
             with head.open("r+b") as file:
                 file.truncate(size)
             quantized = set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ()
@@ -143,9 +171,8 @@ def layouts(
                 asked = pool.map(partial(quantized_types, head), () if types else quantized)
                 known = types or dict(zip(quantized, asked, strict=True))
             for outtype in quantized:
-                own = {name: kind for name, kind in known[outtype].items() if name in conversion.shapes}
-                bytes_ = (padded_bytes(conversion.shapes[name], kind) for name, kind in own.items())
-                found[outtype] = Layout(head_size + sum(bytes_), size, own)
+                own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
+                found[outtype] = replace(base, types=own, types_between=base.types)
     return found
 
 
