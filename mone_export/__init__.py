@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from mone_export.calibration.loading import Model, load
     from mone_export.calibration.passes import calibrate
     from mone_export.errors import MoneError
-    from mone_export.model import fingerprint, inspect
     from mone_export.output.writing import write
     from mone_export.pipeline import export
     from mone_export.pruning.novices import novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score
+    from mone_export.recipe import Recipe
+    from mone_export.source import Checkpoint, Source, inspect, open_source
 
 # loaded on first use (PEP 562), so that `mone-export --help` does not wait for torch
 _HOME = {
@@ -31,8 +32,11 @@ _HOME = {
     "Model": "calibration.loading",
     "calibrate": "calibration.passes",
     "export": "pipeline",
-    "fingerprint": "model",
-    "inspect": "model",
+    "inspect": "source",
+    "open_source": "source",
+    "Checkpoint": "source",
+    "Source": "source",
+    "Recipe": "recipe",
     "load": "calibration.loading",
     "novices": "pruning.novices",
     "plan": "pruning.planning",
@@ -42,21 +46,24 @@ _HOME = {
 }
 __all__ = [
     "Calibration",
+    "Checkpoint",
     "Corpus",
     "ExpertStats",
     "Model",
     "MoeSpec",
     "MoneError",
     "Plan",
+    "Recipe",
     "Report",
     "Scores",
+    "Source",
     "__version__",
     "calibrate",
     "export",
-    "fingerprint",
     "inspect",
     "load",
     "novices",
+    "open_source",
     "plan",
     "read_corpus",
     "score",

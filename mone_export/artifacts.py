@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mone_export.errors import MoneError
+from mone_export.recipe import Recipe, ScoreName
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +294,15 @@ def _not_ours(path: Path, error: Exception) -> MoneError:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """One number per expert, float64 [n_moe_layer, n_expert], layers as in `spec`; larger = keep."""
+    """One number per expert, float64 [n_moe_layer, n_expert], layers as in `spec`; larger = keep.
+
+    `calibration` is what they follow from; None where they follow from the weights alone, or from nothing.
+    """
 
     spec: MoeSpec
-    score: str
+    score: ScoreName
     values: Tensor
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,13 +321,10 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole decision: per layer, who stays. `ratio` is what was asked for."""
+    """The whole decision: per layer, which experts stay, and the recipe that led to it."""
 
     spec: MoeSpec
-    method: str
-    score: str
-    ratio: float
-    scope: str
+    recipe: Recipe
     layers: tuple[LayerPlan, ...]
 
     @property
@@ -376,13 +378,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an export did: sizes in bytes, experts kept per layer, text, seconds per stage, remarks.
+    """What an export did, by which recipe: sizes in bytes, experts kept per layer, text, seconds, remarks.
 
     `stability` is None where no text was read, or too little to compare. `candidates` are the ways there were
     to reach a size that was asked for, the best first.
     """
 
     outfile: Path
+    recipe: Recipe
     size: int
     size_unpruned: int
     n_kept: Mapping[int, int]

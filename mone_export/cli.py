@@ -4,15 +4,20 @@ import argparse
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mone_export import __version__
-from mone_export.errors import MoneError
+from mone_export.errors import MoneError, first_line
+from mone_export.recipe import ALLOCATIONS, METHODS, NOVICE_NAMES, SCORE_NAMES
 from mone_export.terminal import Display, JsonEvents, ProgressLine, logging_to
 
 if TYPE_CHECKING:
@@ -30,27 +35,61 @@ _EPILOG = """examples:
   mone-export ./my-model --ratio 0.5 --stats my-model.stats -o half.gguf        and uses it again
 
 The files run in the llama.cpp that `mone-llama build` makes."""
-_DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
-_PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
+_USAGE = "mone-export MODEL (--ratio R | --fit SIZE) -o PATH [options]"
+_MOST_REMARKS, _LONGEST_REMARK = 8, 240  # lines and characters of a report on a terminal
+
+
+class _Terminated(BaseException):
+    """SIGTERM: everything is left as Ctrl-C leaves it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mone-export`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
+    """Run `mone-export`; returns the exit status.
+
+    0 done, 1 a problem (one line on stderr says which), 2 usage, 130 interrupted, 143 terminated.
+    """
     args = _parse(argv)
     display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
     if args.json:
         display = JsonEvents(enabled=not args.quiet)
     try:
-        with _logging(display, verbose=args.verbose, quiet=args.quiet), closing(display):
+        with (
+            _terminable(),
+            _logging(display, verbose=args.verbose, quiet=args.quiet),
+            closing(display),
+        ):
             return _dry_run(args, display) if args.dry_run else _export(args, display)
     except MoneError as error:
         status, message = 1, str(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted; nothing was written"
+    except _Terminated:
+        status, message = 143, "terminated; nothing was written"
+    except Exception as error:  # a user gets one line of it all the same
+        status, message = 1, f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
+        if args.verbose:
+            traceback.print_exc()
     if isinstance(display, JsonEvents):
         display.event("error", message=message, status=status)
     print(f"mone-export: {message}", file=sys.stderr)
     return status
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C for the length of the block."""
+
+    def terminate(_number: int, _frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +100,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
     if args.ratio is None and args.fit is None:
         parser.error("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
-    args.method = args.method or ("drop" if args.stock else "mone")
+    if args.outfile is None and not args.dry_run:
+        parser.error("where to? pass -o FILE, or -o FOLDER")
+    if args.scope:
+        if args.allocation not in (None, "model") or (args.scope == "layer" and args.allocation):
+            parser.error(f"--scope {args.scope} with --allocate {args.allocation}: leave one of them out")
+        args.allocation = "model" if args.scope == "model" else None
+    args.method = args.method or ("drop" if args.stock else None)
     args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
     return args
 
@@ -76,33 +121,63 @@ def _logging(display: Display, *, verbose: bool, quiet: bool) -> AbstractContext
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Group:
+    """A group of options; the rarely used ones are listed by `--help-all` only."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, *, everything: bool) -> None:
+        self._group, self._everything = parser.add_argument_group(title), everything
+
+    def add(self, *names: str, **options: Any) -> None:
+        """Add an option that `--help` lists."""
+        self._group.add_argument(*names, **options)
+
+    def add_rare(self, *names: str, **options: Any) -> None:
+        """Add an option that `--help-all` lists."""
+        self._group.add_argument(
+            *names, **options if self._everything else options | {"help": argparse.SUPPRESS}
+        )
+
+
+class _HelpAll(argparse.Action):
+    """Prints all options."""
+
+    def __call__(self, *_: Any) -> None:
+        _parser(everything=True).print_help()
+        raise SystemExit(0)
+
+
+def _parser(*, everything: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mone-export",
+        usage=None if everything else _USAGE,
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="list every option")
     parser.add_argument("--version", action="version", version=f"mone-export {__version__}")
-    _add_input_options(parser.add_argument_group("input"))
-    _add_pruning_options(parser.add_argument_group("pruning"))
-    _add_output_options(parser.add_argument_group("output"))
-    _add_run_options(parser.add_argument_group("run"))
+    _add_input_options(_Group(parser, "input", everything=everything))
+    _add_pruning_options(_Group(parser, "pruning", everything=everything))
+    _add_output_options(_Group(parser, "output", everything=everything))
+    _add_run_options(_Group(parser, "run", everything=everything))
     return parser
 
 
-def _add_input_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("model", metavar="MODEL", help="folder, Hugging Face id, or demo (the built-in model)")
-    group.add_argument(
+def _add_input_options(group: _Group) -> None:
+    group.add(
+        "model", metavar="MODEL", help="folder, Hugging Face id (org/name[@revision]), or demo (built in)"
+    )
+    group.add(
         "-f",
         "--file",
         dest="files",
         action="append",
         default=[],
         metavar="TEXT[=WEIGHT]",
-        help="calibration text, repeatable: plain, or .jsonl of texts or chats (default: built-in text)",
+        help="calibration text, repeatable: plain, or JSON of texts or chats (default: built-in text)",
     )
-    group.add_argument(
+    group.add_rare(
         "--dataset",
         dest="datasets",
         action="append",
@@ -110,180 +185,163 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
         metavar="ID[:CONFIG][:SPLIT][=WEIGHT]",
         help="calibration text from a Hugging Face dataset, id or folder; repeatable, with or without -f",
     )
-    group.add_argument(
+    group.add_rare(
         "--field", default="text", metavar="NAME", help="where records hold their text (default text)"
     )
-    group.add_argument(
-        "--chunks",
-        type=int,
-        metavar="N",
-        help=f"rows of text (default {_PAPER_CHUNKS[0]}; demo {_DEMO_CHUNKS[0]})",
-    )
-    group.add_argument(
+    group.add("--chunks", dest="n_row", type=int, metavar="N", help="rows of text (default 100; demo 64)")
+    group.add_rare(
         "-c",
         "--ctx-size",
+        dest="seq_len",
         type=int,
         metavar="N",
-        help=f"tokens per row (default {_PAPER_CHUNKS[1]}; demo {_DEMO_CHUNKS[1]})",
+        help="tokens per row (default 2048; demo 512)",
     )
-    group.add_argument(
+    group.add_rare(
         "--until-stable",
         type=float,
         metavar="X",
         help="stop reading text when this much of the decision stands while the text doubles, e.g. 0.95",
     )
-    group.add_argument(
+    group.add(
         "--stats",
         type=Path,
         metavar="FILE",
         help="keep the calibration in FILE, or take it from there if it exists",
     )
+    group.add_rare("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id")
+    group.add_rare("--trust-remote-code", action="store_true", help="let code that comes with the model run")
 
 
-def _add_pruning_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--ratio", type=float, metavar="R", help="share of the experts to prune, e.g. 0.5")
-    group.add_argument(
+def _add_pruning_options(group: _Group) -> None:
+    group.add("--ratio", type=_ratio, metavar="R", help="share of the experts to prune, e.g. 0.5 or 50%%")
+    group.add(
         "--fit",
         "--target-size",
         type=_size,
         metavar="SIZE",
         help="largest size of the file, e.g. 16GiB: what --ratio and --outtype leave open is chosen to fit",
     )
-    group.add_argument(
-        "--method",
-        choices=_METHODS,
-        help="mone: novices stand in (default); drop: the router loses them, too; dern: others absorb parts",
-    )
-    group.add_argument(
+    group.add(
         "--stock",
         action="store_true",
         help="write a file that unpatched llama.cpp runs: --method drop, unless another is named",
     )
-    group.add_argument(
+    group.add_rare(
+        "--method",
+        choices=METHODS,
+        help="mone: novices stand in (default); drop: the router loses them, too; dern: others absorb parts",
+    )
+    group.add_rare(
         "--score",
-        choices=_SCORES,
+        choices=SCORE_NAMES,
         help="which experts stay: the best by this score (default error; with drop reap, with dern gate)",
     )
-    group.add_argument(
+    group.add_rare(
         "--novice",
-        choices=_NOVICES,
-        default="least-squares",
+        choices=NOVICE_NAMES,
         help="what stands in for a pruned expert (default least-squares)",
     )
-    group.add_argument(
+    group.add_rare(
+        "--allocate",
+        dest="allocation",
+        choices=ALLOCATIONS,
+        help="how many experts each layer keeps: more where the model minds errors more (sensitivity, the "
+        "default), the same number (even, the default with drop and dern), the best of the whole model by "
+        "relative score (model), or by trying (search: starts at sensitivity)",
+    )
+    group.add_rare("--scope", choices=("layer", "model"), help="model: what --allocate model is called now")
+    group.add_rare(
         "--min-kept",
         type=int,
         metavar="N",
         help="experts that must stay in a layer (default: as many as a token uses)",
     )
-    group.add_argument(
-        "--scope",
-        choices=("layer", "model"),
-        default="layer",
-        help="layer: prune the same share of each (default); model: layers compete by relative score",
-    )
-    group.add_argument(
-        "--allocate",
-        choices=("auto", "even", "sensitivity", "search"),
-        default="auto",
-        help="sensitivity: layers that matter more keep more experts (default, but even with --scope model, "
-        "drop and dern); search: start there, and measure the model",
-    )
-    group.add_argument(
+    group.add_rare(
         "--sequential",
         action="store_true",
-        help="calibrate each layer behind the pruned ones before it: two more passes over the text",
+        help="calibrate each layer after the pruned ones before it: two more passes over the text",
     )
-    group.add_argument(
+    group.add_rare(
         "--no-guard",
         dest="guarded",
         action="store_false",
         help="let experts of extreme outputs be pruned like others",
     )
-    group.add_argument(
+    group.add_rare(
         "--seed", type=int, default=0, metavar="N", help="for --dataset and --score random (default 0)"
     )
 
 
-def _add_output_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("-o", "--outfile", type=Path, required=True, metavar="PATH", help="the GGUF to write")
-    group.add_argument(
+def _add_output_options(group: _Group) -> None:
+    group.add(
+        "-o",
+        "--outfile",
+        type=Path,
+        metavar="PATH",
+        help="the GGUF to write; in a folder it is named after model, ratio and type",
+    )
+    group.add(
         "--outtype",
         default="auto",
         metavar="TYPE",
         help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, ... (default auto: the checkpoint's own)",
     )
-    group.add_argument(
+    group.add_rare(
+        "--overwrite", action="store_true", help="replace an existing file that is no GGUF of mone-export"
+    )
+    group.add_rare(
+        "--mtp",
+        choices=("keep", "drop"),
+        help="blocks that predict further tokens (default keep; an ordinary file of fewer experts has none)",
+    )
+    group.add(
         "--dry-run",
         action="store_true",
-        help="print plan and exact sizes, write nothing; without saved --stats the plan has no expert ids",
+        help="print plan and sizes, write nothing; without saved --stats the plan has no expert ids",
     )
 
 
-def _add_run_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+def _add_run_options(group: _Group) -> None:
+    group.add(
         "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps (default auto)"
     )
-    group.add_argument(
+    group.add_rare(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="precision of the calibration (default auto: the checkpoint's, on a CPU float32 where it fits)",
     )
-    group.add_argument(
+    group.add_rare(
         "--stream",
         choices=("auto", "on", "off"),
         default="auto",
         help="bring the model's layers into memory one at a time (default auto: if they do not fit together)",
     )
-    group.add_argument(
+    group.add_rare(
         "--memory",
         type=_size,
         metavar="SIZE",
         help="memory the calibration may use, e.g. 12G (default: what is free)",
     )
-    group.add_argument(
+    group.add(
         "--workdir",
         type=Path,
         metavar="DIR",
         help="keep unfinished work in DIR: the same command goes on where it was stopped",
     )
-    group.add_argument("-v", "--verbose", action="store_true", help="say more: a line for every stage, too")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress, no report")
-    group.add_argument(
+    group.add("-v", "--verbose", action="store_true", help="say more: a line for every stage, too")
+    group.add_rare("-q", "--quiet", action="store_true", help="no progress, no report")
+    group.add_rare(
         "--json", action="store_true", help="progress and report as JSON on stdout, one event per line"
     )
 
 
-# written out so that `--help` need not import torch; a test holds them against the registries
-_METHODS = ("mone", "drop", "dern")
-_SCORES = (
-    "mone",
-    "mone-paper",
-    "frequency",
-    "gate",
-    "variance",
-    "ean",
-    "reap",
-    "man",
-    "msan",
-    "error",
-    "random",
-    "aimer",
-)
-_NOVICES = ("mean", "gate-weighted", "least-squares", "zero", "joint")
-
-
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a request: most options have their name."""
+    """Return the fields of a request: options have their names."""
     from mone_export.request import Request
 
-    n_row, seq_len = _DEMO_CHUNKS if args.model == "demo" else _PAPER_CHUNKS
-    values = vars(args) | {
-        "n_row": n_row if args.chunks is None else args.chunks,
-        "seq_len": seq_len if args.ctx_size is None else args.ctx_size,
-    }
-    return {field.name: values[field.name] for field in fields(Request)}
+    return {field.name: getattr(args, field.name) for field in fields(Request)}
 
 
 def _export(args: argparse.Namespace, display: Display) -> int:
@@ -304,50 +362,46 @@ def _export(args: argparse.Namespace, display: Display) -> int:
 def _dry_run(args: argparse.Namespace, display: Display) -> int:
     _quiet_transformers()
     from mone_export.artifacts import Part
-    from mone_export.deciding import decide, file_size, settle
-    from mone_export.pruning.planning import plan_without_scores
-    from mone_export.request import Request, prepare
+    from mone_export.pipeline import rehearse
 
-    if args.sequential or args.allocate == "search":
+    if args.sequential or args.allocation == "search":
         option = "--sequential" if args.sequential else "--allocate search"
         raise MoneError(f"{option} runs the model, --dry-run does not: leave one out")
-    job = prepare(Request(**_options(args)), progress=display)
-    if saved := job.saved:
-        job = settle(job, saved) if job.candidates else job
-        chosen, parts = decide(job, saved), saved.parts
-        size = file_size(job, chosen)
-    else:
-        assert job.corpus is not None
-        chosen = plan_without_scores(job.spec, ratio=job.ratio, min_kept=args.min_kept, method=args.method)
-        parts, size = (Part(job.corpus.sha256, job.corpus.sources),), job.size
+    job, chosen = rehearse(**_options(args), progress=display)
+    display.close()
+    saved = job.saved
+    parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()
     decided = saved is not None or len(job.candidates) < 2  # without statistics none is better
-    counted = saved is not None or (decided and (job.scope == "layer" or not job.ratio))
+    even = chosen.recipe.allocation == "even" or not job.recipe.ratio
+    counted = decided and (saved is not None or even)
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
-            spec=asdict(job.spec),
+            spec=asdict(job.source.spec),
+            recipe=asdict(chosen.recipe),
             n_kept=chosen.n_kept if counted else None,
             pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved else None,
             parts=[asdict(part) for part in parts],
-            size=size if decided else None,
+            size=job.size if decided else None,
+            size_is_exact=counted,
             size_unpruned=job.size_unpruned if decided else None,
             candidates=[_candidate_values(item) for item in job.candidates],
         )
         return 0
-    _print_spec(job.spec)
+    _print_spec(job.source.spec)
     for layer in chosen.layers if counted else ():
         pruned = f": {' '.join(map(str, layer.pruned))}" if saved else ""
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
         print(
-            f"layers   keep {kept} of {job.spec.n_expert} experts on average, each how many is known after a "
-            "calibration, or with saved --stats"
+            f"layers   keep {kept} of {job.source.spec.n_expert} experts on average, each how many is known "
+            "after a calibration, or with saved --stats"
         )
     _print_text(parts)
     _print_candidates(job.candidates)
     if decided:
-        _print_sizes(job.size_unpruned, size)
+        _print_sizes(job.size_unpruned, job.size, about=not counted)
     else:
         print(
             "note     which of these does the least harm is known after a calibration, or with saved --stats"
@@ -355,10 +409,19 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
     return 0
 
 
+def _ratio(text: str) -> float:
+    """Return the share that `0.5` or `50%` means."""
+    number = text.removesuffix("%")
+    try:
+        return float(number) / (100 if number != text else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no share: write 0.5 or 50%") from None
+
+
 def _size(text: str) -> int:
     """Return the bytes that `512M`, `1.5G`, `16GiB` (of 1024), `16GB` (of 1000) or a plain number mean."""
     match = re.fullmatch(r"([\d.]+) ?([KMGT]?)(I?B)?", text.upper())
-    if not match or match[1].count(".") > 1:
+    if not match or not any(digit.isdigit() for digit in match[1]) or match[1].count(".") > 1:
         raise argparse.ArgumentTypeError(f"{text} is no size: write 12G, 16GiB or 16GB")
     return int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** " KMGT".index(match[2] or " "))
 
@@ -398,8 +461,26 @@ def _print_report(report: "Report") -> None:
     _print_candidates(report.candidates)
     _print_sizes(report.size_unpruned, report.size)
     print(f"time     {_durations(report.seconds)}")
-    for remark in report.remarks:
-        print(f"note     {remark}")
+    for remark in report.remarks[:_MOST_REMARKS]:
+        print(f"note     {_cut(remark)}")
+    if (n_more := len(report.remarks) - _MOST_REMARKS) > 0:
+        print(f"note     {n_more} more notes like these: --json has them all")
+    print(f"run      {_how_to_run(report)}")
+
+
+def _cut(remark: str) -> str:
+    """Return the beginning of a long remark, and how much is missing."""
+    if len(remark) <= _LONGEST_REMARK:
+        return remark
+    return f"{remark[:_LONGEST_REMARK]}... ({len(remark) - _LONGEST_REMARK} characters more with --json)"
+
+
+def _how_to_run(report: "Report") -> str:
+    """Return the command that runs the file."""
+    file = shlex.quote(str(report.outfile))
+    if report.recipe.ratio and report.recipe.method == "mone":
+        return f"$(mone-llama path)/llama-cli -m {file}    (after `mone-llama build`, once)"
+    return f"llama-cli -m {file}    (any llama.cpp runs it)"
 
 
 def _print_text(parts: Sequence["Part"]) -> None:
@@ -417,8 +498,10 @@ def _print_candidates(fitting: Sequence["Candidate"]) -> None:
         print(f"answer   {answer(fitting)}")
 
 
-def _print_sizes(unpruned: int, size: int) -> None:
-    print(f"size     {size / 1e6:.1f} MB ({size} bytes), {size / unpruned:.0%} of {unpruned / 1e6:.1f} MB")
+def _print_sizes(unpruned: int, size: int, *, about: bool = False) -> None:
+    exactly = "about " if about else ""
+    whole = "" if about else f" ({size} bytes)"
+    print(f"size     {exactly}{size / 1e6:.1f} MB{whole}, {size / unpruned:.0%} of {unpruned / 1e6:.1f} MB")
 
 
 def _durations(seconds: Mapping[str, float]) -> str:

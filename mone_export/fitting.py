@@ -14,16 +14,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from functools import partial
 
-from mone_export.artifacts import Calibration, Candidate, MoeSpec, Plan
+from mone_export.artifacts import Calibration, Candidate, Plan
 from mone_export.errors import MoneError
 from mone_export.output.rounding import rounding_errors
 from mone_export.output.writing import Layout, layouts
+from mone_export.pruning.allocation import kept_per_layer, least_kept
 from mone_export.pruning.damage import relative_error
-from mone_export.pruning.planning import kept_per_layer, least_kept, plan_without_scores
+from mone_export.pruning.planning import plan_without_scores
+from mone_export.recipe import Recipe
 from mone_export.runtime import Progress
+from mone_export.source import Source
 
 # in falling precision
 LADDER = ("auto", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
@@ -34,97 +36,102 @@ _MATRIX = re.compile(r"blk\.(\d+)\.(\w+?)(_exps)?\.weight")
 
 
 def candidates(
-    path: Path,
-    spec: MoeSpec,
+    source: Source,
+    recipe: Recipe,
     budget: int,
     *,
     outtype: str = "auto",
-    ratio: float | None = None,
-    min_kept: int | None = None,
-    method: str = "mone",
-    score: str = "error",
-    novice: str = "mean",
-    scope: str = "layer",
+    any_ratio: bool = True,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Return for each type the candidate with the most experts that `budget` bytes hold, exactest type first.
 
-    `outtype` and `ratio` narrow the search to one type (`auto` is all of them) and one ratio. Types behind
-    the first that takes all experts are left out: they could only be worse. The names count: the file states
-    them. Raises `MoneError`, naming the smallest size there is, when nothing fits.
+    `outtype` narrows the search to one type (`auto` is all of them), `any_ratio` False to the recipe's ratio.
+    Types after the first that takes all experts are left out: they could only be worse. Raises `MoneError`,
+    naming the smallest size there is, when nothing fits.
     """
     outtypes = LADDER if outtype == "auto" else (outtype,)
-    floor = least_kept(spec, min_kept)
-    if ratio is not None:
-        floor = kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
-
-    def blank(n_kept: int) -> Plan:
-        part = 1 - n_kept / spec.n_expert
-        return plan_without_scores(
-            spec, ratio=part, min_kept=min_kept, score=score, method=method, scope=scope
-        )
-
-    smallest = layouts(path, blank(floor), outtypes, novice=novice)
-    types = {name: layout.types for name, layout in smallest.items()} if method == "mone" else None
-    whole = layouts(path, blank(spec.n_expert), outtypes, novice=novice, types=types)
-
-    @cache
-    def layout_of(name: str, n_kept: int) -> Layout:
-        if n_kept in (floor, spec.n_expert):
-            return (smallest if n_kept == floor else whole)[name]
-        if method == "mone":
-            return smallest[name].with_kept(dict.fromkeys(spec.moe_layers, n_kept))
-        return layouts(path, blank(n_kept), (name,), novice=novice)[name]
-
+    sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio)
+    n_expert = source.spec.n_expert
     found: list[Candidate] = []
     for number, name in enumerate(outtypes, start=1):
         if progress:
             progress(number, len(outtypes), "measuring sizes (types)")
-
-        def size(n_kept: int, name: str = name) -> int:
-            return layout_of(name, n_kept).size
-
-        count = floor if ratio is not None else _most(budget, spec.n_expert, floor, size)
-        layout = layout_of(name, count)
-        same = any(item.size == layout.size for item in found)  # a type that the checkpoint has already
-        if layout.size <= budget and not same:
+        count = _most(budget, n_expert, sizes.floor, partial(sizes.size, name)) if any_ratio else sizes.floor
+        layout = sizes.layout(name, count)
+        if layout.size > budget:
+            continue
+        if all(item.size != layout.size for item in found):  # the checkpoint may have the type already
+            whole = sizes.layout(name, n_expert)
             found.append(
                 Candidate(
                     name,
-                    1 - count / spec.n_expert,
+                    1 - count / n_expert,
                     layout.size,
                     size_between=layout.size_between,
-                    size_unpruned=whole[name].size,
+                    size_unpruned=whole.size,
                     types=layout.types,
                 )
             )
-        if layout.size <= budget and count == spec.n_expert:
+        if count == n_expert:
             break
     if progress:
         progress(len(outtypes), len(outtypes), "measuring sizes (types)")
     if not found:
-        name = min(outtypes, key=lambda name: smallest[name].size)
+        name = min(outtypes, key=lambda name: sizes.size(name, sizes.floor))
         raise MoneError(
-            f"nothing fits {budget} bytes: the smallest file has {smallest[name].size}, --outtype {name} "
-            f"with {floor} of {spec.n_expert} experts: pass a larger --fit, or another --min-kept or --ratio"
+            f"nothing fits {budget} bytes: the smallest file has {sizes.size(name, sizes.floor)}, --outtype "
+            f"{name} with {sizes.floor} of {n_expert} experts: pass a larger --fit, or another --min-kept or "
+            "--ratio"
         )
     return found
 
 
+class _Layouts:
+    """The layouts of a model's files by type and number of experts kept, the same in every layer."""
+
+    def __init__(self, source: Source, recipe: Recipe, outtypes: Sequence[str], *, any_ratio: bool) -> None:
+        """Measure the smallest and the largest file of each type; by method `mone` all others follow."""
+        self._source, self._recipe = source, recipe
+        spec = source.spec
+        self.floor = least_kept(spec, recipe.min_kept) if any_ratio else kept_per_layer(spec, recipe)
+        few = layouts(source, self._blank(self.floor), outtypes)
+        types = {name: layout.types for name, layout in few.items()} if recipe.method == "mone" else None
+        many = layouts(source, self._blank(spec.n_expert), outtypes, types=types)
+        self._known = {(name, spec.n_expert): layout for name, layout in many.items()}
+        self._known |= {(name, self.floor): layout for name, layout in few.items()}
+
+    def layout(self, outtype: str, n_kept: int) -> Layout:
+        """Return the layout of a type's file that keeps so many experts in every layer."""
+        if (outtype, n_kept) not in self._known:
+            self._known[outtype, n_kept] = self._new(outtype, n_kept)
+        return self._known[outtype, n_kept]
+
+    def size(self, outtype: str, n_kept: int) -> int:
+        """Return the bytes of that file."""
+        return self.layout(outtype, n_kept).size
+
+    def _new(self, outtype: str, n_kept: int) -> Layout:
+        if self._recipe.method == "mone":
+            moe_layers = self._source.spec.moe_layers
+            return self._known[outtype, self.floor].with_kept(dict.fromkeys(moe_layers, n_kept))
+        return layouts(self._source, self._blank(n_kept), (outtype,))[outtype]
+
+    def _blank(self, n_kept: int) -> Plan:
+        spec = self._source.spec
+        return plan_without_scores(spec, replace(self._recipe, ratio=1 - n_kept / spec.n_expert))
+
+
 def judge(
     found: Sequence[Candidate],
-    path: Path,
+    source: Source,
     calibration: Calibration,
     decide: Callable[[Candidate], Plan],
-    *,
-    novice: str,
 ) -> list[Candidate]:
     """Return the candidates with their estimated errors, the best first; `decide` makes one's plan."""
     kinds = {kind for item in found for _, _, kind in _matrices(item)}
-    rounding = rounding_errors(path, kinds)
-    judged = [
-        replace(item, error=_error(item, calibration, decide(item), novice, rounding)) for item in found
-    ]
+    rounding = rounding_errors(source, kinds)
+    judged = [replace(item, error=_error(item, calibration, decide(item), rounding)) for item in found]
     return sorted(judged, key=lambda item: item.error or 0.0)
 
 
@@ -157,13 +164,10 @@ def _most(budget: int, n_expert: int, floor: int, size: Callable[[int], int]) ->
     return count
 
 
-def _error(
-    item: Candidate, calibration: Calibration, plan: Plan, novice: str, rounding: Mapping[str, float]
-) -> float:
+def _error(item: Candidate, calibration: Calibration, plan: Plan, rounding: Mapping[str, float]) -> float:
     """Return the mean over the layers, by sensitivity, of what is missing and what is rounded in each."""
-    known = "least-squares" if novice == "joint" else novice if plan.method == "mone" else "zero"
     lost = {
-        layer.layer: relative_error(calibration.layers[layer.layer], layer.pruned, known)
+        layer.layer: relative_error(calibration.layers[layer.layer], layer.pruned, plan.recipe.known_novice)
         for layer in plan.layers
     }
     total = dict(lost)

@@ -1,37 +1,39 @@
 """prepare(): what a user asked for, checked before anything is computed.
 
 All that can fail cheaply fails here; `--dry-run` goes little further. A `Request` holds the options as they
-were given, a `Job` what they have become: the model's shape, the file's size, the text. No weight is read.
+were given, a `Job` what they have become: the model, the recipe, the file's size, the text. No weight is
+read.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Candidate, Corpus, MoeSpec
+from mone_export.artifacts import Calibration, Candidate, Corpus
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
-from mone_export.model import Dtype, Stream, check_weights, inspect, load_tokenizer, resolve, resolve_device
-from mone_export.output.llamacpp import projector_command
+from mone_export.model import Dtype, Stream, resolve_device
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, check_output, measure
-from mone_export.pruning.allocation import ALLOCATIONS
-from mone_export.pruning.novices import NOVICE_NAMES
-from mone_export.pruning.planning import METHODS, SCOPES, check_scope, kept_per_layer, plan_without_scores
-from mone_export.pruning.scoring import SCORE_NAMES
+from mone_export.pruning.allocation import kept_per_layer
+from mone_export.pruning.planning import plan_without_scores
+from mone_export.recipe import Recipe
 from mone_export.runtime import Progress
+from mone_export.source import DEMO, Source, open_source
 
 if TYPE_CHECKING:
     from mone_export.calibration.loading import Model
 
-SPARE_ROWS = 8  # of text, to judge the layers' counts by
+SPARE_ROWS = 8  # of text that no calibration sees, to try counts on
+DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
+PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 NO_EARLY_END = (
     "--until-stable needs the ratio, and all layers after each batch, in one process from "
     "start to end: leave out --fit, --workdir, --stream and torchrun, or --until-stable"
@@ -45,40 +47,75 @@ class Request:
     """What a user asked for.
 
     `model` is a folder, a Hugging Face id or `demo`; of `ratio` and `fit`, a size in bytes, at least one is
-    given. `files`, `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in
-    `read_corpus`. `stats` names a file to keep the calibration in, or to take it from when it exists: it must
-    be of the text given, or no text be given. In `workdir` an unfinished one is kept, too, and taken up by
-    the next call. `score` None is the method's own. `until_stable` ends the calibration when the decision's
-    overlap with that at half the text is that much. `allocate` is `auto` for `sensitivity` where layers may
-    keep different numbers of experts, else `even`.
+    given. `outfile` may be a folder: then the file is named after model, ratio and type. `method`, `score`,
+    `novice`, `allocation`, `min_kept`, `guarded` and `seed` are those of `Recipe.of`. `files`,
+    `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in `read_corpus`; of the
+    last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
+    keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
+    given. In `workdir` an unfinished one is kept, too, and taken up by the next call. `sequential` measures
+    each layer again after the pruned ones before it. `until_stable` ends the calibration when the decision's
+    overlap with that at half the text is that much.
     """
 
-    model: str
-    outfile: Path
+    model: str | Path | Source
+    outfile: str | Path | None = None
     ratio: float | None = None
-    outtype: str = "auto"
     fit: int | None = None
+    outtype: str = "auto"
+    method: str | None = None
+    score: str | None = None
+    novice: str | None = None
+    allocation: str | None = None
+    min_kept: int | None = None
+    guarded: bool = True
+    sequential: bool = False
     files: Sequence[str | Path] = ()
     datasets: Sequence[str] = ()
     field: str = "text"
-    n_row: int = 100
-    seq_len: int = 2048
-    method: str = "mone"
-    score: str | None = None
-    novice: str = "least-squares"
-    min_kept: int | None = None
-    scope: str = "layer"
-    allocate: str = "auto"
-    sequential: bool = False
-    guarded: bool = True
-    stats: Path | None = None
-    workdir: Path | None = None
+    n_row: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    stats: str | Path | None = None
+    workdir: str | Path | None = None
+    until_stable: float | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
     stream: Stream = "auto"
     memory: int | None = None
-    seed: int = 0
-    until_stable: float | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    mtp: Literal["keep", "drop"] | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to prune; with `fit` alone the ratio is not known yet, and 0 here."""
+        return Recipe.of(
+            self.ratio or 0.0,
+            method=self.method,
+            score=self.score,
+            novice=self.novice,
+            allocation=self.allocation,
+            min_kept=self.min_kept,
+            guarded=self.guarded,
+            seed=self.seed,
+        )
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Rows of text, and tokens in each."""
+        n_row, seq_len = DEMO_CHUNKS if self.model == DEMO else PAPER_CHUNKS
+        return (
+            n_row if self.n_row is None else self.n_row,
+            seq_len if self.seq_len is None else self.seq_len,
+        )
+
+    @property
+    def stats_file(self) -> Path | None:
+        """Where the statistics are kept."""
+        if self.stats is None:
+            return Path(self.workdir) / "statistics.safetensors" if self.workdir else None
+        return Path(self.stats)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,25 +123,38 @@ class Job:
     """A request that has passed every cheap check, and what the checks found; nothing in it is open any more.
 
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
-    `size_unpruned` are bytes of the file; `saved` are statistics made before; `corpus` is None where they are
-    enough; `spare` [n, seq_len] are rows that no calibration sees. `scope` is the plan's.
+    `size_unpruned` are bytes of the file, `size_between` of the one it is quantised from; `saved` are
+    statistics made before; `corpus` is None where no text is needed; `spare` [n, seq_len] are rows that no
+    calibration sees.
     """
 
     request: Request
-    path: Path
-    spec: MoeSpec
-    device: str
-    score: str
-    scope: str
-    ratio: float
+    source: Source
+    recipe: Recipe
     outtype: str
     size: int
+    size_between: int
     size_unpruned: int
-    stats: Path | None = None
+    device: str
     saved: Calibration | None = None
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
     spare: Tensor | None = None
+
+    @property
+    def outfile(self) -> Path:
+        """The file to write."""
+        given = Path(self.request.outfile or ".")
+        if not given.is_dir():
+            return given
+        share = f"-{self.recipe.ratio:.0%}".replace("%", "pc") if self.recipe.ratio else ""
+        outtype = "" if self.outtype == "auto" else f"-{self.outtype}"
+        return given / f"{self.source.name}{share}{outtype}.gguf"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything depends on a calibration: a choice that is still open, or the file."""
+        return len(self.candidates) > 1 or self.recipe.needs_statistics
 
     def load_model(self, *, stream: Stream | None = None) -> "Model":
         """Load the model as the request says, or streamed as `stream` says."""
@@ -112,7 +162,7 @@ class Job:
 
         request = self.request
         return load(
-            self.path,
+            self.source,
             device=self.device,
             dtype=request.dtype,
             stream=stream or request.stream,
@@ -120,193 +170,168 @@ class Job:
         )
 
 
-def prepare(request: Request, *, progress: Progress | None = None) -> Job:
-    """Check a request, and read all that it needs but the weights; `MoneError` for what cannot be done."""
-    _check_together(request)
-    path = resolve(request.model)
-    stats = request.stats or (request.workdir / "statistics.safetensors" if request.workdir else None)
+def prepare(request: Request, *, dry: bool = False, progress: Progress | None = None) -> Job:
+    """Check a request, and read all that it needs but the weights; `MoneError` for what cannot be done.
+
+    A `dry` run needs no place for an output.
+    """
+    recipe = request.recipe
+    _check_together(request, recipe)
+    source = open_source(request.model, trust_remote_code=request.trust_remote_code)
+    saved = _saved(request, source)
+    _check_for_model(recipe, request.outtype, source)
+    if not dry:
+        _check_paths(request)
+    job = replace(_sized(request, source, recipe, progress), saved=saved)
+    if not dry:
+        _announce(job)
+    return _with_text(job)
+
+
+def _saved(request: Request, source: Source) -> Calibration | None:
+    """Return the statistics that a request takes up; they know the model's shape."""
+    stats = request.stats_file
     saved = Calibration.load(stats) if stats is not None and stats.exists() else None
-    spec = inspect(path, saved=saved)
-    if saved and saved.spec != spec:
+    source.known_from(saved)
+    if saved and saved.spec != source.spec:
         raise MoneError(f"{stats} was made from another model: choose another --stats file")
-    device = resolve_device(ranks.own_device(request.device))
-    score = request.score or METHODS.get(request.method, "error")
-    if stats is not None and saved is None and stats.parent != request.workdir:
-        check_output(stats, option="--stats")
-    scope = _scope(request)
-    searches = scope == "search"
-    asks_model = searches or request.sequential or request.novice == "joint"
-    tokenizer = None
-    if not saved or request.files or request.datasets or asks_model:
-        tokenizer = load_tokenizer(path)
-    names: dict[str, Any] = {"method": request.method, "score": score, "novice": request.novice}
-    ratio, outtype, found = request.ratio, request.outtype, []
-    largest: Candidate | None = None
-    if request.fit is not None:
-        check_names(spec, outtype=outtype, **names)
-        found = candidates(
-            path,
-            spec,
-            request.fit,
-            outtype=outtype,
-            ratio=ratio,
-            min_kept=request.min_kept,
-            scope=scope,
-            progress=progress,
-            **names,
-        )
-        largest = max(found, key=lambda item: item.size)
-        ratio, outtype = largest.ratio, largest.outtype
-    assert ratio is not None
-    size_unpruned, size = announce(
-        path,
-        spec,
-        ratio=ratio,
-        min_kept=request.min_kept,
-        scope=scope,
-        outfile=request.outfile,
-        outtype=outtype,
-        largest=largest,
-        at_most=len(found) > 1,
-        **names,
-    )
-    job = Job(
-        request=request,
-        path=path,
-        spec=spec,
-        device=device,
-        score=score,
-        scope=scope,
-        ratio=ratio,
-        outtype=outtype,
-        size=size,
-        size_unpruned=size_unpruned,
-        stats=stats,
-        saved=saved,
-        candidates=tuple(found),
-    )
-    if tokenizer is None:  # the statistics are enough
-        return job
-    whole = read_corpus(
-        request.files,
-        tokenizer,
-        datasets=request.datasets,
-        field=request.field,
-        seed=request.seed,
-        n_row=request.n_row + (SPARE_ROWS if searches else 0),
-        seq_len=request.seq_len,
-    )
-    spare = whole.tokens[request.n_row :] if searches else None
-    return replace(job, corpus=head(whole, request.n_row), spare=spare)
+    return saved
 
 
-def _check_together(request: Request) -> None:
+def _check_together(request: Request, recipe: Recipe) -> None:
     """Refuse options that contradict each other, whatever the model."""
-    if request.sequential and (request.method != "mone" or request.score == "aimer"):
-        raise MoneError(
-            "--sequential decides layer after layer from the statistics: leave out --method and "
-            "--score aimer, or --sequential"
-        )
-    if request.allocate not in ALLOCATIONS:
-        raise MoneError(f"unknown --allocate {request.allocate}: choose from {', '.join(ALLOCATIONS)}")
-    if request.scope != "layer" and request.allocate in ("sensitivity", "search"):
-        raise MoneError(
-            f"--scope {request.scope} and --allocate {request.allocate} both say how many experts each layer "
-            "keeps: leave one of them out"
-        )
     if request.ratio is None and request.fit is None:
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
-    if request.fit is not None and (request.scope != "layer" or request.allocate == "search"):
+    if request.sequential and (recipe.method != "mone" or recipe.score in ("aimer", "random")):
         raise MoneError(
-            "--fit shares out the experts by --allocate even or sensitivity: leave out --scope model and "
-            "--allocate search, or pass the --ratio and --outtype that it chooses instead of it"
+            "--sequential decides layer after layer from the statistics: leave out --method and "
+            f"--score {recipe.score}, or --sequential"
         )
+    if request.sequential and recipe.novice == "joint":
+        raise MoneError(
+            "--sequential and --novice joint each measure the layers again, in ways that do not combine: "
+            "leave one of them out"
+        )
+    if request.fit is not None and recipe.allocation not in ("even", "sensitivity"):
+        raise MoneError(
+            f"--fit shares out the experts by --allocate even or sensitivity, not {recipe.allocation}: leave "
+            "one of them out, or pass the --ratio and --outtype that --fit chooses instead of it"
+        )
+    if recipe.allocation == "search" and request.stream == "on":
+        raise MoneError(
+            "--allocate search tries counts in a model that is in memory as a whole: leave out --stream on, "
+            "or pass --allocate sensitivity"
+        )
+    _check_early_end(request, recipe)
+
+
+def _check_early_end(request: Request, recipe: Recipe) -> None:
     until = request.until_stable
-    if until is not None and not 0 < until <= 1:
+    if until is None:
+        return
+    if not 0 < until <= 1:
         raise MoneError(f"--until-stable {until:g} is no overlap: pass a number above 0, up to 1")
-    several = request.fit is not None or request.workdir or request.stream == "on" or ranks.n_rank() > 1
-    if until is not None and several:
+    if recipe.score in ("aimer", "random"):
+        raise MoneError(
+            f"--until-stable with --score {recipe.score}, which no text changes: leave one of them out"
+        )
+    if request.fit is not None or request.workdir or request.stream == "on" or ranks.n_rank() > 1:
         raise MoneError(NO_EARLY_END)
 
 
-def _scope(request: Request) -> str:
-    """Return how a plan comes by its counts per layer."""
-    if request.allocate == "auto":
-        return "sensitivity" if (request.method, request.scope) == ("mone", "layer") else request.scope
-    return request.scope if request.allocate == "even" else request.allocate
-
-
-def announce(
-    path: Path,
-    spec: MoeSpec,
-    *,
-    ratio: float,
-    min_kept: int | None,
-    method: str,
-    scope: str,
-    score: str,
-    novice: str,
-    outfile: Path,
-    outtype: str,
-    largest: Candidate | None = None,
-    at_most: bool = False,
-) -> tuple[int, int]:
-    """Check everything that needs no weights, and return the sizes in bytes: (unpruned file, pruned file).
-
-    Raises `MoneError` for an unknown name, a bad ratio, an output that cannot be written, a model llama.cpp
-    cannot convert, and too little disk for the file and its intermediate one together.
-    """
-    check_names(
-        spec, method=method, score=score, novice=novice, outtype=outtype, scope=scope, outfile=outfile
-    )
-    check_scope(method, scope)
-    kept_per_layer(spec, ratio, min_kept=min_kept, method=method)
-    check_output(outfile)
-    check_weights(path)
-    if largest:  # measured already
-        size, size_between, size_unpruned = largest.size, largest.size_between, largest.size_unpruned
-    else:
-        names = {"score": score, "method": method, "scope": scope}
-        blank = plan_without_scores(spec, ratio=ratio, min_kept=min_kept, **names)
-        size, size_between = measure(path, blank, novice=novice, outtype=outtype)
-        size_unpruned, _ = measure(path, plan_without_scores(spec, ratio=0), outtype=outtype)
-    temporary = f", and {size_between / 1e6:.1f} MB beside it for a while" if size_between else ""
-    about = "at most " if at_most else "about " if scope not in SCOPES and size_between else ""
-    log.info("%s will have %s%.1f MB%s", outfile, about, size / 1e6, temporary)
-    check_output(outfile, needed=size + size_between)
-    if command := projector_command(path, outfile):
-        log.info("only the text part is exported; llama.cpp converts the other: %s", command)
-    return size_unpruned, size
-
-
-def check_names(
-    spec: MoeSpec,
-    *,
-    method: str,
-    score: str,
-    novice: str,
-    outtype: str,
-    scope: str = "layer",
-    outfile: Path = Path("OUT"),
-) -> None:
-    """Raise `MoneError` for an unknown name, and for one that this model or this road has no use for."""
+def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
+    """Refuse what this model or this road has no use for."""
     if outtype in IMATRIX_TYPES:
         raise MoneError(
             f"--outtype {outtype} needs an importance matrix of the pruned model: export --outtype f16 "
             "to F16, then run `llama-imatrix -m F16 -f TEXT -o IMATRIX` "
-            f"and `llama-quantize --imatrix IMATRIX F16 {outfile} {outtype}`"
+            f"and `llama-quantize --imatrix IMATRIX F16 OUT {outtype}`"
         )
-    for what, name, known in (
-        ("--method", method, tuple(METHODS)),
-        ("--score", score, SCORE_NAMES),
-        ("--scope", scope, (*SCOPES, *ALLOCATIONS)),
-        ("--novice", novice, NOVICE_NAMES),
-        ("--outtype", outtype, OUTTYPES),
-    ):
-        if name not in known:
-            raise MoneError(f"unknown {what} {name}: choose from {', '.join(known)}")
-    if novice == "joint" and weights_inputs(spec.arch):
+    if outtype not in OUTTYPES:
+        raise MoneError(f"unknown --outtype {outtype}: choose from {', '.join(OUTTYPES)}")
+    if recipe.novice == "joint" and weights_inputs(source.spec.arch):
         raise MoneError(
-            f"--novice joint fits novices to the weights of experts' outputs, but {spec.arch} weights their "
-            "inputs: use --novice mean"
+            f"--novice joint fits novices to the weights of experts' outputs, but {source.spec.arch} weights "
+            "their inputs: use --novice mean"
         )
+    kept_per_layer(source.spec, recipe)
+
+
+def _check_paths(request: Request) -> None:
+    """Refuse outputs that cannot be written."""
+    if request.outfile is None:
+        raise MoneError("where to? pass -o FILE, or -o FOLDER")
+    check_output(Path(request.outfile))
+    stats = request.stats_file
+    if request.stats is not None and stats and not stats.exists():
+        check_output(stats, option="--stats")
+
+
+def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress | None) -> Job:
+    """Return the job with its file's size, exact for the same number of experts in every layer.
+
+    Raises `MoneError` for a model llama.cpp cannot convert, and a size that nothing fits.
+    """
+    source.check()
+    device = resolve_device(ranks.own_device(request.device))
+    if request.fit is None:
+        even = plan_without_scores(source.spec, recipe)
+        size, between = measure(source, even, outtype=request.outtype)
+        whole = plan_without_scores(source.spec, replace(recipe, ratio=0.0))
+        size_unpruned, _ = measure(source, whole, outtype=request.outtype)
+        return Job(request, source, recipe, request.outtype, size, between, size_unpruned, device)
+    found = candidates(
+        source,
+        recipe,
+        request.fit,
+        outtype=request.outtype,
+        any_ratio=request.ratio is None,
+        progress=progress,
+    )
+    if found[0].ratio == 0 and request.ratio is None:
+        found = found[:1]  # the exactest type takes all experts: nothing else could be better
+    largest = max(found, key=lambda item: item.size)
+    return Job(
+        request,
+        source,
+        replace(recipe, ratio=largest.ratio),
+        largest.outtype,
+        largest.size,
+        largest.size_between,
+        largest.size_unpruned,
+        device,
+        candidates=tuple(found),
+    )
+
+
+def _announce(job: Job) -> None:
+    """Say how large the file will be; raises `MoneError` when the disk has no room for it."""
+    even = job.recipe.allocation == "even" or not job.recipe.ratio
+    about = "at most " if len(job.candidates) > 1 else "" if even else "about "
+    between = job.size_between
+    temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
+    log.info("%s will have %s%.1f MB%s", job.outfile, about, job.size / 1e6, temporary)
+    check_output(job.outfile, needed=job.size + between)
+    if command := job.source.projector_command(job.outfile):
+        log.info("only the text part is exported; llama.cpp converts the other: %s", command)
+
+
+def _with_text(job: Job) -> Job:
+    """Return the job with the text it needs: none where the statistics are enough, or not needed."""
+    request, recipe = job.request, job.recipe
+    searches = recipe.allocation == "search"
+    asks_model = searches or request.sequential or recipe.novice == "joint"
+    given = bool(request.files or request.datasets)
+    if not job.needs_statistics or (job.saved and not given and not asks_model):
+        return job
+    n_row, seq_len = request.chunks
+    whole = read_corpus(
+        request.files,
+        job.source.tokenizer(),
+        datasets=request.datasets,
+        field=request.field,
+        seed=request.seed,
+        n_row=n_row + (SPARE_ROWS if searches else 0),
+        seq_len=seq_len,
+    )
+    return replace(job, corpus=head(whole, n_row), spare=whole.tokens[n_row:] if searches else None)

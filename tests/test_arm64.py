@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mone_export import runtime
-from mone_export.model import load_tokenizer, resolve
 from mone_export.pipeline import export
+from mone_export.source import load_tokenizer, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
@@ -73,7 +73,7 @@ def novice_file(request: pytest.FixtureRequest, text: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = load_tokenizer(resolve("demo"))
+    tokenizer = load_tokenizer(open_source("demo").folder)
     return [list(tokenizer.encode(prompt)) for prompt in PROMPTS]
 
 

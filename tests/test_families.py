@@ -35,7 +35,7 @@ from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError
-from mone_export.model import check_weights, expert_modules, inspect
+from mone_export.model import expert_modules
 from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.quantizing import quantize
@@ -44,6 +44,7 @@ from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.request import announce
+from mone_export.source import inspect, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream, pytest.mark.families]
 
@@ -334,12 +335,12 @@ def test_slots_survive_quantising(outtype: str, tmp_path: Path) -> None:
 def test_incomplete_fp8_blocks_are_refused(tmp_path: Path) -> None:
     row = next(row for row in EXPORTED if row.packed == "fp8")
     folder = save_family(row, tmp_path)
-    check_weights(folder)
+    open_source(folder).check()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [16, 15]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(MoneError, match="does not consist of whole blocks"):
-        check_weights(folder)
+        open_source(folder).check()
 
 
 @pytest.mark.parametrize("row", [row for row in EXPORTED if row.packed == "mxfp4"], ids=name)

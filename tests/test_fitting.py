@@ -14,11 +14,11 @@ from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
 from mone_export.fitting import answer, candidates, judge
-from mone_export.model import inspect
 from mone_export.output.writing import measure
 from mone_export.pipeline import export
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
+from mone_export.source import inspect
 
 pytestmark = pytest.mark.upstream
 

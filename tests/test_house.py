@@ -14,22 +14,16 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "terminal", "memory", "runtime", "artifacts", "architectures", "model"),
+    *("errors", "terminal", "memory", "runtime", "recipe", "artifacts", "architectures", "model", "weights"),
+    *("output.gguf_format", "output.llamacpp", "source"),
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
     *("calibration.checkpoint", "calibration.streaming", "calibration.loading", "calibration.stability"),
     "calibration.passes",
     *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
-    *(
-        "pruning.scoring",
-        "pruning.novices",
-        "pruning.planning",
-        "pruning.damage",
-        "pruning.dern",
-        "pruning.guard",
-        "pruning.allocation",
-    ),
-    *("output.gguf_format", "output.llamacpp", "output.quantizing", "output.recombining", "output.writing"),
-    *("output.rounding", "fitting", "request", "deciding", "pipeline", "cli"),
+    *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.scoring", "pruning.allocation"),
+    *("pruning.planning", "pruning.dern"),
+    *("output.quantizing", "output.recombining", "output.provenance", "output.writing", "output.rounding"),
+    *("fitting", "request", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output")
 TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road

@@ -16,10 +16,11 @@ from mone_export.calibration.masking import Divergence, masked, measure_residual
 from mone_export.calibration.observer import expert_stats, observe
 from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
-from mone_export.model import Stream, load_tokenizer, resolve
+from mone_export.model import Stream
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.source import load_tokenizer, open_source
 
 PRUNED = {0: (1, 5, 6), 2: (0, 15)}
 TOKENS = torch.randint(3, 400, (2, 50), generator=torch.Generator().manual_seed(1))
@@ -32,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def demo() -> Model:
-    return load(resolve("demo"), device="cpu")
+    return load(open_source("demo").folder, device="cpu")
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -89,7 +90,7 @@ def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path, 
     def decide(calibration: Calibration) -> Plan:
         return plan(score(calibration), ratio=0.5)
 
-    model = load(resolve("demo"), device="cpu", dtype="float32", stream=stream)
+    model = load(open_source("demo").folder, device="cpu", dtype="float32", stream=stream)
     assert (model.files is None) == (stream == "off")
     found = recalibrate(model, corpus, plain, decide, lambda stats: novices(stats, "mean"))
     assert [stats.n_token for stats in found.layers.values()] == [corpus.tokens.numel()] * 5, "not twice"
@@ -109,7 +110,7 @@ def test_damage_is_that_of_the_whole_model_with_one_layer_pruned(demo: Model, st
     tokens = torch.randint(3, 3000, (12, 300), generator=torch.Generator().manual_seed(1))
     pruned = {0: tuple(range(16)), 1: (3,), 4: (0, 31)}
     vectors = {layer: torch.randn(32, 256, dtype=torch.float64) / 10 for layer in pruned}
-    model = load(resolve("demo"), device="cpu", dtype="float32", stream=stream)
+    model = load(open_source("demo").folder, device="cpu", dtype="float32", stream=stream)
     found = damage_by_layer(model, tokens, pruned, vectors)
     assert found.keys() == pruned.keys()
     probe = tokens[

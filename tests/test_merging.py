@@ -15,9 +15,9 @@ from mone_export.calibration.loading import Model, load
 from mone_export.calibration.merging import merge
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.model import load_tokenizer, resolve
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import SCORES, score
+from mone_export.source import load_tokenizer, open_source
 
 TENSORS = [field.name for field in fields(ExpertStats) if field.name != "n_token"]
 TOLERANCE = 1e-11  # of float64 sums over the same rows, batched the same way
@@ -25,12 +25,12 @@ TOLERANCE = 1e-11  # of float64 sums over the same rows, batched the same way
 
 @pytest.fixture(scope="module")
 def demo() -> Model:
-    return load(resolve("demo"), device="cpu", dtype="float32")
+    return load(open_source("demo").folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def rows(text: Path) -> torch.Tensor:
-    return read_corpus([text], load_tokenizer(resolve("demo")), n_row=16, seq_len=128).tokens
+    return read_corpus([text], load_tokenizer(open_source("demo").folder), n_row=16, seq_len=128).tokens
 
 
 def run(model: Model, rows: torch.Tensor, name: str = "text") -> Calibration:

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from mone_export import runtime
 from mone_export.artifacts import Calibration
-from mone_export.model import expert_modules, inspect, resolve
+from mone_export.model import expert_modules
 from mone_export.pipeline import export
 from mone_export.pruning.dern import recombine
 from mone_export.pruning.planning import METHODS, plan
 from mone_export.pruning.scoring import score
+from mone_export.source import inspect, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
@@ -39,7 +40,7 @@ def nmse_per_position(found: Tensor, wanted: Tensor) -> Tensor:
 @pytest.fixture(scope="module", params=[*TINY, "demo"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "demo":
-        return resolve("demo")
+        return open_source("demo").folder
     return save_tiny(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 

@@ -8,15 +8,15 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from mone_export.calibration.loading import load
-from mone_export.model import resolve
 from mone_export.output.rounding import rounding_errors
 from mone_export.pipeline import export
+from mone_export.source import open_source
 
 pytestmark = pytest.mark.upstream
 
 
 def test_fewer_bits_round_more() -> None:
-    errors = rounding_errors(resolve("demo"), ["f16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"])
+    errors = rounding_errors(open_source("demo"), ["f16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"])
     values = list(errors[name] for name in ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"))
     assert values[0] == 0 and values == sorted(values) and len(set(values)) == len(values)
     assert 1e-6 < errors["q8_0"] < 1e-4 and 1e-3 < errors["q4_k"] < 1e-2
@@ -36,7 +36,7 @@ def test_the_sample_stands_for_the_file(outtype: str, text: Path, tmp_path: Path
             before = dequantize(item.data, item.tensor_type)
             total += float(np.square(before).sum())
             lost += float(np.square(dequantize(rounded.data, rounded.tensor_type) - before).sum())
-    assert lost / total == pytest.approx(rounding_errors(resolve("demo"), [outtype])[outtype], rel=0.1)
+    assert lost / total == pytest.approx(rounding_errors(open_source("demo"), [outtype])[outtype], rel=0.1)
 
 
 def test_a_model_of_narrow_matrices_has_a_sample(small: Path) -> None:

@@ -14,9 +14,9 @@ from mone_export.calibration.loading import Model, Stream, choose, load
 from mone_export.calibration.masking import measure_residuals
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.model import inspect
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.source import inspect
 
 N_ROW, SEQ_LEN, N_VOCAB = 6, 32, 400
 SUMS = [field.name for field in fields(ExpertStats)]

@@ -18,7 +18,7 @@ from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules, fingerprint, load_tokenizer
+from mone_export.model import expert_modules
 from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
 from mone_export.output.quantizing import QUANTIZE_TYPES
 from mone_export.output.writing import check_output, measure, write
@@ -26,6 +26,8 @@ from mone_export.pruning.dern import recombine
 from mone_export.pruning.novices import NOVICES, novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
+from mone_export.source import load_tokenizer
+from mone_export.weights import fingerprint
 
 FAMILIES_OF = {
     "f32": tuple(TINY),

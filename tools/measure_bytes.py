@@ -43,8 +43,8 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
     from mone_export.deciding import with_sensitivity
-    from mone_export.model import fingerprint
     from mone_export.pipeline import export
+    from mone_export.weights import fingerprint
 
     path = trained(name, minutes=args.minutes)
     read_sentencepiece(path)

@@ -42,7 +42,7 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
     from mone_export.calibration.loading import Model, open_streamed
     from mone_export.calibration.observer import observe
     from mone_export.calibration.passes import run_rows
-    from mone_export.model import inspect
+    from mone_export.source import inspect
 
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)

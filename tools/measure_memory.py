@@ -46,9 +46,9 @@ def write_and_sample(folder: Path, outtype: str) -> Json:
     import torch
 
     from mone_export.artifacts import Calibration, ExpertStats
-    from mone_export.model import inspect
     from mone_export.output.writing import write
     from mone_export.pruning.planning import plan_without_scores
+    from mone_export.source import inspect
 
     path = folder / "model"
     spec = inspect(path)

@@ -112,10 +112,10 @@ def variant_of(run: Json) -> Variant:
 def trained(name: str, *, minutes: float) -> Path:
     """Return the folder of a model; one that is not built in is trained once and kept in the cache."""
     from mone_export import runtime
-    from mone_export.model import resolve
+    from mone_export.source import open_source
 
     if name == "demo":
-        return resolve("demo")
+        return open_source("demo").folder
     family, _, text = name.rpartition("-")
     folder = runtime.cache_dir() / "models" / name
     if not (folder / "training.json").exists():
@@ -159,7 +159,7 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
     """Return rows of every `step`-th built-in document of a kind, from the `first` on."""
     from mone_export.calibration.corpus import make_corpus
     from mone_export.calibration.documents import builtin_documents
-    from mone_export.model import load_tokenizer
+    from mone_export.source import load_tokenizer
 
     documents = (document for document in builtin_documents(split) if document.kind == kind)
     own = islice(documents, first, None, step)

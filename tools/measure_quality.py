@@ -11,7 +11,8 @@ N_RANDOM = 3
 
 def measure_quality(args: argparse.Namespace) -> Json:
     """Perplexity of the unpruned model and of exports, all F32, from one calibration; and their sizes."""
-    from mone_export.model import resolve
+
+    from mone_export.source import open_source
 
     bin_dir = programs(args)
     variants = [(0.0, "error", "least-squares", 0)]
@@ -30,7 +31,7 @@ def measure_quality(args: argparse.Namespace) -> Json:
             print(runs[-1], file=sys.stderr, flush=True)
     return {
         "settings": {
-            "model": "demo" if args.model == "demo" else resolve(args.model).name,
+            "model": open_source(args.model).name,
             "calibration": "built-in text, 64 rows of 512 tokens",
             "held_out": f"built-in held-out documents, {args.chunks} rows of 512 tokens",
             "held_out_characters": n_character,
@@ -56,14 +57,15 @@ def write_held_out(file: Path, n_chunk: int) -> int:
 
 def export_once(model: str, outfile: Path, run: Json, stats: Path) -> Json:
     """Export one variant, and compare the size with the one announced beforehand."""
-    from mone_export.model import inspect, resolve
     from mone_export.output.writing import measure
     from mone_export.pipeline import export
     from mone_export.pruning.planning import plan_without_scores
+    from mone_export.recipe import Recipe
+    from mone_export.source import open_source
 
-    announced, _ = measure(
-        resolve(model), plan_without_scores(inspect(resolve(model)), ratio=run["ratio"]), outtype="f32"
-    )
+    source = open_source(model)
+    recipe = Recipe.of(run["ratio"], score=run["score"], novice=run["novice"])
+    announced, _ = measure(source, plan_without_scores(source.spec, recipe), outtype="f32")
     options = {key: run[key] for key in ("ratio", "score", "novice", "seed")}
     report = export(
         model, outfile=outfile, outtype="f32", n_row=64, seq_len=512, stats=stats, dtype="float32", **options

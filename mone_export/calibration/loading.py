@@ -21,12 +21,12 @@ from mone_export.model import (
     Stream,
     auto_class,
     expert_modules,
-    inspect,
     packing,
     read_config,
     resolve_device,
     skeleton,
 )
+from mone_export.source import Source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +41,18 @@ class Model:
     `files` is None when all weights are in memory, else what brings each decoder layer in its turn.
     """
 
-    spec: MoeSpec
-    path: Path
+    source: Source
     module: PreTrainedModel
     files: LayerFiles | None = None
 
+    @property
+    def spec(self) -> MoeSpec:
+        """The model's shape."""
+        return self.source.spec
+
 
 def load(
-    path: Path,
+    model: str | Path | Source,
     *,
     device: str = "auto",
     dtype: Dtype = "auto",
@@ -62,15 +66,16 @@ def load(
     at a time when they do not fit together. `memory` is what may be used, in bytes (default: what is free).
     """
     give_back()  # what the stages before have used
-    spec = inspect(path)
+    source = open_source(model)
+    path = source.view
     device = resolve_device(device)
-    torch_dtype, streamed = choose(path, spec, device=device, dtype=dtype, stream=stream, memory=memory)
+    torch_dtype, streamed = choose(source, device=device, dtype=dtype, stream=stream, memory=memory)
     options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
     module, files = open_streamed(path, **options) if streamed else (load_module(path, **options), None)
     log.info(
-        "loaded %s as %s on %s%s", path.name, torch_dtype, device, ", layer by layer" if streamed else ""
+        "loaded %s as %s on %s%s", source.name, torch_dtype, device, ", layer by layer" if streamed else ""
     )
-    return Model(spec=spec, path=path, module=module, files=files)
+    return Model(source=source, module=module, files=files)
 
 
 def loaded_experts(model: Model) -> Iterator[tuple[int, Any]]:
@@ -82,11 +87,11 @@ def loaded_experts(model: Model) -> Iterator[tuple[int, Any]]:
 
 
 def choose(
-    path: Path, spec: MoeSpec, *, device: str, dtype: Dtype, stream: Stream, memory: int | None = None
+    source: Source, *, device: str, dtype: Dtype, stream: Stream, memory: int | None = None
 ) -> tuple[torch.dtype, bool]:
     """Return (precision, whether the layers are streamed) as `load` would use them."""
     room = free_memory(device) if memory is None or device != "cpu" else memory
-    model = skeleton(read_config(path))
+    model = skeleton(source.config)
     own, size = model.dtype, sum(parameter.numel() for parameter in model.parameters())
     wanted = [own] if dtype == "auto" else [getattr(torch, dtype)]
     if dtype == "auto" and device == "cpu":
@@ -96,7 +101,7 @@ def choose(
             return each, False
     if stream == "off":
         return wanted[-1], False
-    layer = size / spec.n_layer
+    layer = size / source.spec.n_layer
     fits = (each for each in wanted if layer * each.itemsize * _LAYERS < room / 2)
     return next(fits, wanted[-1]), True
 

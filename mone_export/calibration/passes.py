@@ -28,7 +28,6 @@ from mone_export.calibration.stability import Watch
 from mone_export.calibration.streaming import RowStates, decoder_layers, only_layer
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
-from mone_export.model import config_fingerprint
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def calibrate(
     return Calibration(
         spec=model.spec,
         model_sha256=model_sha256,
-        config_sha256=config_fingerprint(model.path),
+        config_sha256=model.source.config_sha256,
         corpus_sha256=corpus.sha256,
         corpus_name=corpus.name,
         n_token=corpus.tokens.numel(),

@@ -38,7 +38,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules, open_weights
+from mone_export.model import expert_modules
+from mone_export.weights import open_weights, weight_files
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # a file's types: ours
 
@@ -189,7 +190,7 @@ def _places(path: Path) -> dict[str, tuple[BinaryIO, int]]:
     Source: the format, a header of JSON behind its length in eight bytes, then the data.
     """
     places: dict[str, tuple[BinaryIO, int]] = {}
-    for name in path.glob("*.safetensors"):
+    for name in weight_files(path):
         file = name.open("rb", buffering=0)
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

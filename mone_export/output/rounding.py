@@ -2,27 +2,26 @@
 
 import ctypes
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
-from mone_export.model import open_weights
 from mone_export.output.llamacpp import block_of, dequantize
 from mone_export.runtime import path as runtime_path
+from mone_export.source import Source
 
 N_SAMPLE = 2**18  # weights, from all over the model
 _EXACT = ("f32", "f16", "bf16", "mxfp4", "nvfp4")  # the latter where a checkpoint has them itself
 _BLOCK = 256  # weights that K-quants take together
 
 
-def rounding_errors(path: Path, types: Iterable[str]) -> dict[str, float]:
+def rounding_errors(source: Source, types: Iterable[str]) -> dict[str, float]:
     """Return the squared error of each type relative to the squared weights, on a sample of a model's own.
 
     `types` are names of tensor types such as `q4_k`; those that a checkpoint may have count as exact. Rounded
     by ggml itself, without an importance matrix.
     """
     wanted = sorted(set(types) - set(_EXACT))
-    sample = _sample(path) if wanted else np.empty(0, np.float32)
+    sample = _sample(source) if wanted else np.empty(0, np.float32)
     return dict.fromkeys(_EXACT, 0.0) | {kind: _rounding_error(sample, kind) for kind in wanted}
 
 
@@ -43,10 +42,10 @@ def _rounding_error(sample: np.ndarray, kind: str) -> float:
     return float(np.square(rounded - rows).sum() / np.square(rows).sum())
 
 
-def _sample(path: Path) -> np.ndarray:
+def _sample(source: Source) -> np.ndarray:
     """Return weights of matrices all over the model, float32 [n * 256]; of a bell curve if all are packed."""
     parts = []
-    owner = open_weights(path)
+    owner = source.tensors()
     names = [name for name in sorted(owner) if _is_matrix(owner[name].get_slice(name))]
     some = names[:: max(1, len(names) // 64)]
     for name in some:

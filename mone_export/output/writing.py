@@ -1,11 +1,10 @@
-"""write(): the writing seam. A model folder, its statistics and a plan in; a GGUF out, in one pass.
+"""write(): the writing seam. A model, its statistics and a plan in; a GGUF out, in one pass.
 
 What each tensor becomes is decided here, by its GGUF name alone (`gguf_format`); how it is read and written
 is llama.cpp's business (`llamacpp`). Types the converter does not know are made by the patched llama-quantize
 from an intermediate file beside the output.
 """
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,18 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mone_export import __version__
 from mone_export.artifacts import Calibration, LayerPlan, Plan
 from mone_export.errors import MoneError
-from mone_export.model import prediction_tensors
 from mone_export.output.gguf_format import (
     COUNT_KEY,
-    FORMAT_VERSION,
     GROUP_COUNT_KEY,
     KEPT_COUNT_KEY,
     holds_ids,
@@ -35,62 +30,60 @@ from mone_export.output.gguf_format import (
     slot_tensor,
 )
 from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read, padded_bytes
+from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
 from mone_export.pruning.novices import novices
 from mone_export.runtime import Progress
-
-log = logging.getLogger(__name__)
+from mone_export.source import Source, open_source
 
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
 
 
 def write(
-    path: Path,
-    calibration: Calibration,
+    model: "str | Path | Source",
+    calibration: Calibration | None,
     plan: Plan,
-    outfile: Path,
+    outfile: str | Path,
     *,
-    novice: str = "mean",
     vectors: Mapping[int, Tensor] | None = None,
     outtype: str = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
-    `novice` names the stand-ins; `vectors` gives them, [n_expert, d] per layer, where the statistics alone do
-    not.
+    The plan's recipe says what stands in for pruned experts; `vectors` gives the stand-ins, [n_expert, d] per
+    layer, where the statistics alone do not. `calibration` may be None where the plan needs no statistics.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
-    stand_ins = {
-        layer.layer: _finite(
-            layer.layer,
-            vectors[layer.layer] if vectors else novices(calibration.layers[layer.layer], novice),
-        )
-        for layer in plan.layers
-        if layer.pruned and plan.method == "mone"
-    }
-    importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
-    recombination = Recombination(plan, importance) if plan.method == "dern" else None
-    origin = _origin(calibration.model_sha256, calibration.corpus_sha256, calibration.n_token, path)
-    keys = _provenance(plan, novice) | origin
-    with _removed_on_failure(outfile.with_name(outfile.name + ".part")) as part:
+    source, target = open_source(model), Path(outfile).resolve()
+    stand_ins: dict[int, Tensor] = {}
+    importance: dict[int, Tensor] = {}
+    if calibration:
+        stand_ins = _stand_ins(calibration, plan, vectors)
+        importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
+    edits = Edits(plan, stand_ins, importance)
+    text = None
+    if calibration and plan.recipe.needs_statistics:
+        text = calibration.corpus_sha256, calibration.n_token
+    keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
+    with _removed_on_failure(target.with_name(target.name + ".part")) as part:
         if outtype in CONVERTER_TYPES:
-            _convert(path, plan, stand_ins, recombination, keys, part, outtype=outtype, progress=progress)
+            _convert(source, edits, keys, part, outtype=outtype, progress=progress)
         else:
-            with _removed_on_failure(outfile.with_name(outfile.name + ".base.part")) as base:
-                _convert(path, plan, stand_ins, recombination, keys, base, outtype="auto", progress=progress)
+            with _removed_on_failure(target.with_name(target.name + ".base.part")) as base:
+                _convert(source, edits, keys, base, outtype="auto", progress=progress)
                 quantize(base, part, outtype, progress=progress)
                 base.unlink()
-        part.replace(outfile)
-    return outfile.stat().st_size
+        part.replace(target)
+    return target.stat().st_size
 
 
-def measure(path: Path, plan: Plan, *, novice: str = "mean", outtype: str = "auto") -> tuple[int, int]:
+def measure(source: Source, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
-    layout = layouts(path, plan, (outtype,), novice=novice)[outtype]
+    layout = layouts(source, plan, (outtype,))[outtype]
     return layout.size, layout.size_between
 
 
@@ -133,11 +126,10 @@ class Layout:
 
 
 def layouts(
-    path: Path,
+    source: Source,
     plan: Plan,
     outtypes: Sequence[str],
     *,
-    novice: str = "mean",
     types: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Layout]:
     """Return the layout of a plan's file in each of several types, without reading a weight.
@@ -146,20 +138,17 @@ def layouts(
     our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
     more of the same model's experts by method `mone`: how many there are makes no difference.
     """
-    blank = {
-        layer.layer: torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
-        for layer in plan.layers
-        if layer.pruned and plan.method == "mone"
-    }
-    keys = _provenance(plan, novice) | _origin("0" * 64, "0" * 64, 0, path)
-    recombination = Recombination(plan, {}) if plan.method == "dern" else None
+    blank = torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
+    text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
+    keys = provenance(plan) | origin(source, "0" * 64, text)
     found: dict[str, Layout] = {}
     base_types = [outtype if outtype in CONVERTER_TYPES else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
         with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
             head = Path(folder) / "head.gguf"
-            conversion = _prepare(path, plan, blank, recombination, outtype=base_type)
-            size = conversion.write_head(head, _keys_for(conversion, plan) | keys)
+            edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
+            conversion = edits.apply(source, outtype=base_type)
+            size = conversion.write_head(head, _loading_keys(conversion, plan) | keys)
             conversion.close()
             base = Layout(head.stat().st_size, conversion.shapes, conversion.types)
             if base_type in outtypes:
@@ -201,36 +190,117 @@ def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:
         )
 
 
-def _finite(layer: int, vectors: Tensor) -> Tensor:
-    """Return the novices of a layer as the file stores them, float32 [n_expert, d]."""
-    vectors = vectors.float()
-    if not torch.isfinite(vectors).all():
-        raise MoneError(
-            f"layer {layer}: novices are not finite in float32; calibrate again with --dtype float32, or "
-            "without this --stats file"
+class Edits:
+    """What becomes of each tensor of a model, by its GGUF name: what `Conversion` asks about every one."""
+
+    def __init__(self, plan: Plan, stand_ins: Mapping[int, Tensor], importance: Mapping[int, Tensor]) -> None:
+        """Take a plan, and the novices [n_expert, d] of its layers where its method has some.
+
+        `importance` [n_expert] weighs the experts of each layer where new ones are made of them.
+        """
+        self.plan = plan
+        self._pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
+        with_novices = plan.recipe.method == "mone"
+        self._vectors = {layer: stand_ins[layer] for layer in self._pruned} if with_novices else {}
+        self._scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
+        self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the selected experts are not copied but made by `rewrite`."""
+        return self._recombination is not None
+
+    def apply(self, source: Source, *, outtype: str) -> Conversion:
+        """Open the conversion of a model with these edits, novices added."""
+        conversion = source.convert(
+            outtype=outtype,
+            select=self.select,
+            edit=self.edit,
+            rewrite=self.rewrite if self.rewrites else None,
         )
-    return vectors
+        if self._recombination:
+            self._recombination.check()
+        for number, vectors in self._vectors.items():
+            self._add_novices(conversion, number, vectors)
+        _check_complete(conversion, self.plan)
+        return conversion
+
+    def select(self, name: str) -> Sequence[int] | None:
+        """Return the experts of a tensor that stay, None for a tensor that holds none."""
+        layer, part = part_of(name) or (-1, None)
+        if part != "experts":
+            return None
+        return self._pruned[layer].kept if layer in self._pruned else range(self.plan.spec.n_expert)
+
+    def edit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what is written in place of a tensor that holds no experts' matrices."""
+        layer, part = part_of(name) or (-1, None)
+        if part is None or layer not in self._pruned:
+            return tensor
+        if self._recombination and part != "router":
+            raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
+        if layer not in self._vectors:
+            return _pick(tensor, self._pruned[layer].kept, self.plan.spec.n_expert)
+        if part == "scale":
+            self._scales[layer] = _scale(name, tensor)
+        if part == "router" and self.plan.spec.n_group > 1:
+            return tensor
+        return _edit_part(part, tensor, self._pruned[layer], self._vectors[layer])
+
+    def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
+        """Return what makes each expert of a tensor."""
+        layer, _ = part_of(name) or (-1, None)
+        if self._recombination and layer in self._pruned:
+            return self._recombination.rewrite(layer, matrix_of(name), read)
+        return [partial(read, expert) for expert in range(self.plan.spec.n_expert)]
+
+    def _add_novices(self, conversion: Conversion, number: int, vectors: Tensor) -> None:
+        """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
+        layer = self._pruned[number]
+        if novice_tensor(number) not in conversion.shapes:
+            gone = list(layer.pruned)
+            rows = torch.zeros_like(vectors)
+            rows[len(layer.kept) :] = vectors[gone]
+            if number in self._scales:
+                rows[len(layer.kept) :] *= self._scales[number][gone, None]
+            conversion.add_tensor(novice_tensor(number), rows)
+        if self.plan.spec.n_group > 1:
+            slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)[:, None]
+            conversion.add_tensor(slot_tensor(number), slots)
+
+
+def _stand_ins(
+    calibration: Calibration, plan: Plan, vectors: Mapping[int, Tensor] | None
+) -> dict[int, Tensor]:
+    """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d]."""
+    found = {}
+    for layer in plan.layers if plan.recipe.method == "mone" else ():
+        if not layer.pruned:
+            continue
+        given = (
+            vectors[layer.layer] if vectors else novices(calibration.layers[layer.layer], plan.recipe.novice)
+        )
+        found[layer.layer] = given.float()
+        if not torch.isfinite(found[layer.layer]).all():
+            raise MoneError(
+                f"layer {layer.layer}: novices are not finite in float32; calibrate again with --dtype "
+                "float32, or without this --stats file"
+            )
+    return found
 
 
 def _convert(
-    path: Path,
-    plan: Plan,
-    vectors: Mapping[int, Tensor],
-    recombination: Recombination | None,
-    keys: dict[str, tuple[str, Any]],
+    source: Source,
+    edits: Edits,
+    keys: Keys,
     part: Path,
     *,
     outtype: str,
     progress: Progress | None,
 ) -> None:
-    conversion = _prepare(path, plan, vectors, recombination, outtype=outtype)
-    behind = prediction_tensors(path, plan.spec.n_layer)
-    if behind and conversion.block_count == plan.spec.n_layer:
-        log.warning(
-            "llama.cpp's converter leaves out the blocks for multi-token prediction (%d tensors)", len(behind)
-        )
+    conversion = edits.apply(source, outtype=outtype)
     try:
-        conversion.write_head(part, _keys_for(conversion, plan) | keys)
+        conversion.write_head(part, _loading_keys(conversion, edits.plan) | keys)
         conversion.write_tensors(progress)
     except OSError as error:
         raise MoneError(
@@ -238,76 +308,6 @@ def _convert(
         ) from None
     finally:
         conversion.close()
-
-
-def _prepare(
-    path: Path,
-    plan: Plan,
-    vectors: Mapping[int, Tensor],
-    recombination: Recombination | None,
-    *,
-    outtype: str,
-) -> Conversion:
-    """Open the conversion with every tensor of the plan's layers cut or edited as the format says.
-
-    `vectors` are the novices, [n_expert, d], of each layer that gets some; `recombination` makes new experts
-    where they are not copies of the kept ones.
-    """
-    pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
-    scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
-
-    n_expert = plan.spec.n_expert
-
-    def select(name: str) -> tuple[int, ...] | None:
-        layer, part = part_of(name) or (-1, None)
-        if part != "experts":
-            return None
-        return pruned[layer].kept if layer in pruned else tuple(range(n_expert))
-
-    def edit(name: str, tensor: Tensor) -> Tensor:
-        layer, part = part_of(name) or (-1, None)
-        if part is None or layer not in pruned:
-            return tensor
-        if recombination and part != "router":
-            raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
-        if layer not in vectors:
-            return _pick(tensor, pruned[layer].kept, n_expert)
-        if part == "scale":
-            scales[layer] = _scale(name, tensor)
-        if part == "router" and plan.spec.n_group > 1:
-            return tensor
-        return _edit_part(part, tensor, pruned[layer], vectors[layer])
-
-    def rewrite(name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
-        layer, _ = part_of(name) or (-1, None)
-        if recombination and layer in pruned:
-            return recombination.rewrite(layer, matrix_of(name), read)
-        return [partial(read, expert) for expert in range(n_expert)]
-
-    conversion = Conversion(
-        path,
-        outtype=outtype,
-        n_expert=n_expert,
-        select=select,
-        edit=edit,
-        rewrite=rewrite if recombination else None,
-        no_mtp=not prediction_tensors(path, plan.spec.n_layer),
-    )
-    if recombination:
-        recombination.check()
-    for number, novice in vectors.items():
-        if novice_tensor(number) not in conversion.shapes:
-            kept, gone = pruned[number].kept, list(pruned[number].pruned)
-            rows = torch.zeros_like(novice)
-            rows[len(kept) :] = novice[gone]
-            if number in scales:
-                rows[len(kept) :] *= scales[number][gone, None]
-            conversion.add_tensor(novice_tensor(number), rows)
-        if plan.spec.n_group > 1:
-            slots = torch.argsort(torch.tensor(pruned[number].order)).to(torch.int32)[:, None]
-            conversion.add_tensor(slot_tensor(number), slots)
-    _check_complete(conversion, plan)
-    return conversion
 
 
 def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ def _check_complete(conversion: Conversion, plan: Plan) -> None:
                 f"layer {layer.layer}: llama.cpp's converter writes {found}, not {len(layer.kept)} experts; "
                 "this checkpoint's experts cannot be pruned yet: try a BF16 checkpoint of the model"
             )
-    if plan.method != "mone":
+    if plan.recipe.method != "mone":
         _check_one_count(conversion, plan)
 
 
@@ -370,17 +370,17 @@ def _check_one_count(conversion: Conversion, plan: Plan) -> None:
         layer, part = part_of(name) or (-1, None)
         if part == "experts" and layer not in planned:
             raise MoneError(
-                f"{name}: experts outside the model's own layers stay whole, and with --method {plan.method} "
-                "all layers have the same number of experts: use --method mone"
+                f"{name}: experts outside the model's own layers stay whole, and with --method "
+                f"{plan.recipe.method} all layers have the same number of experts: use --method mone"
             )
 
 
-def _keys_for(conversion: Conversion, plan: Plan) -> dict[str, tuple[str, Any]]:
+def _loading_keys(conversion: Conversion, plan: Plan) -> Keys:
     """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
     pruned = [layer for layer in plan.layers if layer.pruned]
     if not pruned:
         return {}
-    if plan.method != "mone":
+    if plan.recipe.method != "mone":
         return {COUNT_KEY.format(arch=conversion.arch): ("UINT32", len(pruned[0].kept))}
     counts = [0] * conversion.block_count
     for layer in pruned:
@@ -389,27 +389,6 @@ def _keys_for(conversion: Conversion, plan: Plan) -> dict[str, tuple[str, Any]]:
     return {
         KEPT_COUNT_KEY.format(arch=conversion.arch): ("UINT32", counts),
         "mone.expert_order": ("INT32", order),
-    }
-
-
-def _provenance(plan: Plan, novice: str) -> dict[str, tuple[str, Any]]:
-    return {
-        "mone.format_version": ("UINT32", FORMAT_VERSION),
-        "mone.method": ("STRING", plan.method),
-        "mone.score": ("STRING", plan.score),
-        "mone.novice": ("STRING", novice if plan.method == "mone" else "none"),
-        "mone.scope": ("STRING", plan.scope),
-        "mone.ratio": ("FLOAT32", plan.share_pruned),
-        "mone.tool_version": ("STRING", __version__),
-    }
-
-
-def _origin(model_sha256: str, corpus_sha256: str, n_token: int, path: Path) -> dict[str, tuple[str, Any]]:
-    return {
-        "mone.source.name": ("STRING", path.resolve().name),
-        "mone.source.sha256": ("STRING", model_sha256),
-        "mone.calibration.sha256": ("STRING", corpus_sha256),
-        "mone.calibration.tokens": ("UINT64", n_token),
     }
 
 

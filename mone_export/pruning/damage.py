@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mone_export.artifacts import Calibration, ExpertStats, Plan
 from mone_export.pruning.novices import novices
+from mone_export.recipe import NoviceName
 
 
 def error_left(stats: ExpertStats, vectors: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def error_left(stats: ExpertStats, vectors: Tensor) -> Tensor:
     return error.clamp(min=0)
 
 
-def relative_error(stats: ExpertStats, pruned: Sequence[int], novice: str) -> float:
+def relative_error(stats: ExpertStats, pruned: Sequence[int], novice: NoviceName) -> float:
     """Return the error that pruning leaves in a layer's output, relative to the sum of g^2 ||f||^2.
 
     Experts count one by one: the statistics do not hold the products of two experts' outputs for one token.
@@ -28,7 +29,7 @@ def relative_error(stats: ExpertStats, pruned: Sequence[int], novice: str) -> fl
     return float(lost / stats.gated2_norm_sq_sum.sum().clamp(min=1e-300))
 
 
-def mean_relative_error(calibration: Calibration, plan: Plan, novice: str) -> float:
+def mean_relative_error(calibration: Calibration, plan: Plan, novice: NoviceName) -> float:
     """Return the mean of `relative_error` over the plan's layers."""
     errors = [relative_error(calibration.layers[layer.layer], layer.pruned, novice) for layer in plan.layers]
     return sum(errors) / len(errors)

@@ -2,7 +2,7 @@
 
 One pure function each from a layer's statistics to a vector per expert, [n_expert, d] float64; a novice is
 the output the runtime still multiplies by the router's weight. Add one by writing its function and its line
-in `NOVICES`.
+in `NOVICES`. `joint` novices need a second pass over the text, once the plan is known (`joint_novices`).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mone_export.artifacts import ExpertStats, Residual
 from mone_export.errors import MoneError
+from mone_export.recipe import NoviceName
 
 
 class Novice(NamedTuple):
@@ -22,13 +23,13 @@ class Novice(NamedTuple):
     source: str
 
 
-def novices(stats: ExpertStats, name: str = "mean") -> Tensor:
+def novices(stats: ExpertStats, name: NoviceName = "least-squares") -> Tensor:
     """Return the stand-in of every expert of a layer, float64 [n_expert, d].
 
     An expert that calibration never saw has no mean: it gets the layer's gate-weighted mean over all experts.
     """
     if name not in NOVICES:
-        raise MoneError(f"unknown novice {name}: choose from {', '.join(NOVICE_NAMES)}")
+        raise MoneError(f"unknown novice {name}: choose from {', '.join(NOVICES)}")
     vectors = NOVICES[name].function(stats)
     if name == "zero":
         return vectors
@@ -59,7 +60,7 @@ def joint_novices(stats: ExpertStats, residual: Residual) -> Tensor:
 _RIDGE = 1e-3
 _TINY = torch.finfo(torch.float64).tiny
 
-NOVICES: dict[str, Novice] = {
+NOVICES: dict[NoviceName, Novice] = {
     "mean": Novice(
         lambda stats: stats.out_mean, "MoNE, arXiv 2507.00390: least error over its routed tokens"
     ),
@@ -73,4 +74,3 @@ NOVICES: dict[str, Novice] = {
     ),
     "zero": Novice(lambda stats: torch.zeros_like(stats.out_mean), "ablation: removal in place"),
 }
-NOVICE_NAMES = (*NOVICES, "joint")  # which needs a second pass over the text, once the plan is known

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Scores
 from mone_export.errors import MoneError
+from mone_export.pruning.guard import guard
+from mone_export.recipe import SCORE_NAMES, ScoreName
 
 
 class Score(NamedTuple):
@@ -22,23 +24,31 @@ class Score(NamedTuple):
     source: str
 
 
-def score(calibration: Calibration, name: str = "mone", *, seed: int = 0) -> Scores:
-    """Score every expert of every layer; `seed` serves `random` only."""
+def score(
+    calibration: Calibration, name: ScoreName = "error", *, guarded: bool = True, seed: int = 0
+) -> Scores:
+    """Score every expert of every layer; `seed` serves `random` only.
+
+    With `guarded`, super experts stand above all others (`guard`). Raises `MoneError` for an unknown name.
+    """
     if name == "aimer" or name not in SCORE_NAMES:
-        raise MoneError(f"unknown score {name}: choose from {', '.join(SCORE_NAMES)}")
+        raise MoneError(f"unknown score {name}: choose from {', '.join(SCORES)}")
     layers = [calibration.layers[layer] for layer in calibration.spec.moe_layers]
     if name == "random":
-        values = torch.rand(
-            len(layers),
-            calibration.spec.n_expert,
-            generator=torch.Generator().manual_seed(seed),
-            dtype=torch.float64,
-        )
+        values = random_scores(calibration.spec, seed=seed).values
     else:
         unseen = torch.tensor(-torch.inf, dtype=torch.float64)
         function = SCORES[name].function
         values = torch.stack([torch.where(stats.count > 0, function(stats), unseen) for stats in layers])
-    return Scores(spec=calibration.spec, score=name, values=values)
+    scores = Scores(spec=calibration.spec, score=name, values=values, calibration=calibration)
+    return guard(scores, calibration) if guarded else scores
+
+
+def random_scores(spec: MoeSpec, *, seed: int = 0) -> Scores:
+    """Score every expert at random: a control that needs no calibration."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(len(spec.moe_layers), spec.n_expert, generator=generator, dtype=torch.float64)
+    return Scores(spec=spec, score="random", values=values)
 
 
 def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
@@ -97,7 +107,7 @@ def _error(stats: ExpertStats) -> Tensor:
     return (stats.gated2_norm_sq_sum - explained).clamp(min=0) / max(stats.n_token, 1)
 
 
-SCORES: dict[str, Score] = {
+SCORES: dict[ScoreName, Score] = {
     "mone": Score(_mone, "MoNE, reference code"),
     "mone-paper": Score(_mone_paper, "MoNE, text"),
     "frequency": Score(lambda stats: stats.weight, "baseline"),
@@ -109,4 +119,3 @@ SCORES: dict[str, Score] = {
     "msan": Score(lambda stats: _per_token(stats.norm_sq_sum, stats), "arXiv 2606.15716"),
     "error": Score(_error, "this project"),
 }
-SCORE_NAMES = (*SCORES, "random", "aimer")  # aimer reads weights, not statistics

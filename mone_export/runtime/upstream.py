@@ -139,8 +139,9 @@ def read_series(folder: Path) -> tuple[Path, ...]:
 def tree(*, patched: bool = True, progress: Progress = quiet) -> Path:
     """The llama.cpp source tree (`conversion/`, `gguf-py`), fetched, unpacked and patched if need be."""
     state = source(patched=patched)
-    with locked(state.folder, progress):
-        prepare(state, progress)
+    if not state.package.is_dir():  # what is there is complete: no need to wait for a build in progress
+        with locked(state.folder, progress):
+            prepare(state, progress)
     return state.tree
 
 

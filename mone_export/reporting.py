@@ -1,0 +1,95 @@
+"""What an export says about itself when it is done: remarks a user should read, and where the time went."""
+
+import time
+from collections.abc import Iterator
+
+from mone_export.artifacts import Calibration, Plan, Report, Stability
+from mone_export.calibration.usage import RARELY, rarely_seen
+from mone_export.pruning.damage import mean_relative_error
+from mone_export.pruning.guard import super_experts
+from mone_export.request import Job
+
+
+class Clock:
+    """Seconds per stage, in the order of the laps."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Say what the time since the last lap was for."""
+        now = time.monotonic()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def report(
+    job: Job,
+    calibration: Calibration | None,
+    stability: Stability | None,
+    chosen: Plan,
+    *,
+    size: int,
+    clock: Clock,
+) -> Report:
+    """Return the report of a finished export."""
+    remarks = [*_unstable(stability, job.request.until_stable)]
+    if calibration and chosen.share_pruned:
+        remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
+    return Report(
+        outfile=job.outfile,
+        recipe=chosen.recipe,
+        size=size,
+        size_unpruned=job.size_unpruned,
+        n_kept=chosen.n_kept,
+        parts=calibration.parts if calibration else (),
+        stability=stability,
+        seconds=clock.seconds,
+        remarks=tuple(remarks),
+        candidates=job.candidates,
+    )
+
+
+def _unstable(stability: Stability | None, until: float | None) -> Iterator[str]:
+    if stability and until and stability.mean < until:
+        yield (
+            f"--until-stable {until:g} was not reached in {stability.n_token} tokens: "
+            "more text may still change which experts go (--chunks)"
+        )
+
+
+def _lost(calibration: Calibration, chosen: Plan) -> Iterator[str]:
+    """Say what giving up novices costs."""
+    if chosen.recipe.method == "mone":
+        return
+    lost = mean_relative_error(calibration, chosen, "zero")
+    left = mean_relative_error(calibration, chosen, "least-squares")
+    yield (
+        f"the pruned experts made {lost:.1%} of the layers' squared output, which is lost; "
+        f"with novices (--method mone) an estimated {left:.1%} would be"
+    )
+
+
+def _extreme(calibration: Calibration, chosen: Plan) -> Iterator[str]:
+    """Name the super experts."""
+    for number, experts in super_experts(calibration).items():
+        gone = next(set(experts) & set(layer.pruned) for layer in chosen.layers if layer.layer == number)
+        yield (
+            f"layer {number}: super experts {', '.join(map(str, experts))} reach extreme outputs; "
+            f"{'pruned: ' + ', '.join(map(str, sorted(gone))) if gone else 'all kept'}"
+        )
+
+
+def _rare(calibration: Calibration, chosen: Plan) -> Iterator[str]:
+    """Name the experts that the calibration hardly saw."""
+    for layer in chosen.layers:
+        stats = calibration.layers[layer.layer]
+        if rare := rarely_seen(stats):
+            never = sum(int(stats.count[expert]) == 0 for expert in rare)
+            kept = sum(expert in layer.kept for expert in rare)
+            yield (
+                f"layer {layer.layer}: {len(rare)} experts seen in fewer than {RARELY} of {stats.n_token} "
+                f"tokens ({never} never, {kept} kept): {', '.join(map(str, rare))}"
+            )

@@ -1,0 +1,227 @@
+"""Source: what a model is, in one object. Everything that is read of a model is read through it.
+
+Today that is a `Checkpoint`, a folder in Hugging Face's form. A file of another kind would be a second class
+with the members that `Source` lists.
+"""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mone_export.artifacts import Calibration, MoeSpec
+from mone_export.errors import MoneError, first_line
+from mone_export.model import check_config, packing, read_config, shape_of
+from mone_export.output.llamacpp import Conversion, projector_command
+from mone_export.runtime import Progress
+from mone_export.weights import fingerprint, left_out, open_weights, prediction_tensors, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DEMO = "demo"
+
+
+class Source(Protocol):
+    """A model to prune: what it is called, what shape it has, how it is read and converted."""
+
+    name: str
+    id: str
+    revision: str
+
+    @property
+    def config(self) -> Any:
+        """transformers' config."""
+
+    @property
+    def config_sha256(self) -> str:
+        """The SHA-256 of what its shape is read from."""
+
+    @property
+    def view(self) -> Path:
+        """Its files, and no others, for libraries that look for them themselves."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read of it."""
+
+    @property
+    def spec(self) -> MoeSpec:
+        """Its shape."""
+
+    def tensors(self) -> Mapping[str, Any]:
+        """Return the open file of every tensor by name, as `safetensors.safe_open` gives it."""
+
+    def fingerprint(self, *, progress: Progress | None = None) -> str:
+        """Return the SHA-256 of its tensors."""
+
+    def known_from(self, saved: Calibration | None) -> None:
+        """Take the shape from statistics made before, if they are of this model."""
+
+    def projector_command(self, outfile: Path) -> str | None:
+        """Return the command that converts a vision or audio part, None where there is none."""
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Return its own tokenizer."""
+
+    def check(self) -> None:
+        """Refuse weights that would be read wrongly; reads headers only."""
+
+    def convert(self, **options: Any) -> Conversion:
+        """Open it for writing: every tensor of the output is known by name, shape and type, none is read."""
+
+
+class Checkpoint:
+    """A folder in Hugging Face's form: config.json, safetensors files, a tokenizer.
+
+    `id` is the model's on Hugging Face and `revision` the commit, both empty for a folder of the user's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "",
+        id: str = "",  # noqa: A002  what Hugging Face calls it
+        revision: str = "",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Take a folder; nothing is read yet."""
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.id, self.revision = id, revision
+        self.trust_remote_code = trust_remote_code
+        self._view: tempfile.TemporaryDirectory[str] | None = None
+        self._saved: Calibration | None = None
+        self._sha256 = ""
+
+    @cached_property
+    def config(self) -> Any:
+        """transformers' config; raises `MoneError` for one that cannot be read or used."""
+        config = read_config(self.folder, trust_remote_code=self.trust_remote_code)
+        check_config(config, self.name)
+        return config
+
+    @cached_property
+    def spec(self) -> MoeSpec:
+        """The mixture-of-experts shape; statistics of the same config know it, which spares building it."""
+        config = self.config
+        if self._saved and self._saved.config_sha256 == self.config_sha256:
+            return self._saved.spec
+        return shape_of(config)
+
+    def known_from(self, saved: Calibration | None) -> None:
+        """Take the shape from statistics made before, if their config is this one."""
+        self._saved = saved
+
+    @property
+    def config_sha256(self) -> str:
+        """The SHA-256 of config.json."""
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+
+    @property
+    def files(self) -> list[Path]:
+        """The config, the weights, and the tokenizer's files."""
+        return [*sorted(self.folder.glob("*.json")), *weight_files(self.folder)]
+
+    @cached_property
+    def view(self) -> Path:
+        """The folder as other libraries should see it: without weights that are no part of the model.
+
+        They would take the weights by rules of their own, and not all by the same.
+        """
+        strays = left_out(self.folder)
+        if not strays:
+            return self.folder
+        log.warning("%s: not part of the model, and left out: %s", self.name, ", ".join(strays))
+        self._view = tempfile.TemporaryDirectory(prefix="mone-export-")
+        for file in self.folder.iterdir():
+            if file.name not in strays:
+                (Path(self._view.name) / file.name).symlink_to(file.resolve())
+        return Path(self._view.name)
+
+    def tensors(self) -> Mapping[str, Any]:
+        """Return the open file of every tensor by name; raises `MoneError` where one is missing or broken."""
+        return open_weights(self.folder)
+
+    def fingerprint(self, *, progress: Progress | None = None) -> str:
+        """Return the SHA-256 of the tensors; raises `MoneError` where one is not finite."""
+        self._sha256 = self._sha256 or fingerprint(self.folder, progress=progress)
+        return self._sha256
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Return the model's own tokenizer."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def check(self) -> None:
+        """Raise `MoneError` unless all weights are there and transformers unpacks them right; reads headers.
+
+        It takes the size of FP8 blocks from the number of scales, which is wrong where the last block is cut.
+        """
+        owner = self.tensors()
+        block = packing(self.config).get("weight_block_size") or (1, 1)
+        for name in owner:
+            shape = owner[name].get_slice(name).get_shape()
+            if f"{name}_scale_inv" in owner and any(size % b for size, b in zip(shape, block, strict=True)):
+                raise MoneError(
+                    f"{self.name}: {name} {shape} does not consist of whole blocks of {list(block)} FP8 "
+                    "values: transformers would unpack it wrongly; pass the model's BF16 checkpoint"
+                )
+
+    def prediction_tensors(self) -> list[str]:
+        """Return the tensors of blocks that predict further tokens, which no calibration runs."""
+        return list(prediction_tensors(self.tensors(), self.spec.n_layer))
+
+    def convert(self, **options: Any) -> Conversion:
+        """Open llama.cpp's conversion of the folder; `options` are `Conversion`'s."""
+        return Conversion(
+            self.view, n_expert=self.spec.n_expert, no_mtp=not self.prediction_tensors(), **options
+        )
+
+    def projector_command(self, outfile: Path) -> str | None:
+        """Return the command that converts the vision or audio part, None where there is none."""
+        return projector_command(self.folder, outfile)
+
+
+def open_source(model: "str | Path | Source", *, trust_remote_code: bool = False) -> Checkpoint:
+    """Return the source that a name means: the built-in `demo`, a folder, or a Hugging Face id.
+
+    Raises `MoneError` when it is none of them.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    name = str(model)
+    if name == DEMO and not isinstance(model, Path):
+        return Checkpoint(Path(__file__).parent / "demo", name=DEMO)
+    if Path(name).is_dir():
+        return Checkpoint(Path(name), trust_remote_code=trust_remote_code)
+    raise MoneError(f"{name} is neither a folder nor a Hugging Face id like org/model: check the spelling")
+
+
+def inspect(model: str | Path | Source) -> MoeSpec:
+    """Read the mixture-of-experts shape of a model (folder, Hugging Face id or `demo`) without its weights.
+
+    Raises `MoneError` for a missing or unknown config, a model without routed experts, and the families that
+    cannot be exported.
+    """
+    return open_source(model).spec
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load a folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # broken files fail in many libraries
+        raise MoneError(
+            f"cannot load the tokenizer in {path}: {first_line(error)}; get its files again"
+        ) from None
+    return tokenizer

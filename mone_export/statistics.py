@@ -1,0 +1,202 @@
+"""collect(): the statistics that a job needs, saved before or measured now.
+
+Around the calibration itself lies what to do with a work folder, which saved statistics are good enough, and
+how much text is enough.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability
+from mone_export.calibration import ranks
+from mone_export.calibration.checkpoint import Checkpoint, begun
+from mone_export.calibration.corpus import head
+from mone_export.calibration.stability import Watch
+from mone_export.errors import MoneError, first_line
+from mone_export.model import Dtype, Stream
+from mone_export.pruning.allocation import sensitivities
+from mone_export.pruning.damage import relative_error
+from mone_export.pruning.novices import novices
+from mone_export.pruning.planning import plan
+from mone_export.pruning.scoring import score
+from mone_export.request import NO_EARLY_END, Job
+from mone_export.runtime import Progress
+
+log = logging.getLogger(__name__)
+
+_BUILTIN_TEXT = (
+    "calibrating on the built-in text, mostly Python code and technical English; "
+    "for other uses pass text like yours: -f FILE"
+)
+
+# `calibration.loading`, `.passes` and `.sensitivity` bring in most of transformers, which takes longer than
+# all that saved statistics need: so they are imported where a model is at work.
+
+
+def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration | None, Stability | None]:
+    """Return a job's statistics, and how stable the decision became while they grew, if that is known.
+
+    Nothing is measured where nothing depends on it. Of several processes (torchrun) all take part. Raises
+    `MoneError` for saved statistics of another model or text.
+    """
+    if not job.needs_statistics:
+        return None, None
+    with ranks.joined():
+        model_sha256 = ranks.from_first(
+            job.source.fingerprint(progress=progress) if ranks.rank() == 0 else ""
+        )
+        job, folder = _opened(job, model_sha256) if job.request.workdir else (job, None)
+        if job.saved:
+            found: tuple[Calibration, Stability | None] = _saved(job, job.saved, model_sha256), None
+        else:
+            found = _measured(job, model_sha256, folder, progress)
+        if folder is not None:
+            folder.clear()
+    return found
+
+
+def _opened(job: Job, model_sha256: str) -> tuple[Job, Checkpoint]:
+    """Open the work folder; what the job leaves to `auto` stays as it was when the folder was begun."""
+    from mone_export.calibration.loading import choose
+
+    request = job.request
+    assert request.workdir is not None
+    folder = Path(request.workdir) / f"rank-{ranks.rank()}"
+    before: Mapping[str, Any] = begun(folder)
+    dtype: Dtype = before.get("--dtype", "auto") if request.dtype == "auto" else request.dtype
+    stream: Stream = before.get("--stream", "auto") if request.stream == "auto" else request.stream
+    torch_dtype, streamed = choose(
+        job.source, device=job.device, dtype=dtype, stream=stream, memory=request.memory
+    )
+    text = job.corpus or job.saved
+    work: dict[str, Any] = {
+        "model": model_sha256,
+        "text": text.sha256 if isinstance(text, Corpus) else text.corpus_sha256 if text else "",
+        "--device": job.device.partition(":")[0],
+        "--dtype": str(torch_dtype).removeprefix("torch."),
+        "--stream": "on" if streamed else "off",
+        "processes": ranks.n_rank(),
+    }
+    decided = replace(request, dtype=work["--dtype"], stream=work["--stream"])
+    return replace(job, request=decided), Checkpoint(folder, work)
+
+
+def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
+    """Return saved statistics that are of this model and text."""
+    stats = job.request.stats_file
+    assert stats is not None
+    corpus, request = job.corpus, job.request
+    if corpus and request.until_stable:  # it may have ended early
+        corpus = head(corpus, saved.n_token // corpus.tokens.shape[1])
+    check_origin(stats, saved, model_sha256, corpus)
+    return saved
+
+
+def _measured(
+    job: Job, model_sha256: str, folder: Checkpoint | None, progress: Progress | None
+) -> tuple[Calibration, Stability | None]:
+    """Calibrate; save the statistics at once, and again with the layers' sensitivities."""
+    from mone_export.calibration.passes import calibrate
+
+    request = job.request
+    assert job.corpus is not None
+    if not (request.files or request.datasets):
+        log.info(_BUILTIN_TEXT)
+    model = job.load_model()
+    if request.until_stable and model.files:
+        raise MoneError(NO_EARLY_END)
+    watch = _watch(job, job.corpus)
+    calibration = calibrate(
+        model,
+        job.corpus,
+        model_sha256=model_sha256,
+        checkpoint=folder,
+        memory=request.memory,
+        progress=progress,
+        watch=watch,
+    )
+    if ranks.rank() == 0:
+        stats = request.stats_file
+        if stats is not None:
+            calibration.save(stats)
+        if job.recipe.allocation in ("sensitivity", "search") or stats is not None:
+            corpus = head(job.corpus, calibration.n_token // job.corpus.tokens.shape[1])
+            calibration = with_sensitivity(model, corpus, calibration, progress=progress)
+            if stats is not None and calibration.sensitivity:
+                calibration.save(stats)
+    ranks.wait()
+    return calibration, watch.stability() if watch else None
+
+
+def with_sensitivity(
+    model: Any, corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
+) -> Calibration:
+    """Return the calibration with its layers' sensitivities: a little of its text runs once more.
+
+    In each layer the worse half of the experts by score `mone` have novices for it. The quotient holds for
+    other ratios, scores and novices. Where the model cannot be run so, the sensitivities stay unknown.
+    """
+    from mone_export.calibration.sensitivity import damage_by_layer
+
+    halved = plan(score(calibration, "mone", guarded=False), ratio=0.5, min_kept=1, allocation="even")
+    pruned = {layer.layer: layer.pruned for layer in halved.layers}
+    vectors = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
+    errors = {layer: relative_error(calibration.layers[layer], pruned[layer], "mean") for layer in pruned}
+    try:
+        damage = damage_by_layer(model, corpus.tokens, pruned, vectors, progress=progress)
+    except (RuntimeError, MoneError) as error:  # out of memory is one
+        log.warning("how much the layers matter could not be measured (%s)", first_line(error))
+        return calibration
+    return replace(calibration, sensitivity=sensitivities(damage, errors))
+
+
+def check_origin(stats: Path, calibration: Calibration, model_sha256: str, corpus: Corpus | None) -> None:
+    """Insist that saved statistics belong to this model, and to this text if one is given; say which it was.
+
+    Raises `MoneError` with both fingerprints.
+    """
+    text_sha256 = calibration.corpus_sha256
+    for what, found, wanted in (
+        ("model", calibration.model_sha256, model_sha256),
+        ("calibration text", text_sha256, text_sha256 if corpus is None else corpus.sha256),
+    ):
+        if found != wanted:
+            raise MoneError(
+                f"{stats} was made from another {what} (SHA-256 {found[:16]}, this one is {wanted[:16]}): "
+                "choose another --stats file, or the same model, text, --chunks and --ctx-size"
+            )
+    log.info("statistics of %d tokens of %s from %s", calibration.n_token, calibration.corpus_name, stats)
+
+
+def _watch(job: Job, corpus: Corpus) -> Watch | None:
+    """Return what follows the decision while text goes by; None where none changes it, or none is near."""
+    if not job.recipe.ratio or job.candidates or job.recipe.score in ("aimer", "random"):
+        return None
+    n_token = corpus.tokens.numel() // ranks.n_rank()
+    return Watch(_Decision(job), n_token=n_token, until=job.request.until_stable)
+
+
+class _Decision:
+    """From layers' statistics so far, the experts that a job's scores would prune in each.
+
+    As many in each layer as the ratio says, whatever the layer's share of the plan will be.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._spec, self._recipe = job.source.spec, replace(job.recipe, allocation="even")
+
+    def __call__(self, layers: Mapping[int, ExpertStats]) -> Mapping[int, frozenset[int]]:
+        so_far = Calibration(
+            spec=replace(self._spec, moe_layers=tuple(layers)),
+            model_sha256="",
+            corpus_sha256="",
+            corpus_name="",
+            n_token=0,
+            layers=layers,
+        )
+        recipe = self._recipe
+        scores = score(so_far, recipe.score, guarded=recipe.guarded, seed=recipe.seed)
+        return {layer.layer: frozenset(layer.pruned) for layer in plan(scores, recipe=recipe).layers}
