@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores
     from mone_export.calibration.corpus import read_corpus
     from mone_export.calibration.loading import Model, load
-    from mone_export.calibration.passes import calibrate
     from mone_export.errors import MoneError
     from mone_export.output.writing import write
     from mone_export.pipeline import export
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from mone_export.pruning.scoring import score
     from mone_export.recipe import Recipe
     from mone_export.source import Checkpoint, Source, inspect, open_source
+    from mone_export.statistics import calibrate
 
 # loaded on first use (PEP 562), so that `mone-export --help` does not wait for torch
 _HOME = {
@@ -30,7 +30,7 @@ _HOME = {
     ),
     "MoneError": "errors",
     "Model": "calibration.loading",
-    "calibrate": "calibration.passes",
+    "calibrate": "statistics",
     "export": "pipeline",
     "inspect": "source",
     "open_source": "source",

@@ -209,7 +209,7 @@ class Calibration:
     config_sha256: str = ""
     sensitivity: Mapping[int, float] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write to a safetensors file whose metadata holds everything that is not a tensor."""
         header = {
             "spec": asdict(self.spec),
@@ -221,11 +221,12 @@ class Calibration:
             "parts": [asdict(part) for part in self.parts],
             "sensitivity": {str(layer): value for layer, value in self.sensitivity.items()},
         }
-        save_layers(path, self.layers, header)
+        save_layers(Path(path), self.layers, header)
 
     @classmethod
-    def load(cls, path: Path) -> "Calibration":
+    def load(cls, path: str | Path) -> "Calibration":
         """Read what `save` wrote; `MoneError` when the file is something else."""
+        path = Path(path)
         header, layers = load_layers(path)
         try:
             spec = MoeSpec(**header["spec"] | {"moe_layers": tuple(header["spec"]["moe_layers"])})

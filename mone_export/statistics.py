@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability
 from mone_export.calibration import ranks
@@ -24,6 +24,9 @@ from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.request import NO_EARLY_END, Job
 from mone_export.runtime import Progress
+
+if TYPE_CHECKING:
+    from mone_export.calibration.loading import Model
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +134,22 @@ def _measured(
     return calibration, watch.stability() if watch else None
 
 
+def calibrate(
+    model: "Model", corpus: Corpus, *, memory: int | None = None, progress: Progress | None = None
+) -> Calibration:
+    """Run a corpus through a model and return its experts' statistics and its layers' sensitivities.
+
+    The same as `mone-export` measures. Raises `MoneError` when the model's outputs are not finite.
+    """
+    from mone_export.calibration import passes
+
+    sha256 = model.source.fingerprint(progress=progress)
+    found = passes.calibrate(model, corpus, model_sha256=sha256, memory=memory, progress=progress)
+    return with_sensitivity(model, corpus, found, progress=progress)
+
+
 def with_sensitivity(
-    model: Any, corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
+    model: "Model", corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
 ) -> Calibration:
     """Return the calibration with its layers' sensitivities: a little of its text runs once more.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mone_export.artifacts import Calibration, ExpertStats, LayerPlan, MoeSpec, Part, Plan
 from mone_export.calibration.observer import expert_stats
 from mone_export.errors import MoneError
+from mone_export.recipe import Recipe
 
 N_EXPERT, WIDTH = 6, 5
 FIELDS = [field.name for field in fields(ExpertStats)]
@@ -217,5 +218,5 @@ def test_order_of_a_layer_is_kept_then_pruned() -> None:
 
 def test_share_pruned_counts_all_layers() -> None:
     layers = (LayerPlan(0, (0, 1, 2), (3, 4, 5)), LayerPlan(2, (0, 1, 2, 3, 4, 5), ()))
-    plan = Plan(spec=SPEC, method="mone", score="mone", ratio=0.25, scope="layer", layers=layers)
+    plan = Plan(spec=SPEC, recipe=Recipe(ratio=0.25), layers=layers)
     assert plan.share_pruned == 0.25

@@ -24,10 +24,9 @@ from transformers.utils import logging as transformers_logging
 from mone_export import cli
 from mone_export.artifacts import Calibration
 from mone_export.output.writing import OUTTYPES
-from mone_export.pruning.allocation import ALLOCATIONS
-from mone_export.pruning.novices import NOVICE_NAMES
-from mone_export.pruning.planning import METHODS
-from mone_export.pruning.scoring import SCORE_NAMES
+from mone_export.pruning.novices import NOVICES
+from mone_export.pruning.scoring import SCORES
+from mone_export.recipe import NOVICE_NAMES, SCORE_NAMES
 from mone_export.request import Request
 
 Change = Callable[[Path], None]
@@ -150,11 +149,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "no config": (without("config.json"), "has no config.json: pass the folder"),
     "no JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "config.json' is not a valid JSON file.* Pass a complete folder",
+        "cannot read .*config.json: .*; pass the folder of a model",
     ),
     "unknown model type": (
         config(model_type="mystery"),
-        "transformers does not know the model .*mystery.* Pass a complete folder",
+        "cannot read .*config.json: .*mystery.*; pass the folder of a model",
     ),
     "unknown to the converter": (
         of_type(
@@ -178,19 +177,19 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "FP8 without a method": (config(quantization_config={"bits": 8}), "quantised by an unknown method"),
     "NaN": (spoil(float("nan")), "tensor model.norm.weight holds NaN or infinite values.*get it again"),
     "infinity": (spoil(float("inf")), "tensor model.norm.weight holds NaN or infinite values"),
-    "no weights": (without("model.safetensors"), "holds no .safetensors weights; convert the checkpoint"),
-    "truncated weights": (truncate, "cannot read the weights .*; download them again"),
+    "no weights": (without("model.safetensors"), "holds neither model.safetensors nor .*: pass the folder"),
+    "truncated weights": (truncate, "cannot read the weights .*; get it again"),
     "no weights in the file": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"),
-        "cannot read the weights .*; download them again",
+        "cannot read the weights .*; get it again",
     ),
     "no safetensors": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        "holds no .safetensors weights; convert the checkpoint",
+        "holds neither model.safetensors nor .*: pass the folder",
     ),
     "a file of several missing": (
         split_weights,
-        "lacks 1 of 2 files of weights: get model-00002-of-00002.safetensors",
+        "lacks 1 of the 2 files of weights that its index lists: get model-00002-of-00002.safetensors",
     ),
     "an expert missing": (weights(drop_expert), r"Unprocessed experts.*\.\.\.; is the folder complete\?"),
     "a norm missing": (
@@ -201,14 +200,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
         weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)})),
         "cannot load the weights",
     ),
-    "no vocabulary": (without("tokenizer.model"), "cannot load the tokenizer .*; is the folder complete"),
+    "no vocabulary": (without("tokenizer.model"), "cannot load the tokenizer .*; get its files again"),
     "broken vocabulary": (
         lambda folder: (folder / "tokenizer.model").write_bytes(b"hello"),
-        "cannot load the tokenizer .*; is the folder complete",
+        "cannot load the tokenizer .*; get its files again",
     ),
     "broken tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "cannot load the tokenizer .*; is the folder complete",
+        "cannot load the tokenizer .*; get its files again",
     ),
 }
 
@@ -319,7 +318,6 @@ def test_two_files_too_short_are_named_with_their_rows(
     [
         ("missing/model.gguf", "output folder .*missing does not exist: create it or choose another -o"),
         ("file/model.gguf", "output folder .*file .*choose another -o"),
-        ("out", "out is a folder: name a file"),
         ("/proc/model.gguf", "output folder /proc is not writable .*choose another -o"),
     ],
 )
@@ -344,14 +342,14 @@ def test_too_little_disk_is_one_line_before_any_work(
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr("mone_export.pipeline.fingerprint", None)  # would be the first reading of weights
+    monkeypatch.setattr("mone_export.source.fingerprint", None)  # would be the first reading of weights
     export().is_one_line(r"has 0\.00 GB free, the export needs 0\.00 GB: free some space, choose another -o")
 
 
 def test_statistics_in_an_impossible_place_are_refused_before_any_work(
     export: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mone_export.pipeline.fingerprint", None)
+    monkeypatch.setattr("mone_export.source.fingerprint", None)
     export("--stats", tmp_path / "missing" / "s").is_one_line("missing does not exist: .*another --stats")
 
 
@@ -504,7 +502,7 @@ def test_dry_run_of_an_impossible_ratio_is_one_line(export: Callable[..., Outcom
     ],
 )
 def test_stock_decides_the_method_where_none_is_named(arguments: list[str], method: str) -> None:
-    assert cli._parse(["folder", "--ratio", "0.5", "-o", "x", *arguments]).method == method
+    assert (cli._parse(["folder", "--ratio", "0.5", "-o", "x", *arguments]).method or "mone") == method
 
 
 def test_stock_contradicts_novices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -541,22 +539,27 @@ def test_counts_follow_the_sensitivities_in_the_statistics(
         assert keys["mone.scope"][1] == "sensitivity"
 
 
-def test_statistics_without_sensitivities_want_even_counts(
+def test_statistics_without_sensitivities_mean_even_counts(
     export: Callable[..., Outcome], stats: Path, tmp_path: Path
 ) -> None:
     replace(Calibration.load(stats), sensitivity={}).save(tmp_path / "stats")
-    export("--stats", tmp_path / "stats").is_one_line("calibrate anew, or --allocate even")
-    outcome = export("--stats", tmp_path / "stats", "--allocate", "even", "-o", tmp_path / "model.gguf")
+    outcome = export("--stats", tmp_path / "stats", "-o", tmp_path / "model.gguf")
     assert outcome.status == 0, outcome.err
+    keys = gguf_file.read(tmp_path / "model.gguf").keys
+    assert keys["mone.scope"][1] == "layer" and keys["llama.expert_kept_count"][1] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("allocate", ["sensitivity", "search"])
-def test_counts_are_decided_in_one_way(export: Callable[..., Outcome], allocate: str) -> None:
-    export("--scope", "model", "--allocate", allocate).is_one_line(f"--scope model and --allocate {allocate}")
+def test_counts_are_decided_in_one_way(allocate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["folder", "--ratio", "0.5", "-o", "x", "--scope", "model", "--allocate", allocate])
+    assert stop.value.code == 2
+    assert f"--scope model with --allocate {allocate}: leave one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--score", "aimer"], ["--scope", "model"], ["--no-guard"], ["--sequential"]]
+    "arguments",
+    [["--score", "aimer"], ["--scope", "model"], ["--score", "random"], ["--no-guard"], ["--sequential"]],
 )
 def test_pruning_options_are_carried_out(
     export: Callable[..., Outcome], arguments: list[str], tmp_path: Path
@@ -592,10 +595,8 @@ def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch
 
 
 def test_choices_are_the_registries() -> None:
-    assert tuple(METHODS) == cli._METHODS
-    assert cli._SCORES == SCORE_NAMES
-    assert cli._NOVICES == NOVICE_NAMES
-    assert f"--allocate {{{','.join(ALLOCATIONS)}}}" in cli._parser().format_help()
+    assert {*SCORES, "random", "aimer"} == {*SCORE_NAMES}
+    assert {*NOVICES, "joint"} == {*NOVICE_NAMES}
     named = re.findall(r"\w+", cli._parser().format_help().partition("TYPE  ")[2].partition("...")[0])
     assert "f32" in named
     assert set(named) <= set(OUTTYPES)
@@ -653,6 +654,134 @@ def test_terminal_sees_one_line_and_no_traceback(tmp_path: Path) -> None:
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and not result.stdout
-    assert result.stderr.startswith("mone-export: transformers does not know the model")
+    assert result.stderr.startswith("mone-export: transformers cannot read ")
     assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_output_folder_gets_a_file_named_after_the_request(
+    export: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    outcome = export("-o", tmp_path / "out", "--outtype", "q8_0")
+    assert outcome.status == 0, outcome.err
+    assert outcome.left == ["small-50pc-q8_0.gguf"]
+
+
+def test_a_share_may_be_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._parse(["folder", "--ratio", "37.5%", "-o", "x"]).ratio == 0.375
+    with pytest.raises(SystemExit):
+        cli._parse(["folder", "--ratio", "half", "-o", "x"])
+    assert "half is no share: write 0.5 or 50%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [".", "", "G", "1..5G"])
+def test_no_size_is_no_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli._parse(["folder", "--fit", size, "-o", "x"])
+    assert stop.value.code == 2 and "is no size: write 12G" in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_no_output(export: Callable[..., Outcome], small: Path, text: Path) -> None:
+    arguments = [str(small), "--ratio", "0.5", "-f", str(text), *SMALL_TEXT, "-q", "--dry-run"]
+    assert cli.main(arguments) == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments[:-1])
+    assert stop.value.code == 2
+
+
+def test_help_lists_what_most_need_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, has_all in (("--help", False), ("--help-all", True)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([option])
+        assert stop.value.code == 0
+        listed = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out.partition("examples:")[0]))
+        assert {"--ratio", "--fit", "--stats", "--outtype", "--help-all"} <= listed
+        assert ("--novice" in listed) == ("--seed" in listed) == has_all
+
+
+def test_options_are_not_abbreviated() -> None:
+    with pytest.raises(SystemExit):
+        cli._parse(["folder", "--ratio", "0.5", "-o", "x", "--nov", "mean"])
+
+
+CONTRADICTIONS = [
+    (["--sequential", "--novice", "joint"], "--sequential and --novice joint .*leave one of them out"),
+    (["--sequential", "--score", "aimer"], "leave out --method and --score aimer, or --sequential"),
+    (["--until-stable", "0.9", "--score", "aimer"], "--until-stable with --score aimer.*leave one"),
+    (["--allocate", "search", "--stream", "on"], "--allocate search .*leave out --stream on, or pass"),
+    (["--novice", "mean", "--stock"], "--novice mean with --method drop.*leave one"),
+    (["--allocate", "model", "--stock"], "--method drop keeps the same .*leave one"),
+    (["--min-kept", "0"], "--min-kept 0 is out of range"),
+    (["--seed", "-1"], "--seed -1 is out of range"),
+    (["--fit", "1G", "--min-kept", "999"], "--min-kept 999 is more than the 16 experts"),
+    (["--fit", "1G", "--allocate", "model"], "--allocate even or sensitivity, not model"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CONTRADICTIONS, ids=lambda value: " ".join(value))
+def test_contradictions_are_refused_before_any_work(
+    export: Callable[..., Outcome], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mone_export.source.fingerprint", None)
+    export(*arguments).is_one_line(message)
+
+
+def test_nothing_is_calibrated_for_what_needs_no_statistics(
+    export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mone_export.calibration.passes.calibrate", None)
+    for number, arguments in enumerate(
+        (["--stock", "--score", "aimer"], ["--stock", "--score", "random"], ["--fit", "1G", "--ratio", "0"])
+    ):
+        outcome = export(*arguments, "-o", tmp_path / f"{number}.gguf")
+        assert outcome.status == 0, outcome.err
+    assert export("-o", tmp_path / "whole.gguf", ratio=0).status == 0
+    keys = gguf_file.read(tmp_path / "whole.gguf").keys
+    claims = {"mone.score", "mone.novice", "mone.scope", "mone.method", "mone.calibration.sha256"}
+    assert not claims.intersection(keys), "nothing was scored, and nothing stands in"
+
+
+def test_a_probe_that_fails_costs_neither_the_statistics_nor_the_file(
+    export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        assert (tmp_path / "s").exists(), "saved first"
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("mone_export.calibration.sensitivity.damage_by_layer", fail)
+    outcome = export("--stats", tmp_path / "s", "-o", tmp_path / "model.gguf")
+    assert outcome.status == 0, outcome.err
+    assert gguf_file.read(tmp_path / "model.gguf").keys["mone.scope"][1] == "layer"
+
+
+def test_an_unexpected_error_is_one_line_and_one_event(
+    export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero\nand more")
+
+    monkeypatch.setattr("mone_export.request.measure", fail)
+    export().is_one_line(r"unexpected ZeroDivisionError: division by zero \(-v shows where\)")
+    outcome = export("--json")
+    (event,) = map(json.loads, outcome.out.splitlines())
+    assert (event["event"], event["status"]) == ("error", 1)
+
+
+def test_termination_unwinds_like_an_interruption(small: Path, text: Path, tmp_path: Path) -> None:
+    """A process of its own is ended while it writes."""
+    code = """
+import os, signal, sys, time
+from mone_export import cli
+from mone_export.output.llamacpp import Conversion
+def wait(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+Conversion.write_tensors = wait
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    arguments = [str(small), "--ratio", "0.5", "-f", str(text), *SMALL_TEXT, "-q"]
+    command = [sys.executable, "-c", code, *arguments, "-o", str(tmp_path / "model.gguf")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 143, result.stderr
+    assert result.stderr == "mone-export: terminated; nothing was written\n"
+    assert not list(tmp_path.iterdir())

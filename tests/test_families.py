@@ -43,7 +43,8 @@ from mone_export.output.writing import measure, write
 from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
-from mone_export.request import announce
+from mone_export.recipe import Recipe
+from mone_export.request import Request, prepare
 from mone_export.source import inspect, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream, pytest.mark.families]
@@ -431,7 +432,7 @@ def test_refusal_comes_before_the_weights(row: Row, tmp_path: Path, record: dict
     folder = save_family(row, tmp_path) if row.saved else save_config(row, tmp_path)
     assert row.refused is not None
     with pytest.raises(MoneError, match=re.escape(row.refused)) as error:
-        measure(folder, plan_without_scores(inspect(folder), ratio=0.25))
+        measure(folder, plan_without_scores(inspect(folder), Recipe.of(0.25)))
     assert "\n" not in str(error.value)
     record[row.name] = {"refused": str(error.value).replace(str(tmp_path), "the model")}
 
@@ -461,17 +462,15 @@ def test_only_the_table_of_families_names_one() -> None:
 def test_joint_novices_need_weighted_outputs(tmp_path: Path) -> None:
     row = next(row for row in ROWS if row.routing.endswith("on the input"))
     folder = save_family(row, tmp_path / "model")
-    options = {"min_kept": None, "method": "mone", "scope": "layer", "score": "mone", "outtype": "f32"}
+    request = Request(model=folder, ratio=0.5, novice="joint", outfile=tmp_path / "model.gguf")
     with pytest.raises(MoneError, match="weights their inputs: use --novice mean"):
-        announce(
-            folder, inspect(folder), ratio=0.5, novice="joint", outfile=tmp_path / "model.gguf", **options
-        )
+        prepare(request)
 
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [("bert", "only models with routed experts"), ("llama", "only models with routed experts")]
-    + [(kind, "as a language model") for kind in ("t5", "vit")],
+    + [(kind, "from this config") for kind in ("t5", "vit")],
 )
 def test_models_without_experts_are_refused(model_type: str, reason: str, tmp_path: Path) -> None:
     config = CONFIG_MAPPING[model_type]()
@@ -492,7 +491,7 @@ def test_tensors_that_name_experts_are_refused(
     with_table = property(lambda self: {**shapes(self), f"blk.1.{tensor}": (8, 2)})
     monkeypatch.setattr(Conversion, "shapes", with_table)
     with pytest.raises(MoneError, match=f"blk.1.{tensor} refers to experts by their number"):
-        measure(folder, plan_without_scores(inspect(folder), ratio=0.5))
+        measure(folder, plan_without_scores(inspect(folder), Recipe.of(0.5)))
 
 
 def test_no_family_of_transformers_is_forgotten() -> None:

@@ -18,7 +18,8 @@ from mone_export.output.writing import measure
 from mone_export.pipeline import export
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
-from mone_export.source import inspect
+from mone_export.recipe import Recipe
+from mone_export.source import inspect, open_source
 
 pytestmark = pytest.mark.upstream
 
@@ -32,7 +33,7 @@ def calibration(small: Path) -> Calibration:
 
 def size(small: Path, outtype: str, n_kept: int, method: str = "mone") -> int:
     spec = inspect(small)
-    blank = plan_without_scores(spec, ratio=1 - n_kept / spec.n_expert, method=method)
+    blank = plan_without_scores(spec, Recipe.of(1 - n_kept / spec.n_expert, method=method))
     return measure(small, blank, outtype=outtype)[0]
 
 
@@ -41,7 +42,7 @@ def size(small: Path, outtype: str, n_kept: int, method: str = "mone") -> int:
 def test_one_expert_more_would_not_fit(small: Path, share: float, method: str) -> None:
     spec = inspect(small)
     budget = int(share * size(small, "auto", spec.n_expert))
-    found = candidates(small, spec, budget, method=method)
+    found = candidates(open_source(small), Recipe.of(0, method=method), budget)
     assert found
     for item in found:
         n_kept = round((1 - item.ratio) * spec.n_expert)
@@ -51,7 +52,7 @@ def test_one_expert_more_would_not_fit(small: Path, share: float, method: str) -
 
 def test_types_behind_the_first_that_takes_all_experts_are_left_out(small: Path) -> None:
     spec = inspect(small)
-    found = candidates(small, spec, size(small, "q8_0", spec.n_expert))
+    found = candidates(open_source(small), Recipe.of(0), size(small, "q8_0", spec.n_expert))
     assert found[-1].outtype == "q8_0" and found[-1].ratio == 0
     assert all(item.ratio > 0 for item in found[:-1])
 
@@ -60,25 +61,25 @@ def test_names_that_the_file_states_count(small: Path) -> None:
     spec = inspect(small)
     sizes = set()
     for name, novice in product(("error", "mone-paper"), ("mean", "zero", "gate-weighted", "least-squares")):
-        names = {"score": name, "scope": "sensitivity"}
-        (found,) = candidates(small, spec, 10**9, outtype="q8_0", ratio=0.5, novice=novice, **names)
-        blank = plan_without_scores(spec, ratio=0.5, **names)
-        assert found.size == measure(small, blank, novice=novice, outtype="q8_0")[0]
+        recipe = Recipe.of(0.5, score=name, novice=novice)
+        (found,) = candidates(open_source(small), recipe, 10**9, outtype="q8_0", any_ratio=False)
+        blank = plan_without_scores(spec, recipe)
+        assert found.size == measure(small, blank, outtype="q8_0")[0]
         sizes.add(found.size)
     assert len(sizes) > 1, "they do make a difference"
 
 
 def test_a_type_and_a_ratio_narrow_the_search(small: Path) -> None:
-    spec, budget = inspect(small), 10**9
-    (only,) = candidates(small, spec, budget, outtype="q4_0", ratio=0.5)
+    source, budget = open_source(small), 10**9
+    (only,) = candidates(source, Recipe.of(0.5), budget, outtype="q4_0", any_ratio=False)
     assert (only.outtype, only.ratio) == ("q4_0", 0.5)
-    half = candidates(small, spec, budget, ratio=0.5)
+    half = candidates(source, Recipe.of(0.5), budget, any_ratio=False)
     assert len(half) > 3 and {item.ratio for item in half} == {0.5}
 
 
 def test_what_cannot_fit_is_refused_with_the_smallest_size(small: Path) -> None:
     with pytest.raises(MoneError, match=r"nothing fits 1000 bytes: the smallest file has \d+"):
-        candidates(small, inspect(small), 1000)
+        candidates(open_source(small), Recipe.of(0), 1000)
 
 
 def test_the_estimate_adds_what_is_lost_and_what_is_rounded(small: Path, calibration: Calibration) -> None:
@@ -92,9 +93,13 @@ def test_the_estimate_adds_what_is_lost_and_what_is_rounded(small: Path, calibra
 
 
 def judged(small: Path, calibration: Calibration, ratios: Mapping[str, float]) -> dict[str, float]:
-    found = [candidates(small, inspect(small), 10**9, outtype=name, ratio=r)[0] for name, r in ratios.items()]
+    source = open_source(small)
+    found = [
+        candidates(source, Recipe.of(ratio), 10**9, outtype=name, any_ratio=False)[0]
+        for name, ratio in ratios.items()
+    ]
     scores = score(calibration)
-    result = judge(found, small, calibration, lambda item: plan(scores, ratio=item.ratio), novice="mean")
+    result = judge(found, source, calibration, lambda item: plan(scores, ratio=item.ratio, novice="mean"))
     assert [item.error for item in result] == sorted(item.error or 0.0 for item in result)
     return {item.outtype: item.error or 0.0 for item in result}
 
@@ -135,7 +140,7 @@ def test_counts_by_sensitivity_fit_where_types_depend_on_the_layer(tmp_path: Pat
     for allocate in ("even", "sensitivity"):
         outfile = tmp_path / f"{allocate}.gguf"
         found[allocate] = export(
-            "demo", fit=2_915_000, outtype="q4_k_m", outfile=outfile, allocate=allocate, **options
+            "demo", fit=2_915_000, outtype="q4_k_m", outfile=outfile, allocation=allocate, **options
         )
         assert outfile.stat().st_size == found[allocate].size <= 2_915_000
     even, uneven = found["even"], found["sensitivity"]
@@ -147,5 +152,5 @@ def test_counts_by_sensitivity_fit_where_types_depend_on_the_layer(tmp_path: Pat
 def test_the_exporter_wants_a_ratio_or_a_size(small: Path, tmp_path: Path) -> None:
     with pytest.raises(MoneError, match="--ratio.*--fit"):
         export(str(small), outfile=tmp_path / "out.gguf")
-    with pytest.raises(MoneError, match="leave out --scope model"):
-        export(str(small), outfile=tmp_path / "out.gguf", fit=10**9, scope="model")
+    with pytest.raises(MoneError, match="--allocate even or sensitivity, not model"):
+        export(str(small), outfile=tmp_path / "out.gguf", fit=10**9, allocation="model")

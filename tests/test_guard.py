@@ -40,8 +40,11 @@ def test_layers_of_small_outputs_need_the_models_scale_too() -> None:
 
 def test_a_guarded_expert_stays_though_its_score_is_the_lowest() -> None:
     found = calibration([1.0, 2, 3, 2, 0, 99])
-    scores = score(found, "frequency")
+    scores = score(found, "frequency", guarded=False)
     assert plan(scores, ratio=0.5).layers[0].pruned == (2, 4, 5)
     assert plan(guard(scores, found), ratio=0.5).layers[0].pruned == (1, 2, 4)
+    assert plan(score(found, "frequency"), ratio=0.5).layers[0].pruned == (1, 2, 4), "the default"
     assert plan(guard(scores, found), ratio=4 / N_EXPERT).layers[0].kept == (3, 5)
-    assert torch.equal(score(found, "frequency").values, scores.values), "the scores themselves stay"
+    assert torch.equal(score(found, "frequency", guarded=False).values, scores.values), (
+        "the scores themselves stay"
+    )

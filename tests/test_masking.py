@@ -20,7 +20,7 @@ from mone_export.model import Stream
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
-from mone_export.source import load_tokenizer, open_source
+from mone_export.source import open_source
 
 PRUNED = {0: (1, 5, 6), 2: (0, 15)}
 TOKENS = torch.randint(3, 400, (2, 50), generator=torch.Generator().manual_seed(1))
@@ -84,7 +84,7 @@ def test_divergence_is_the_mean_over_the_compared_positions(demo: Model) -> None
 
 @pytest.mark.parametrize("stream", ["off", "on"])
 def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path, stream: Stream) -> None:
-    corpus = read_corpus([text], load_tokenizer(demo.path), n_row=2, seq_len=128)
+    corpus = read_corpus([text], demo.source.tokenizer(), n_row=2, seq_len=128)
     plain = calibrate(demo, corpus, model_sha256="")
 
     def decide(calibration: Calibration) -> Plan:
@@ -180,7 +180,7 @@ def layer_stats(gates: Tensor, outputs: Tensor) -> ExpertStats:
 
 def test_layers_error_falls_from_novice_to_novice(demo: Model, text: Path) -> None:
     """On the calibration text of the demo, with all experts of a layer counted together."""
-    corpus = read_corpus([text], load_tokenizer(demo.path), n_row=4, seq_len=512)
+    corpus = read_corpus([text], demo.source.tokenizer(), n_row=4, seq_len=512)
     calibration = calibrate(demo, corpus, model_sha256="")
     chosen = plan(score(calibration), ratio=0.5)
     residuals = measure_residuals(demo, corpus, chosen)

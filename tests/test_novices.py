@@ -43,8 +43,8 @@ def test_novice_is_its_formula(name: str) -> None:
         torch.testing.assert_close(vectors[e], FORMULAS[name](e), rtol=1e-12, atol=1e-14)
 
 
-def test_mean_is_the_default() -> None:
-    assert torch.equal(novices(LAYER.stats()), novices(LAYER.stats(), "mean"))
+def test_least_squares_is_the_default() -> None:
+    assert torch.equal(novices(LAYER.stats()), novices(LAYER.stats(), "least-squares"))
 
 
 @pytest.mark.parametrize("name", ["mean", "gate-weighted", "least-squares"])

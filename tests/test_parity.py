@@ -17,8 +17,9 @@ from mone_export.artifacts import Calibration
 from mone_export.model import expert_modules
 from mone_export.pipeline import export
 from mone_export.pruning.dern import recombine
-from mone_export.pruning.planning import METHODS, plan
+from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.recipe import OWN_SCORE
 from mone_export.source import inspect, open_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
@@ -79,7 +80,7 @@ def test_unpatched_llama_cpp_runs_ordinary_files(
     options: dict[str, Any] = {"files": [text], "n_row": 8, "seq_len": 128, "stats": stats}
     export(str(folder), ratio=ratio, outfile=outfile, outtype="f32", method=method, **options)
     calibration = Calibration.load(stats)
-    chosen = plan(score(calibration, METHODS[method]), ratio=ratio, method=method)
+    chosen = plan(score(calibration, OWN_SCORE[method]), ratio=ratio, method=method)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     smaller = without_experts(model, {layer.layer: layer.kept for layer in chosen.layers})
     if method == "dern":

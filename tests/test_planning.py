@@ -8,7 +8,9 @@ import torch
 
 from mone_export.artifacts import MoeSpec, Plan, Scores
 from mone_export.errors import MoneError
-from mone_export.pruning.planning import kept_per_layer, plan, plan_without_scores
+from mone_export.pruning.allocation import kept_per_layer
+from mone_export.pruning.planning import plan, plan_without_scores
+from mone_export.recipe import Recipe
 
 
 def spec(n_expert: int, top_k: int = 2) -> MoeSpec:
@@ -54,14 +56,14 @@ def test_ratio_0_prunes_nothing() -> None:
 
 def test_plan_says_how_it_was_made() -> None:
     chosen = planned([1, 2, 3, 4], 0.3)
-    assert (chosen.method, chosen.score, chosen.ratio, chosen.scope) == ("mone", "mone", 0.3, "layer")
+    assert chosen.recipe == Recipe(ratio=0.3, score="mone", allocation="even")
     assert chosen.share_pruned == 0.25, "one of four is what 0.3 gives"
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.0, 1.5, float("nan"), float("inf")])
 def test_ratio_outside_its_range_is_refused(ratio: float) -> None:
     with pytest.raises(MoneError, match=rf"--ratio {ratio:g} is out of range: .* 0 <= ratio < 1"):
-        kept_per_layer(spec(16), ratio)
+        kept_per_layer(spec(16), Recipe.of(ratio))
 
 
 @pytest.mark.parametrize("n_expert", [13, 16, 60, 64, 128])
@@ -70,53 +72,56 @@ def test_too_few_experts_are_refused_and_the_remedy_works(n_expert: int, top_k: 
     shape = spec(n_expert, top_k)
     kept = n_expert - round(0.99 * n_expert)
     if kept >= top_k:
-        assert kept_per_layer(shape, 0.99) == kept
+        assert kept_per_layer(shape, Recipe.of(0.99)) == kept
         return
     with pytest.raises(MoneError, match=f"keeps {kept} of {n_expert} experts, fewer than {top_k}") as error:
-        kept_per_layer(shape, 0.99)
+        kept_per_layer(shape, Recipe.of(0.99))
     ratio = float(str(error.value).partition("pass --ratio ")[2].split()[0])
-    assert kept_per_layer(shape, ratio) == top_k
+    assert kept_per_layer(shape, Recipe.of(ratio)) == top_k
     assert "lower --min-kept" in str(error.value)
 
 
 def test_min_kept_moves_the_floor() -> None:
-    assert kept_per_layer(spec(16, top_k=4), 0.9, min_kept=2) == 2
+    assert kept_per_layer(spec(16, top_k=4), Recipe.of(0.9, min_kept=2)) == 2
     assert len(planned([1.0] * 16, 0.9, min_kept=1).layers[0].kept) == 2
     with pytest.raises(MoneError, match="keeps 8 of 16 experts, fewer than 10: pass --ratio 0.375 or less"):
-        kept_per_layer(spec(16), 0.5, min_kept=10)
+        kept_per_layer(spec(16), Recipe.of(0.5, min_kept=10))
 
 
 def test_more_than_there_are_cannot_be_kept() -> None:
     with pytest.raises(MoneError, match="--min-kept 17 is more than the 16 experts of a layer: pass 16 or"):
-        kept_per_layer(spec(16), 0.5, min_kept=17)
+        kept_per_layer(spec(16), Recipe.of(0.5, min_kept=17))
 
 
 @pytest.mark.parametrize("min_kept", [0, -3])
 def test_fewer_than_one_expert_cannot_be_asked_for(min_kept: int) -> None:
-    with pytest.raises(MoneError, match="keeps 0 of 16 experts, fewer than 1"):
-        kept_per_layer(spec(16), 0.99, min_kept=min_kept)
+    with pytest.raises(MoneError, match=f"--min-kept {min_kept} is out of range"):
+        kept_per_layer(spec(16), Recipe.of(0.99, min_kept=min_kept))
 
 
 def test_routing_by_groups_cannot_lose_experts() -> None:
     with pytest.raises(MoneError, match="--method drop .* by 4 groups .* use --method mone"):
-        kept_per_layer(replace(spec(16), n_group=4), 0.5, method="drop")
+        kept_per_layer(replace(spec(16), n_group=4), Recipe.of(0.5, method="drop"))
 
 
 def test_a_router_needs_as_many_experts_as_it_selects() -> None:
     shape = spec(16, top_k=4)
     with pytest.raises(MoneError, match="--min-kept 3 with --method drop: .* pass 4 or more"):
-        kept_per_layer(shape, 0.8, min_kept=3, method="drop")
-    assert kept_per_layer(shape, 0.75, min_kept=4, method="drop") == 4
-    assert kept_per_layer(shape, 0.8, min_kept=3) == 3, "a novice is selected like an expert"
+        kept_per_layer(shape, Recipe.of(0.8, min_kept=3, method="drop"))
+    assert kept_per_layer(shape, Recipe.of(0.75, min_kept=4, method="drop")) == 4
+    assert kept_per_layer(shape, Recipe.of(0.8, min_kept=3)) == 3, "a novice is selected like an expert"
 
 
 def over_model(values: list[list[float]], ratio: float, **options: int) -> list[int]:
     """How many experts each layer keeps when all compete."""
     table = torch.tensor(values, dtype=torch.float64)
     chosen = plan(
-        Scores(spec=spec(len(values[0])), score="mone", values=table), ratio=ratio, scope="model", **options
+        Scores(spec=spec(len(values[0])), score="mone", values=table),
+        ratio=ratio,
+        allocation="model",
+        **options,
     )
-    assert chosen.scope == "model"
+    assert chosen.recipe.allocation == "model"
     return [len(layer.kept) for layer in chosen.layers]
 
 
@@ -143,12 +148,12 @@ def test_experts_never_seen_and_guarded_ones_compete_too() -> None:
 
 @pytest.mark.parametrize("method", ["drop", "dern"])
 def test_ordinary_files_have_one_count(method: str) -> None:
-    with pytest.raises(MoneError, match=f"--method {method} keeps the same number .* --scope model does not"):
-        planned([1.0] * 8, 0.5, method=method, scope="model")
+    with pytest.raises(MoneError, match=f"--method {method} keeps the same .* --allocate model does not"):
+        planned([1.0] * 8, 0.5, method=method, allocation="model")
 
 
 def test_plan_without_scores_has_the_counts_of_the_real_one() -> None:
-    blank = plan_without_scores(spec(13), ratio=0.4)
+    blank = plan_without_scores(spec(13), Recipe.of(0.4))
     assert [len(layer.kept) for layer in blank.layers] == [8, 8, 8]
 
 

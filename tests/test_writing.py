@@ -26,6 +26,7 @@ from mone_export.pruning.dern import recombine
 from mone_export.pruning.novices import NOVICES, novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
+from mone_export.recipe import Recipe
 from mone_export.source import load_tokenizer
 from mone_export.weights import fingerprint
 
@@ -91,8 +92,8 @@ def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-def chosen(calibration: Calibration, ratio: float, min_kept: int | None = None) -> Plan:
-    return plan(score(calibration), ratio=ratio, min_kept=min_kept)
+def chosen(calibration: Calibration, ratio: float, min_kept: int | None = None, **choices: Any) -> Plan:
+    return plan(score(calibration, "mone"), ratio=ratio, min_kept=min_kept, allocation="even", **choices)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -131,7 +132,7 @@ def test_pruned_file_is_upstreams_in_the_order_of_the_format(
     calibration = calibrated(family)
     outfile = tmp_path / "model.gguf"
     decision = chosen(calibration, 0.5)
-    write(folder_of(family), calibration, decision, outfile, novice="least-squares", outtype=outtype)
+    write(folder_of(family), calibration, decision, outfile, outtype=outtype)
     ours, stock = gguf_file.read(outfile), upstream(family, outtype)
     orders = orders_of(ours)
     assert orders == {layer.layer: list(layer.order) for layer in decision.layers}
@@ -193,7 +194,7 @@ def test_drop_leaves_an_ordinary_file_of_the_kept_experts(
     calibration, outfile = calibrated(family), tmp_path / "model.gguf"
     decision = plan(score(calibration, "reap"), ratio=0.25, method="drop")
     size = write(folder_of(family), calibration, decision, outfile, outtype="f32")
-    blank = plan_without_scores(calibration.spec, ratio=0.25, score="reap", method="drop")
+    blank = plan_without_scores(calibration.spec, Recipe.of(0.25, score="reap", method="drop"))
     assert measure(folder_of(family), blank, outtype="f32") == (size, 0)
     ours, stock = gguf_file.read(outfile), upstream(family, "f32")
     kept = {layer.layer: list(layer.kept) for layer in decision.layers}
@@ -221,7 +222,7 @@ def test_dern_writes_the_recombined_experts(
     calibration, outfile = calibrated(family), tmp_path / "model.gguf"
     decision = plan(score(calibration, "gate"), ratio=0.5, method="dern")
     size = write(folder_of(family), calibration, decision, outfile, outtype="f32")
-    blank = plan_without_scores(calibration.spec, ratio=0.5, score="gate", method="dern")
+    blank = plan_without_scores(calibration.spec, Recipe.of(0.5, score="gate", method="dern"))
     assert measure(folder_of(family), blank, outtype="f32") == (size, 0)
     ours = gguf_file.read(outfile)
     modules = dict(expert_modules(load(folder_of(family), device="cpu").module))
@@ -267,7 +268,7 @@ def test_keys_are_the_formats(
     tmp_path: Path,
 ) -> None:
     calibration, outfile = calibrated(family), tmp_path / "model.gguf"
-    write(folder_of(family), calibration, chosen(calibration, 0.3), outfile, novice="zero")
+    write(folder_of(family), calibration, chosen(calibration, 0.3, novice="zero"), outfile)
     keys = gguf_file.read(outfile).keys
     arch = keys["general.architecture"][1]
     dense = 1 if family.startswith("Deepseek") else 0
@@ -303,8 +304,8 @@ def test_rows_of_the_down_bias_are_the_novices(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, novice: str
 ) -> None:
     calibration = calibrated("small")
-    decision = chosen(calibration, 0.25)
-    write(small, calibration, decision, tmp_path / "model.gguf", novice=novice, outtype="q8_0")
+    decision = chosen(calibration, 0.25, novice=novice)
+    write(small, calibration, decision, tmp_path / "model.gguf", outtype="q8_0")
     tensors = gguf_file.read(tmp_path / "model.gguf").tensors
     for layer in decision.layers:
         bias = tensors[f"blk.{layer.layer}.ffn_down_exps.bias"]
@@ -319,10 +320,10 @@ def test_measured_size_knows_the_names_in_the_header(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, score_name: str, novice: str
 ) -> None:
     calibration = calibrated("small")
-    decision = plan(score(calibration, score_name), ratio=0.5)
-    size = write(small, calibration, decision, tmp_path / "model.gguf", novice=novice)
-    blank = plan_without_scores(calibration.spec, ratio=0.5, score=score_name)
-    assert measure(small, blank, novice=novice) == (size, 0)
+    decision = plan(score(calibration, score_name), ratio=0.5, novice=novice, allocation="even")
+    size = write(small, calibration, decision, tmp_path / "model.gguf")
+    blank = plan_without_scores(calibration.spec, decision.recipe)
+    assert measure(small, blank) == (size, 0)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5])
@@ -331,9 +332,10 @@ def test_measured_size_is_the_real_one(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, outtype: str, ratio: float
 ) -> None:
     calibration, outfile = calibrated("small"), tmp_path / "model.gguf"
-    size = write(small, calibration, chosen(calibration, ratio), outfile, outtype=outtype)
+    decision = chosen(calibration, ratio)
+    size = write(small, calibration, decision, outfile, outtype=outtype)
     assert size == outfile.stat().st_size
-    blank = plan_without_scores(calibration.spec, ratio=ratio)
+    blank = plan_without_scores(calibration.spec, decision.recipe)
     assert measure(small, blank, outtype=outtype) == (size, 0)
 
 
@@ -344,9 +346,10 @@ def test_measured_size_is_the_real_one_of_what_llama_quantize_makes(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, outtype: str, ratio: float
 ) -> None:
     calibration, outfile = calibrated("small"), tmp_path / "model.gguf"
-    size = write(small, calibration, chosen(calibration, ratio), outfile, outtype=outtype)
-    blank = plan_without_scores(calibration.spec, ratio=ratio)
-    base = write(small, calibration, chosen(calibration, ratio), outfile)
+    decision = chosen(calibration, ratio)
+    size = write(small, calibration, decision, outfile, outtype=outtype)
+    blank = plan_without_scores(calibration.spec, decision.recipe)
+    base = write(small, calibration, decision, outfile)
     assert measure(small, blank, outtype=outtype) == (size, base)
 
 
@@ -419,7 +422,7 @@ def test_novices_that_are_not_finite_are_never_written(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, value: float
 ) -> None:
     calibration = calibrated("small")
-    decision = chosen(calibration, 0.5)
+    decision = chosen(calibration, 0.5, novice="mean")
     out_mean = calibration.layers[1].out_mean.clone()
     out_mean[decision.layers[1].pruned[0], 3] = value
     broken = dict(calibration.layers) | {1: replace(calibration.layers[1], out_mean=out_mean)}

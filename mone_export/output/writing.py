@@ -81,9 +81,9 @@ def write(
     return target.stat().st_size
 
 
-def measure(source: Source, plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
+def measure(model: "str | Path | Source", plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
-    layout = layouts(source, plan, (outtype,))[outtype]
+    layout = layouts(open_source(model), plan, (outtype,))[outtype]
     return layout.size, layout.size_between
 
 

@@ -32,7 +32,7 @@ def score(
     With `guarded`, super experts stand above all others (`guard`). Raises `MoneError` for an unknown name.
     """
     if name == "aimer" or name not in SCORE_NAMES:
-        raise MoneError(f"unknown score {name}: choose from {', '.join(SCORES)}")
+        raise MoneError(f"unknown score {name}: choose from {', '.join((*SCORES, 'random'))}")
     layers = [calibration.layers[layer] for layer in calibration.spec.moe_layers]
     if name == "random":
         values = random_scores(calibration.spec, seed=seed).values
