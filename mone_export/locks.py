@@ -20,16 +20,10 @@ class NoLocksError(MoneError):
 def locked(file: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[int]:
     """Hold the lock of `file`, made if need be, for the length of the block; yields the descriptor.
 
-    Where another process holds it, `waiting` is called once and the lock awaited. Without `waiting` that is a
-    MoneError, as is a file that cannot be made.
+    Where another process holds it, `waiting` is called once and the lock awaited; without `waiting` that is a
+    MoneError. Raises OSError for a file that cannot be made.
     """
-    try:
-        stream = file.open("a")
-    except OSError as error:
-        raise MoneError(
-            f"cannot write to {file.parent} ({error.strerror}): make it writable, or choose another folder"
-        ) from None
-    with stream:
+    with file.open("a") as stream:
         if not _taken(stream.fileno(), file):
             if waiting is None:
                 raise MoneError(

@@ -111,10 +111,12 @@ def _own_folder(target: Path) -> Iterator[Path]:
                 stack.enter_context(locked(folder / "lock"))
             except NoLocksError:  # then a sweep never finds it free
                 break
-            except MoneError:  # a sweep came between: another one
+            except (MoneError, OSError):  # a sweep came between: another one
                 continue
             if (folder / "lock").exists():
                 break
+        else:
+            raise MoneError(f"cannot keep a folder in {target.parent}: choose another")
         yield folder
 
 
