@@ -24,8 +24,8 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-stats`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
     with steady_output() as output:
+        args = _parser().parse_args(argv)
         try:
             if args.command == "merge":
                 _merge(args)

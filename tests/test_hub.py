@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -85,10 +86,17 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetch(server: HubServer, tmp_path: Path) -> Callable[..., Any]:
-    def run(name: str = ID, *, what: str = "weights", **env: str) -> Found | str:
+    def run(name: str = ID, *, what: str = "weights", largest: int = -1, **env: str) -> Found | str:
         environment = os.environ | server.environment(tmp_path / "home", **env)
         command = [sys.executable, "-c", DRIVER, what, name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         (line,) = done.stdout.splitlines()
         if not line.startswith("["):
@@ -311,6 +319,37 @@ def test_cache_that_cannot_be_made_is_one_line(
     home.touch()
     cannot = f"cannot write to {home / 'hub'} (Not a directory): free some space there, or set HF_HOME"
     assert fetch(HF_HOME=str(home)) == f"{cannot} to a folder elsewhere"
+
+
+def test_disk_that_is_full_is_one_line(server: HubServer, model: Path, fetch: Callable[..., Any]) -> None:
+    """Files may have 100 kB: the small ones fit, the system refuses a weight file."""
+    server.add(ID, model)
+    found = fetch(largest=100_000)
+    assert "hub (File too large): free some space there, or set HF_HOME" in found, found
+    assert not set(SHARDS) & set(fetch(what="metadata").files)
+
+
+def test_space_is_checked_before_a_download(server: HubServer, model: Path, tmp_path: Path) -> None:
+    server.add(ID, model)
+    code = """
+import shutil, sys
+from types import SimpleNamespace
+from mone_export import hub
+snapshot = hub.metadata(sys.argv[1])
+shutil.disk_usage = lambda _folder: SimpleNamespace(free=1000)
+try:
+    hub.weights(snapshot, hub.weight_files(snapshot.folder))
+except hub.MoneError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, ID],
+        env=os.environ | server.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith(f"the weights of {ID} take 0.0 GB, 0.0 GB are free in "), done
+    assert not server.asked("resolve/.*safetensors$")
 
 
 def test_headers_come_by_range_and_make_a_hollow_model(

@@ -455,6 +455,22 @@ def test_command_builds_and_prints_the_folder(
     assert str(folder) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argument", "target", "status"),
+    [("info", "closed pipe", 0), ("info", "/dev/full", 1), ("--help", "closed pipe", 0)],
+)
+def test_command_survives_its_reader(argument: str, target: str, status: int) -> None:
+    code = f"import sys; from mone_export.cli_llama import main; sys.exit(main(['{argument}']))"
+    read, write = os.pipe()
+    os.close(read)
+    if target == "/dev/full":
+        os.close(write)
+        write = os.open(target, os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr.count("\n")) == (status, status), done.stderr
+
+
 def test_usage_error_exits_with_2() -> None:
     with pytest.raises(SystemExit, match="2"):
         cli_llama.main(["build", "--backend", "abacus"])
