@@ -385,6 +385,39 @@ print(folder.name, disk, folder.exists())
     assert (copy / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
+def test_skeleton_serves_checks_and_converter(server: HubServer, small: Path, tmp_path: Path) -> None:
+    """The size of the file comes out as it does from the weights, of which none are read."""
+    server.add(ID, small)
+    code = """
+import sys
+from pathlib import Path
+from mone_export import hub
+from mone_export.model import check_weights, inspect
+from mone_export.output.writing import measure
+from mone_export.pruning.planning import plan_without_scores
+with hub.skeleton_folder(hub.metadata(sys.argv[1])) as skeleton:
+    for path in (skeleton, Path(sys.argv[2])):
+        spec = inspect(path)
+        check_weights(path)
+        for ratio in (0, 0.5):
+            print(spec, measure(path, plan_without_scores(spec, ratio=ratio), outtype="q8_0"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, ID, str(small)],
+        env=os.environ | server.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    sizes = [int(line.rpartition("(")[2].split(",")[0]) for line in lines]
+    # the name in the file is the folder's
+    assert lines[0].rpartition("(")[0] == lines[2].rpartition("(")[0] and sizes[0] > sizes[1]
+    assert abs(sizes[0] - sizes[2]) <= 64 and abs(sizes[1] - sizes[3]) <= 64, sizes
+    asked = [given for _, path, given in server.asked("safetensors$") if path.startswith("/blobs")]
+    assert asked == ["bytes=0-100000"]
+
+
 def test_a_model_that_is_here_is_its_own_skeleton(model: Path) -> None:
     with hub.skeleton_folder(hub.Snapshot(ID, "0" * 40, model)) as folder:
         assert folder == model
