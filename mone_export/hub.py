@@ -11,8 +11,10 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ SINGLE = "model.safetensors"
 _SMALL = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md")
 _ELSEWHERE = ("*/*", "*.safetensors", "consolidated*")  # other copies of the weights lie in folders
 _PATIENCE = 10.0  # seconds until a Hub that says nothing counts as not there; huggingface_hub waits for ever
+_AT_ONCE = 8  # requests for headers
 _WORD = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 
@@ -108,11 +111,11 @@ def headers(
     A header maps each tensor to its `dtype`, `shape` and `data_offsets`, and may have `__metadata__`.
     """
     found = {}
-    for done, name in enumerate(files, start=1):
-        file = snapshot.folder / name
-        found[name] = _local_header(file) if file.is_file() else _remote_header(snapshot, name)
-        if progress:
-            progress(done, len(files), "reading the headers (files)")
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for name, header in zip(files, pool.map(partial(_header, snapshot), files), strict=True):
+            found[name] = header
+            if progress:
+                progress(len(found), len(files), "reading the headers (files)")
     return found
 
 
@@ -167,7 +170,7 @@ def weights(snapshot: Snapshot, files: Sequence[str], progress: Progress | None 
 
 def _small_files(model: str, revision: str | None, patterns: list[str], *, cached: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     with disable_progress_bars():
         folder = snapshot_download(
@@ -198,6 +201,11 @@ def _size(snapshot: Snapshot, files: Sequence[str]) -> int:
             f"{snapshot.folder}: free some space, or set HF_HOME to a folder elsewhere"
         )
     return needed
+
+
+def _header(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    file = snapshot.folder / name
+    return _local_header(file) if file.is_file() else _remote_header(snapshot, name)
 
 
 def _local_header(file: Path) -> dict[str, Any]:
@@ -257,7 +265,7 @@ class _Count:
         from tqdm import tqdm
 
         body = {
-            "__init__": lambda bar, **named: tqdm.__init__(bar, **named | {"disable": True}),
+            "__init__": partialmethod(tqdm.__init__, disable=True),
             "update": lambda _bar, n_byte=1: self.add(n_byte),
             "update_transfer": lambda _bar, _n_byte: None,
             "set_transfer_postfix_str": lambda _bar, *_text, **_named: None,
