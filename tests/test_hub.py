@@ -392,15 +392,17 @@ def test_skeleton_serves_checks_and_converter(server: HubServer, small: Path, tm
 import sys
 from pathlib import Path
 from mone_export import hub
-from mone_export.model import check_weights, inspect
 from mone_export.output.writing import measure
 from mone_export.pruning.planning import plan_without_scores
+from mone_export.recipe import Recipe
+from mone_export.source import open_source
 with hub.skeleton_folder(hub.metadata(sys.argv[1])) as skeleton:
     for path in (skeleton, Path(sys.argv[2])):
-        spec = inspect(path)
-        check_weights(path)
+        source = open_source(path)
+        source.check()
         for ratio in (0, 0.5):
-            print(spec, measure(path, plan_without_scores(spec, ratio=ratio), outtype="q8_0"))
+            plan = plan_without_scores(source.spec, Recipe(ratio=ratio))
+            print(source.spec, measure(source, plan, outtype="q8_0"))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, ID, str(small)],
