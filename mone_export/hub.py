@@ -55,8 +55,8 @@ def parse(name: str) -> tuple[str, str | None] | None:
     if _WORD.fullmatch(name):
         return None
     raise MoneError(
-        f"{name!r} is neither a folder nor a Hugging Face id: check the path; an id is org/model or "
-        "org/model@revision, of letters, digits, '.', '_' and '-'"
+        f"{name!r} is neither a folder nor a Hugging Face id like org/model or org/model@revision: check the "
+        "spelling"
     )
 
 

@@ -88,16 +88,21 @@ def replacing(target: Path) -> Iterator[Path]:
 
     The folder it lies in is of this run alone, so intermediate files may lie beside it. When the block fails,
     nothing is left and `target` stays as it was. Of a link, the file it leads to is replaced. Raises
-    MoneError where no file can be made, OSError when the disk refuses what was written.
+    MoneError where no file can be made, or the disk refuses it in the end; an OSError of the block passes.
     """
     target = _resolved(target)
     _sweep(target)
     with _own_folder(target) as folder:
         part = folder / target.name
         yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
+        try:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+        except OSError as error:
+            raise MoneError(
+                f"cannot write {target} ({error.strerror}): free some space or choose another place"
+            ) from None
 
 
 @contextmanager

@@ -148,7 +148,9 @@ def test_ids_are_read(name: str, found: tuple[str, str | None] | None) -> None:
     ],
 )
 def test_what_is_no_id_is_one_line(name: str) -> None:
-    with pytest.raises(MoneError, match=r"(check the path; an id is org/model|after the @)") as caught:
+    with pytest.raises(
+        MoneError, match=r"(is neither a folder nor a Hugging Face id like org/model|after the @)"
+    ) as caught:
         hub.parse(name)
     assert "\n" not in str(caught.value)
 

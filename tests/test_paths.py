@@ -155,6 +155,16 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     assert target.read_text() == "before" and list(tmp_path.iterdir()) == [target]
 
 
+def test_place_that_is_taken_at_the_end_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MoneError, match=r"^cannot write .*x \(Is a directory\): "),
+        replacing(tmp_path / "x") as part,
+    ):
+        written(part)
+        (tmp_path / "x").mkdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link, real = tmp_path / "x.gguf", tmp_path / "disk" / "real.gguf"
