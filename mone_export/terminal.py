@@ -161,9 +161,12 @@ class Output(io.TextIOBase):
     `lost` is the error with which that began.
     """
 
+    encoding = "ascii"
+
     def __init__(self, stream: TextIO | None) -> None:
         """Stand for `stream`; None, a stream closed before the start, loses nothing that anybody awaits."""
         self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "ascii"
         self.lost: OSError | None = None
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -188,11 +191,6 @@ class Output(io.TextIOBase):
     def isatty(self) -> bool:
         """Say whether a person watches."""
         return bool(self._stream and self._stream.isatty())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The stream's encoding."""
-        return (self._stream and self._stream.encoding) or "ascii"
 
     def check(self) -> None:
         """Raise MoneError if lines are lost for another reason than that the reader went away (`| head`)."""
