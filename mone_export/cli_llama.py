@@ -7,7 +7,7 @@ from contextlib import closing
 
 from mone_export import runtime
 from mone_export.errors import MoneError
-from mone_export.terminal import ProgressLine
+from mone_export.terminal import ProgressLine, steady_output
 
 _DESCRIPTION = "Get, patch, build and find the llama.cpp that runs MoNE files."
 _EPILOG = """examples:
@@ -21,17 +21,20 @@ The cache is $MONE_CACHE, else $XDG_CACHE_HOME/mone_export, else ~/.cache/mone_e
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-llama`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
-    try:
-        return {"build": _build, "path": _path, "info": _info}[args.command](args)
-    except runtime.BuildError as error:
-        print(*error.tail, sep="\n", file=sys.stderr)
-        return _fail(error)
-    except MoneError as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("mone-llama: interrupted; the same command continues", file=sys.stderr)
-        return 130
+    with steady_output() as output:
+        args = _parser().parse_args(argv)
+        try:
+            {"build": _build, "path": _path, "info": _info}[args.command](args)
+            output.check()
+        except runtime.BuildError as error:
+            print(*error.tail, sep="\n", file=sys.stderr)
+            return _fail(error)
+        except MoneError as error:
+            return _fail(error)
+        except KeyboardInterrupt:
+            print("mone-llama: interrupted; the same command continues", file=sys.stderr)
+            return 130
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +71,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _build(args: argparse.Namespace) -> int:
+def _build(args: argparse.Namespace) -> None:
     with closing(ProgressLine()) as show:
         found = runtime.build(
             args.backend or "cpu",
@@ -81,15 +84,13 @@ def _build(args: argparse.Namespace) -> int:
         if not (args.no_python or args.stock or args.target):
             runtime.install_python_binding(found, progress=show)
     print(found.bin)
-    return 0
 
 
-def _path(args: argparse.Namespace) -> int:
+def _path(args: argparse.Namespace) -> None:
     print(runtime.path(args.backend, patched=not args.stock))
-    return 0
 
 
-def _info(_args: argparse.Namespace) -> int:
+def _info(_args: argparse.Namespace) -> None:
     info = runtime.info()
     pin = info.upstream
     print(f"release  {pin.package} {pin.version} (llama.cpp {pin.llama_cpp_commit})")
@@ -101,7 +102,6 @@ def _info(_args: argparse.Namespace) -> int:
         print(f"build    {build.backend}, {kind}, {len(build.targets)} targets: {build.bin}")
     if not info.builds:
         print("build    none for this CPU yet: mone-llama build")
-    return 0
 
 
 def _fail(error: MoneError) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mone_export.errors import MoneError
+from mone_export.paths import check_outputs
+from mone_export.terminal import steady_output
 
 if TYPE_CHECKING:
     from mone_export.artifacts import Calibration
@@ -22,15 +24,21 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-stats`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
-    args = _parser().parse_args(argv)
-    try:
-        return {"merge": _merge, "show": _show}[args.command](args)
-    except MoneError as error:
-        print(f"mone-stats: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mone-stats: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    with steady_output() as output:
+        args = _parser().parse_args(argv)
+        try:
+            if args.command == "merge":
+                _merge(args)
+            else:
+                _show(args)
+                output.check()
+        except MoneError as error:
+            print(f"mone-stats: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("mone-stats: interrupted; nothing was written", file=sys.stderr)
+            return 130
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,23 +59,25 @@ def _parser() -> argparse.ArgumentParser:
         help="this file's share of the evidence, e.g. 0.7; the others divide the rest by their tokens",
     )
     merge.add_argument("-o", "--outfile", type=Path, required=True, metavar="PATH", help="the file to write")
+    merge.add_argument("--overwrite", action="store_true", help="let PATH be a file that exists")
     show = commands.add_parser("show", help="print model, text and each layer's use of its experts")
     show.add_argument("file", type=Path, metavar="FILE")
     return parser
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _merge(args: argparse.Namespace) -> None:
     from mone_export.artifacts import Calibration
     from mone_export.calibration.merging import merge
 
     weights = dict(_weight(given) for given in args.weight)
     if repeated := {name for name in args.files if args.files.count(name) > 1}:
         raise MoneError(f"{min(repeated)} is named twice: name each file once")
+    files = {f"FILE {name}": Path(name) for name in args.files}
+    outfile = check_outputs({"-o": args.outfile}, files, overwrite=args.overwrite)["-o"]
     merged = merge({name: Calibration.load(Path(name)) for name in args.files}, weights=weights)
-    merged.save(args.outfile)
+    merged.save(outfile)
     print(f"wrote {args.outfile}")
     _print_origin(merged)
-    return 0
 
 
 def _weight(given: str) -> tuple[str, float]:
@@ -78,7 +88,7 @@ def _weight(given: str) -> tuple[str, float]:
         raise MoneError(f"--weight {given}: write FILE=SHARE, for example a.stats=0.7") from None
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> None:
     from mone_export.artifacts import Calibration
     from mone_export.calibration.usage import RARELY, entropy, rarely_seen
 
@@ -96,7 +106,6 @@ def _show(args: argparse.Namespace) -> int:
         rare = len(rarely_seen(stats))
         line = f"{layer:5}  {seen:6} of {n_expert:3}  {entropy(stats):22.2f}  {rare:22}"
         print(line + (f"  {matters[layer] / mean:19.2f}" if matters else ""))
-    return 0
 
 
 def _print_origin(calibration: "Calibration") -> None:

@@ -1,17 +1,22 @@
 """What the console commands show while they work: a bar on a terminal, lines elsewhere, or events as JSON.
 
 A display is called with every step (`runtime.Progress`), where "calibrating (tokens)" is the stage and what
-is counted; it takes log messages with `say`, which do not disturb the bar.
+is counted; it takes log messages with `say`, which do not disturb the bar. `steady_output` is for the whole
+of a command: no report is worth failing for when the file is made.
 """
 
+import io
 import json
 import logging
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from mone_export.errors import MoneError
 
 try:
     from resource import RUSAGE_SELF, getrusage
@@ -21,7 +26,6 @@ except ImportError:  # Windows
 _BETWEEN_FRAMES = 0.1  # seconds
 _BETWEEN_LINES = 30.0
 _BETWEEN_EVENTS = 1.0
-_WIDEST_BAR = 30
 
 
 class ProgressLine:
@@ -35,43 +39,33 @@ class ProgressLine:
         self._enabled = enabled
         self._live = sys.stderr.isatty()
         self._kept = verbose or not self._live
-        self._stage: _Stage | None = None
-        self._next = 0.0
+        self._steps = _Steps(_BETWEEN_FRAMES if self._live else _BETWEEN_LINES, first=self._live)
+        self._drawn = False
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Show a step; a `total` of 0 means that it is unknown."""
-        if not self._enabled:
+        if not self._enabled or (stage := self._steps.due(done, total, what)) is None:
             return
-        now = time.monotonic()
-        if self._stage is None or what != self._stage.what:
-            self._stage = _Stage(what, done, now)
-            self._next = now + (0 if self._live or not total else _BETWEEN_LINES)
-        ended = 0 < total <= done
-        if self._stage.ended or (now < self._next and not ended):
+        if not self._live:
+            print(stage.line(done, total), file=sys.stderr, flush=True)
             return
-        self._stage.ended = ended
-        self._next = now + (_BETWEEN_FRAMES if self._live else _BETWEEN_LINES)
-        self._draw(self._stage, done, total, now)
+        kept, width = stage.ended and self._kept, shutil.get_terminal_size().columns - 1
+        text = stage.line(done, total, width=width, bar=not kept)
+        print(f"\r\x1b[K{text}", end="\n" if kept else "", file=sys.stderr, flush=True)
+        self._drawn = not kept
 
     def say(self, _level: str, message: str) -> None:
-        """Print a message above the bar."""
+        """Print a message above the bar, which is drawn again at the next step."""
         self.close()
         print(message, file=sys.stderr, flush=True)
-        self._next = 0.0 if self._live else self._next
+        if self._live:
+            self._steps.hurry()
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._live and self._enabled and self._stage:
+        if self._drawn:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def _draw(self, stage: "_Stage", done: int, total: int, now: float) -> None:
-        if not self._live:
-            print(stage.line(done, total, now), file=sys.stderr, flush=True)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        kept = stage.ended and self._kept
-        text = stage.line(done, total, now) if kept else stage.bar(done, total, now, width)
-        print(f"\r\x1b[K{text[:width]}", end="\n" if kept else "", file=sys.stderr, flush=True)
+            self._drawn = False
 
 
 class JsonEvents:
@@ -80,27 +74,20 @@ class JsonEvents:
     def __init__(self, *, enabled: bool = True) -> None:
         """Start with nothing written; `enabled=False` leaves progress and messages out."""
         self._enabled = enabled
-        self._stage: _Stage | None = None
-        self._next = 0.0
+        self._steps = _Steps(_BETWEEN_EVENTS, first=True)
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Write a step: the first and the last of a stage, and one a second."""
-        now = time.monotonic()
-        if self._stage is None or what != self._stage.what:
-            self._stage, self._next = _Stage(what, done, now), 0.0
-        ended = 0 < total <= done
-        if not self._enabled or self._stage.ended or (now < self._next and not ended):
+        if not self._enabled or (stage := self._steps.due(done, total, what)) is None:
             return
-        self._stage.ended = ended
-        self._next = now + _BETWEEN_EVENTS
-        rate = self._stage.rate(done, now)
+        rate = stage.rate(done)
         self.event(
             "progress",
-            stage=self._stage.name,
-            unit=self._stage.unit,
+            stage=stage.name,
+            unit=stage.unit,
             done=done,
             total=total,
-            seconds=round(now - self._stage.start, 3),
+            seconds=round(stage.seconds, 3),
             per_second=round(rate, 3) if rate else None,
             seconds_left=round((total - done) / rate, 1) if rate and total else None,
             peak_bytes=peak_memory(),
@@ -151,6 +138,104 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@contextmanager
+def steady_output() -> Iterator["Output"]:
+    """Go on whatever happens to stdout or stderr: a closed pipe, a full disk, a narrow encoding.
+
+    Yields what stands for stdout meanwhile.
+    """
+    before = sys.stdout, sys.stderr
+    streams = [Output(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield streams[0]
+    finally:
+        for stream in streams:
+            stream.detach_broken()
+        sys.stdout, sys.stderr = before
+
+
+class Output(io.TextIOBase):
+    """A text stream that does not fail: what it cannot encode becomes `?`, what it cannot write is lost.
+
+    `lost` is the error with which that began.
+    """
+
+    encoding = "ascii"
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Stand for `stream`; None, a stream closed before the start, loses nothing that anybody awaits."""
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "ascii"
+        self.lost: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        """Write, unless something was lost before."""
+        if self._stream and self.lost is None:
+            try:
+                self._stream.write(text)
+            except OSError as error:
+                self.lost = error
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written so far."""
+        if self._stream and self.lost is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self.lost = error
+
+    def isatty(self) -> bool:
+        """Say whether a person watches."""
+        return bool(self._stream and self._stream.isatty())
+
+    def check(self) -> None:
+        """Raise MoneError if lines are lost for another reason than that the reader went away (`| head`)."""
+        self.flush()
+        if self.lost and not isinstance(self.lost, BrokenPipeError):
+            raise MoneError(f"cannot print the result ({self.lost.strerror}): free some space where it goes")
+
+    def detach_broken(self) -> None:
+        """Flush; point what is broken at nothing, since Python flushes at its end, too, and would fail."""
+        self.flush()
+        if self.lost and self._stream:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+
+class _Steps:
+    """Says which steps are shown: the last of a stage, and one every so often."""
+
+    def __init__(self, between: float, *, first: bool) -> None:
+        """`between` steps shown lie so many seconds; `first`: that of a stage is, too."""
+        self._between, self._first = between, first
+        self._stage: _Stage | None = None
+        self._next = 0.0
+
+    def due(self, done: int, total: int, what: str) -> "_Stage | None":
+        """Return the stage if this step is to be shown."""
+        now = time.monotonic()
+        if self._stage is None or what != self._stage.what:
+            self._stage = _Stage(what, done, now)
+            self._next = now if self._first or not total else now + self._between
+        self._stage.seconds = now - self._stage.start
+        ended = 0 < total <= done
+        if self._stage.ended or (now < self._next and not ended):
+            return None
+        self._stage.ended = ended
+        self._next = now + self._between
+        return self._stage
+
+    def hurry(self) -> None:
+        """Show the next step, whenever it comes."""
+        self._next = 0.0
+
+
 class _Stage:
     """A stage, from its first step on: what is done, what is counted, and how fast."""
 
@@ -160,44 +245,33 @@ class _Stage:
         self.unit, _, manner = unit.removesuffix(")").partition(", ")
         self.name = f"{name} {manner}" if manner else name
         self.start = now
+        self.seconds = 0.0  # until the latest step
         self.ended = False
         self._first = done
 
-    def rate(self, done: int, now: float) -> float | None:
+    def rate(self, done: int) -> float | None:
         """Return the units per second since the first step."""
-        seconds = now - self.start
-        return (done - self._first) / seconds if seconds > 0.2 and done > self._first else None
+        return (done - self._first) / self.seconds if self.seconds > 0.2 and done > self._first else None
 
-    def line(self, done: int, total: int, now: float) -> str:
-        """Say how far it is, without a bar."""
-        return "  ".join((self.name, *self._figures(done, total, now)))
+    def line(self, done: int, total: int, *, width: int | None = None, bar: bool = False) -> str:
+        """Say how far it is, with a bar or without, in at most `width` characters."""
+        from tqdm import tqdm  # `--help` does without
 
-    def bar(self, done: int, total: int, now: float, width: int) -> str:
-        """Draw how far it is, as wide a bar as fits into `width`."""
-        figures = "  ".join(self._figures(done, total, now))
-        room = min(_WIDEST_BAR, width - len(self.name) - len(figures) - 11)
-        if not total or room < 5:
-            return f"{self.name}  {figures}".rstrip()
-        filled = min(room, room * done // total)
-        return f"{self.name} {done / total:4.0%} {_bar(filled, room - filled)} {figures}"
-
-    def _figures(self, done: int, total: int, now: float) -> Iterator[str]:
-        if not total:
-            return
-        yield f"{done}/{total} {self.unit}".rstrip()
-        if rate := self.rate(done, now):
-            yield f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-            yield f"{_duration((total - done) / rate)} left" if done < total else _duration(now - self.start)
-        if peak := peak_memory():
-            yield f"peak {peak / 1e9:.1f} GB"
-
-
-def _bar(filled: int, empty: int) -> str:
-    full, rest = ("█", "░") if "utf" in (sys.stderr.encoding or "").lower() else ("#", ".")
-    return full * filled + rest * empty
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        rate, peak = self.rate(done), peak_memory()
+        figures = f"  {{n_fmt}}/{{total_fmt}} {self.unit}".rstrip()
+        if rate:
+            until = "{elapsed}" if self.ended else "{remaining} left"
+            figures += f"  {rate:.0f}/s  {until}" if rate >= 10 else f"  {rate:.2g}/s  {until}"
+        figures += f"  peak {peak / 1e9:.1f} GB" if peak else ""
+        shape = "{desc} {percentage:3.0f}% {bar}" if bar else "{desc}"
+        line: str = tqdm.format_meter(
+            done,
+            total,
+            self.seconds,
+            ncols=width,
+            prefix=self.name,
+            rate=rate,
+            ascii="utf" not in (sys.stderr.encoding or "").lower(),
+            bar_format=shape + figures if total else "{desc}",
+        )
+        return line

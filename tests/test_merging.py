@@ -1,6 +1,9 @@
 """Merged halves are the whole; weights are repetitions; what does not belong together is refused."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -183,6 +186,63 @@ def test_merge_that_cannot_be_is_one_line(
     captured = capsys.readouterr()
     assert re.match(f"mone-stats: .*{message}", captured.err), captured.err
     assert captured.err.count("\n") == 1 and not captured.out and not Path("out").exists()
+
+
+@pytest.mark.parametrize("way", ["./a", "linked", "hard"])
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_merge_never_replaces_what_it_reads(
+    thirds: list[Calibration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    way: str,
+    options: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, calibration in zip(("a", "b"), thirds[:2], strict=True):
+        calibration.save(Path(name))
+    Path("linked").symlink_to("a")
+    Path("hard").hardlink_to("a")
+    before = Path("a").read_bytes()
+    assert cli_stats.main(["merge", "a", "b", "-o", way, *options]) == 1
+    assert Path("a").read_bytes() == before and Path("linked").is_symlink()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mone-stats: -o ") and "would replace what is read" in line
+
+
+def test_merge_replaces_another_file_only_when_told(
+    thirds: list[Calibration], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, calibration in zip(("a", "b"), thirds[:2], strict=True):
+        calibration.save(tmp_path / name)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("of great value")
+    command = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(notes)]
+    assert cli_stats.main(command) == 1
+    assert notes.read_text() == "of great value" and "--overwrite" in capsys.readouterr().err
+    assert cli_stats.main([*command, "--overwrite"]) == 0
+    assert Calibration.load(notes).n_token == thirds[0].n_token + thirds[1].n_token
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "notes.txt"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_show_survives_its_reader(thirds: list[Calibration], tmp_path: Path, encoding: str) -> None:
+    """The reader of a pipe goes away; the name of a text has letters that the output lacks."""
+    part = replace(thirds[0].parts[0], sources={"Wörter.txt": 256})
+    replace(thirds[0], parts=(part,)).save(tmp_path / "a")
+    code = "import sys; from mone_export.cli_stats import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "show", str(tmp_path / "a")]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, encoding=encoding)
+    assert (done.returncode, done.stderr) == (0, "") and re.search("W.rter.txt 256", done.stdout)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, env=env, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 def test_merged_file_serves_an_export(

@@ -2,16 +2,21 @@
 
 import hashlib
 import io
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from mone_export import cli_llama, runtime
 from mone_export.errors import MoneError
+from mone_export.locks import tried
 from mone_export.runtime import binding, builds, toolchain, upstream
 
 PATCH = """\
@@ -297,6 +302,110 @@ def test_second_process_waits(release: Path) -> None:
     assert runtime.source().package.is_dir()
 
 
+@pytest.mark.parametrize("place", ["/dev/null/cache", "/proc/cache"])
+def test_cache_that_cannot_be_made_is_one_line(
+    release: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("MONE_CACHE", place)
+    with pytest.raises(
+        MoneError, match=r"^cannot write to /.*cache.*: .*set MONE_CACHE to a folder elsewhere$"
+    ):
+        runtime.tree()
+    with pytest.raises(
+        MoneError, match=r"^cannot write to /.*cache.*: .*set MONE_CACHE to a folder elsewhere$"
+    ):
+        runtime.fetch()
+
+
+def test_lock_that_cannot_be_made_is_one_line(release: Path) -> None:
+    """As where the cache may be read only."""
+    (runtime.source().folder / "lock").mkdir(parents=True)
+    with pytest.raises(MoneError, match=r"^cannot write to .*lock \(Is a directory\): .*set MONE_CACHE"):
+        runtime.tree()
+
+
+def test_full_disk_while_unpacking_is_one_line(release: Path, tmp_path: Path) -> None:
+    """In a process that may write 1000 bytes to a file."""
+    cache = tmp_path / "full"
+    write_sdist(cache / "tiny-1.tar.gz", {"vendor/llama.cpp/large.txt": "x" * 5000})
+    write_pin(release, hashlib.sha256((cache / "tiny-1.tar.gz").read_bytes()).hexdigest())
+    code = (
+        "import pathlib, resource, signal, sys\n"
+        "from mone_export.errors import MoneError\n"
+        "from mone_export.runtime import upstream\n"
+        "upstream.patches_dir = lambda: pathlib.Path(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: upstream.tree(patched=False)\n"
+        "except MoneError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(release)]
+    env = os.environ | {"MONE_CACHE": str(cache)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "cannot write to" in done.stdout and "(File too large)" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1 and "MONE_CACHE" in done.stdout
+
+
+def test_finished_tree_needs_no_writing(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a cache that is shared and read-only."""
+    tree = runtime.tree()
+    (runtime.source().folder / "lock").unlink()
+    assert runtime.tree() == tree
+    assert not (runtime.source().folder / "lock").exists()
+
+
+def test_full_temporary_folder_is_one_line(
+    release: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = runtime.build()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(binding, "_package_folder", lambda _name: None)
+    with pytest.raises(MoneError, match=r"missing.*: free some space there, or set TMPDIR$"):
+        runtime.install_python_binding(built)
+
+
+def test_lock_stays_while_a_child_lives(release: Path, tools: Path, tmp_path: Path) -> None:
+    """The compiler goes on when the process that started it is killed: nobody else may begin meanwhile."""
+    write_script(tools / "cmake", f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    code = (
+        "import pathlib, sys\n"
+        "from mone_export.runtime import builds, toolchain, upstream\n"
+        "upstream.patches_dir = builds.patches_dir = lambda: pathlib.Path(sys.argv[1])\n"
+        "toolchain.search_path = lambda: sys.argv[2]\n"
+        "builds.build()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(release), str(tools)]) as process:
+        for _ in range(500):
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip():
+                break
+            time.sleep(0.05)
+        process.kill()
+    child = int((tmp_path / "pid").read_text())
+    lock = runtime.source().folder / "lock"
+    try:
+        with tried(lock) as taken:
+            assert not taken, "its child lives"
+    finally:
+        os.kill(child, signal.SIGKILL)
+    for _ in range(200):
+        with tried(lock) as taken:
+            if taken:
+                break
+        time.sleep(0.05)
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("platform", "name"),
+    [("linux", "libggml-base.so"), ("darwin", "libggml-base.dylib"), ("win32", "ggml-base.dll")],
+)
+def test_library_is_named_as_the_platform_does(
+    monkeypatch: pytest.MonkeyPatch, platform: str, name: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert runtime.library("ggml-base") == name
+
+
 def test_binding_points_at_the_build(
     release: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +453,22 @@ def test_command_builds_and_prints_the_folder(
     assert capsys.readouterr().out.strip() == str(folder)
     assert cli_llama.main(["info"]) == 0
     assert str(folder) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "target", "status"),
+    [("info", "closed pipe", 0), ("info", "/dev/full", 1), ("--help", "closed pipe", 0)],
+)
+def test_command_survives_its_reader(argument: str, target: str, status: int) -> None:
+    code = f"import sys; from mone_export.cli_llama import main; sys.exit(main(['{argument}']))"
+    read, write = os.pipe()
+    os.close(read)
+    if target == "/dev/full":
+        os.close(write)
+        write = os.open(target, os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr.count("\n")) == (status, status), done.stderr
 
 
 def test_usage_error_exits_with_2() -> None:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mone_export import cli, terminal
-from mone_export.terminal import JsonEvents, ProgressLine, logging_to
+from mone_export.errors import MoneError
+from mone_export.terminal import JsonEvents, ProgressLine, logging_to, steady_output
 
 
 class Screen(io.StringIO):
@@ -68,10 +71,11 @@ def test_bar_has_share_count_rate_time_and_memory(monkeypatch: pytest.MonkeyPatc
     clock.now += 10
     line(10000, 40000, "calibrating (tokens)")
     (text,) = shown.lines()
-    assert text.replace("█", "").replace("░", "") == (
-        "calibrating  25%  10000/40000 tokens  1000/s  0:30 left  peak 1.2 GB"
+    bar = re.search(r"% (█+\S? *)  1", text)
+    assert bar and text.replace(bar[1], "BAR") == (
+        "calibrating  25% BAR  10000/40000 tokens  1000/s  00:30 left  peak 1.2 GB"
     )
-    assert text.count("░") == pytest.approx(3 * text.count("█"), abs=3)
+    assert text.count("█") == pytest.approx(len(bar[1]) / 4, abs=1) and len(text) == 99
     line.close()
     assert shown.lines() == [""]
 
@@ -84,13 +88,15 @@ def test_bar_never_wraps(monkeypatch: pytest.MonkeyPatch, clock: Clock, columns:
         line(done, 1_000_000, "calibrating (tokens, layer by layer)")
         clock.now += 5000
         assert len(shown.lines()[-1]) < columns
-    assert ("█" in shown.getvalue()) == (columns >= 100)
+    line(0, 0, "waiting for another process that works in " + "a long folder/" * 20)
+    assert len(shown.lines()[-1]) < columns
+    assert ("█" in shown.getvalue()) == (columns > 20)
 
 
 def test_terminal_without_unicode_gets_signs(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     shown = screen(monkeypatch, live=True, encoding="ascii")
     ProgressLine()(1, 2, "writing (MiB)")
-    assert "###" in shown.getvalue() and "..." in shown.getvalue() and shown.getvalue().isascii()
+    assert "###" in shown.getvalue() and shown.getvalue().isascii()
 
 
 def test_frames_are_a_tenth_of_a_second_apart(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -115,7 +121,7 @@ def test_finished_stage_leaves_a_line_only_with_verbose(
     line.close()
     left = [text for text in shown.lines() if text]
     assert left == (
-        ["loading  10/10  5/s  0:02  peak 1.2 GB", "writing  10/10 MiB  5/s  0:02  peak 1.2 GB"]
+        ["loading  10/10  5/s  00:02  peak 1.2 GB", "writing  10/10 MiB  5/s  00:02  peak 1.2 GB"]
         if verbose
         else []
     )
@@ -177,6 +183,69 @@ def test_events_are_one_json_object_a_line(clock: Clock, capsys: pytest.CaptureF
     assert last["done"] == last["total"] == 4000 and last["per_second"] == 400 and last["seconds"] == 10
     assert others[0]["seconds_left"] == 9 and last["peak_bytes"] == 1_234_000_000
     assert log == {"event": "log", "level": "info", "message": "é"}
+
+
+REPORT = """
+import sys
+from mone_export.errors import MoneError
+from mone_export.terminal import steady_output
+with steady_output() as out:
+    print("model über 16 experts — gekürzt \\udce4" * int(sys.argv[1]))
+    try:
+        out.check()
+    except MoneError as error:
+        print(error, file=sys.stderr)
+"""
+
+
+def report(stdout: object, *, lines: int = 1, **env: str) -> "subprocess.CompletedProcess[bytes]":
+    """A process of its own that prints, and says on stderr what its `check` says."""
+    command = [sys.executable, "-c", REPORT, str(lines)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | env)
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_full_disk_behind_stdout_is_said_and_fails_nothing(lines: int) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = report(full, lines=lines)
+    assert (done.returncode, done.stderr.decode()) == (
+        0,
+        "cannot print the result (No space left on device): free some space where it goes\n",
+    )
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_reader_that_went_away_is_no_error(lines: int) -> None:
+    """As in `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = report(write, lines=lines)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_lacks_becomes_a_question_mark(encoding: str) -> None:
+    done = report(subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and done.stderr == b""
+    assert (
+        done.stdout.decode(encoding).replace("ü", "?").replace("—", "?")
+        == "model ?ber 16 experts ? gek?rzt ?\n"
+    )
+
+
+def test_closed_streams_are_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(REPORT)} 1 >&- 2>&-"
+    assert subprocess.run(command, shell=True).returncode == 0
+
+
+def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    with pytest.raises(MoneError), steady_output():
+        print("said")
+        print("noted", file=sys.stderr)
+        raise MoneError("wrong")
+    assert before == (sys.stdout, sys.stderr) and capsys.readouterr() == ("said\n", "noted\n")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mone_export.output.llamacpp import block_of, dequantize
+from mone_export.runtime import library
 from mone_export.runtime import path as runtime_path
 from mone_export.source import Source
 
@@ -29,7 +30,7 @@ def _rounding_error(sample: np.ndarray, kind: str) -> float:
     rows = sample.reshape(-1, _BLOCK)
     number, n_block, n_byte = block_of(kind)
     packed = np.empty((len(rows), _BLOCK // n_block * n_byte), np.uint8)
-    ggml = ctypes.CDLL(str(runtime_path() / "libggml-base.so"))
+    ggml = ctypes.CDLL(str(runtime_path() / library("ggml-base")))
     ggml.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,
         *[ctypes.c_void_p] * 2,

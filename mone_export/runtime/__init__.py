@@ -14,7 +14,7 @@ one cache:
 
 from mone_export.runtime.binding import install_python_binding
 from mone_export.runtime.builds import Build, BuildError, RuntimeInfo, build, info, path
-from mone_export.runtime.toolchain import Backend
+from mone_export.runtime.toolchain import Backend, library
 from mone_export.runtime.upstream import (
     Progress,
     Source,
@@ -39,6 +39,7 @@ __all__ = [
     "fetch",
     "info",
     "install_python_binding",
+    "library",
     "patches_dir",
     "path",
     "source",

@@ -32,10 +32,15 @@ def install_python_binding(build: Build, *, progress: Progress = quiet) -> bool:
     installed = _is_installed(state)
     if installed and _is_linked(build):
         return False
-    if not installed:
-        progress(0, 0, "installing llama_cpp and gguf for Python")
-        _install(state)
-    _link(build)
+    try:
+        if not installed:
+            progress(0, 0, "installing llama_cpp and gguf for Python")
+            _install(state)
+        _link(build)
+    except OSError as error:
+        raise MoneError(
+            f"cannot write to {error.filename} ({error.strerror}): free some space there, or set TMPDIR"
+        ) from None
     return True
 
 
@@ -65,8 +70,8 @@ def _same_modules(origin: Path, installed: Path | None) -> bool:
 
 
 def _libraries(build: Build) -> list[Path]:
-    files = sorted(build.bin.glob("lib*"))
-    return [file for file in files if ".so" in file.suffixes or file.suffix == ".dylib"]
+    files = sorted(build.bin.iterdir())
+    return [file for file in files if ".so" in file.suffixes or file.suffix in (".dylib", ".dll")]
 
 
 def _install(state: Source) -> None:

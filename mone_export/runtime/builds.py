@@ -108,7 +108,7 @@ class Build:
         values = {key: value for key, value in asdict(self).items() if key != "folder"}
         part = folder / "build.json.part"
         part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        part.rename(folder / "build.json")
+        part.replace(folder / "build.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ class _Workshop:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                pass_fds=(self.lock,),
+                pass_fds=() if os.name == "nt" else (self.lock,),
             ) as process,
         ):
             assert process.stdout is not None

@@ -103,6 +103,12 @@ def gpu_identity(cmake_args: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def library(name: str) -> str:
+    """Return the file name that a shared library has on this platform, such as `libllama.so` for `llama`."""
+    endings = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}
+    return endings.get(sys.platform, f"lib{name}.so")
+
+
 def n_core() -> int:
     """The CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,6 @@ pip insists on asking an sdist for its metadata, which for this one means a buil
 `_STUB_BACKEND` answers instead.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -17,8 +16,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from mone_export import locks
 from mone_export.errors import MoneError
 
 Progress = Callable[[int, int, str], None]
@@ -191,7 +192,14 @@ def download(package: str, version: str, folder: Path) -> Path:
     (stub / "scikit_build_core" / "__init__.py").touch()
     (stub / "scikit_build_core" / "build.py").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--no-binary", ":all:", "--dest", str(folder), f"{package}=={version}"]
+    command += [
+        "--disable-pip-version-check",
+        "--no-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        f"{package}=={version}",
+    ]
     result = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(stub)}, capture_output=True, text=True
     )
@@ -232,16 +240,19 @@ def last_line(text: str) -> str:
 def locked(folder: Path, progress: Progress = quiet) -> Iterator[int]:
     """Hold the folder's lock, waiting for another process if need be; yields the descriptor.
 
-    A child process that inherits the descriptor keeps the lock even when this process is killed.
+    A child process that inherits the descriptor keeps the lock even when this process is killed (not on
+    Windows). What cannot be written in the block is a MoneError, too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(0, 0, f"waiting for another process that works in {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        waiting = partial(progress, 0, 0, f"waiting for another process that works in {folder}")
+        with locks.locked(folder / "lock", waiting=waiting) as descriptor:
+            yield descriptor
+    except OSError as error:
+        raise MoneError(
+            f"cannot write to {error.filename or folder} ({error.strerror}): make it writable, free some "
+            "space, or set MONE_CACHE to a folder elsewhere"
+        ) from None
 
 
 def _check_sha256(file: Path, upstream: Upstream) -> None:

@@ -1,0 +1,174 @@
+"""Where a run writes: never onto what it reads, never onto a stranger's file, and never half a file.
+
+An output is made in a folder of its own beside the place where it will stand, `NAME.<random>.part`, and takes
+that place by a rename when it is complete. The folder holds a lock for as long as its process lives: what a
+killed process has left is known by its free lock, and the next run of the same output removes it.
+"""
+
+import glob
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from mone_export.errors import MoneError
+from mone_export.locks import NoLocksError, locked, tried
+
+Inputs = Mapping[str, Path | Sequence[Path]]
+
+_OUR_KEY = b"mone.format_version"  # `output.gguf_format` says what it means
+_HEAD = 2**26  # bytes of a GGUF in which its keys end: a vocabulary of 256k tokens takes a quarter of it
+_N_TRY = 10
+
+
+def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: bool = False) -> dict[str, Path]:
+    """Return all outputs of a run, by option, as absolute paths without links; refuse what would destroy.
+
+    `inputs` are all that the run reads, each under a name for the message, such as `-f`; a folder stands for
+    the files in it, except GGUFs of ours. Raises MoneError for an output that is an input (by path, link or
+    hard link) or another output, that is a folder or a special file, whose folder is missing or not writable,
+    and, unless `overwrite`, for an existing file that is no GGUF of ours.
+    """
+    found = {option: _resolved(path) for option, path in outputs.items()}
+    read = [(what, file) for what, given in inputs.items() for file in _files(given)]
+    options: dict[str, str] = {}
+    for option, path in found.items():
+        other = options.setdefault(str(path).casefold(), option)  # some file systems know no case
+        if other != option:
+            raise MoneError(f"{other} and {option} both name {path}: choose another {option}")
+        if what := next((what for what, file in read if _same(path, file)), None):
+            raise MoneError(f"{option} {path} would replace what is read as {what}: choose another {option}")
+        _check_kind(path, option)
+        check_room(path, option=option)
+        if path.exists() and not overwrite and not is_ours(path):
+            raise MoneError(
+                f"{path} exists and is no GGUF of mone-export: choose another {option}, or pass --overwrite"
+            )
+    return found
+
+
+def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
+    """Raise MoneError unless files can be made beside `path` and `needed` bytes are free there.
+
+    A link counts as the file it leads to. `option` is what the user should change.
+    """
+    folder = _resolved(path).parent
+    if not folder.is_dir():
+        raise MoneError(f"the output folder {folder} does not exist: create it or choose another {option}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MoneError(
+            f"the output folder {folder} is not writable ({error.strerror}): choose another {option}"
+        ) from None
+    available = shutil.disk_usage(folder).free
+    if needed > available:
+        raise MoneError(
+            f"{folder} has {available / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB: "
+            f"free some space, choose another {option} or a smaller --outtype"
+        )
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a file is a GGUF with the keys of this program; reads its head."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF" and struct.pack("<Q", len(_OUR_KEY)) + _OUR_KEY in file.read(_HEAD)
+    except OSError:
+        return False
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield where to make the file that takes the place of `target`, complete, at the end of the block.
+
+    The folder it lies in is of this run alone, so intermediate files may lie beside it. When the block fails,
+    nothing is left and `target` stays as it was. Of a link, the file it leads to is replaced. Raises
+    MoneError where no file can be made, or the disk refuses it in the end; an OSError of the block passes.
+    """
+    target = _resolved(target)
+    _sweep(target)
+    with _own_folder(target) as folder:
+        part = folder / target.name
+        yield part
+        try:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+        except OSError as error:
+            raise MoneError(
+                f"cannot write {target} ({error.strerror}): free some space or choose another place"
+            ) from None
+
+
+@contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    """Make a folder for a run's temporary files, hold its lock, and remove it at the end."""
+    with ExitStack() as stack:
+        for _ in range(_N_TRY):
+            folder = _new_folder(target)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                stack.enter_context(locked(folder / "lock"))
+            except NoLocksError:  # then a sweep never finds it free
+                break
+            except (MoneError, OSError):  # a sweep came between: another one
+                continue
+            if (folder / "lock").exists():
+                break
+        else:
+            raise MoneError(f"cannot keep a folder in {target.parent}: choose another")
+        yield folder
+
+
+def _new_folder(target: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.", suffix=".part"))
+    except OSError as error:
+        raise MoneError(
+            f"cannot make a file in {target.parent} ({error.strerror}): choose another folder"
+        ) from None
+
+
+def _sweep(target: Path) -> None:
+    """Remove the temporary folders that killed runs of the same output have left."""
+    for folder in target.parent.glob(f"{glob.escape(target.name)}.????????.part"):
+        if folder.is_dir():
+            with tried(folder / "lock") as taken:
+                if taken:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError):
+        raise MoneError(f"{path} is a link that leads to itself: choose another path") from None
+
+
+def _files(given: Path | Sequence[Path]) -> Iterator[Path]:
+    for path in [given] if isinstance(given, Path) else given:
+        if path.is_dir():
+            yield from (file for file in path.iterdir() if file.is_file() and not is_ours(file))
+        else:
+            yield path
+
+
+def _same(output: Path, read: Path) -> bool:
+    try:
+        return output == _resolved(read) or output.samefile(read)
+    except OSError:
+        return False
+
+
+def _check_kind(path: Path, option: str) -> None:
+    if path.is_dir():
+        raise MoneError(f"the output {path} is a folder: name a file, such as {path / 'model.gguf'}")
+    if path.exists() and not path.is_file():
+        raise MoneError(
+            f"{option} {path} is a device or a pipe, not a file: name a file (--dry-run writes nothing)"
+        )
