@@ -6,7 +6,6 @@ what it was made from, so that a stage can refuse what does not belong together.
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mone_export.errors import MoneError
+from mone_export.errors import MoneError, first_line
+from mone_export.paths import replacing
 from mone_export.recipe import Recipe, ScoreName
 
 
@@ -257,15 +257,12 @@ def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[s
         for layer, stats in layers.items()
         for name in _STAT_TENSORS
     }
-    part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, metadata=metadata)
-        part.replace(path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # where the folder is the problem there is nothing to remove
-            part.unlink()
         raise MoneError(
-            f"cannot write the statistics to {path}: {error}; free some space, or choose another "
+            f"cannot write the statistics to {path}: {first_line(error)}; free some space, or choose another "
             "--stats file or --workdir"
         ) from None
 

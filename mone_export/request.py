@@ -21,7 +21,8 @@ from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.model import Dtype, Stream, resolve_device
 from mone_export.output.quantizing import IMATRIX_TYPES
-from mone_export.output.writing import OUTTYPES, check_output, measure
+from mone_export.output.writing import OUTTYPES, measure
+from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import kept_per_layer
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe
@@ -177,13 +178,16 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     """
     recipe = request.recipe
     _check_together(request, recipe)
-    source = open_source(request.model, trust_remote_code=request.trust_remote_code)
+    source = open_source(
+        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
     saved = _saved(request, source)
     _check_for_model(recipe, request.outtype, source)
     if not dry:
-        _check_paths(request)
+        _check_place(request)
     job = replace(_sized(request, source, recipe, progress), saved=saved)
     if not dry:
+        _check_paths(job)
         _announce(job)
     return _with_text(job)
 
@@ -257,14 +261,25 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
     kept_per_layer(source.spec, recipe)
 
 
-def _check_paths(request: Request) -> None:
-    """Refuse outputs that cannot be written."""
+def _check_place(request: Request) -> None:
+    """Refuse a run without a place for its output, or whose place cannot be written to."""
     if request.outfile is None:
         raise MoneError("where to? pass -o FILE, or -o FOLDER")
-    check_output(Path(request.outfile))
-    stats = request.stats_file
-    if request.stats is not None and stats and not stats.exists():
-        check_output(stats, option="--stats")
+    out = Path(request.outfile)
+    check_room(out / "model.gguf" if out.is_dir() else out)
+
+
+def _check_paths(job: Job) -> None:
+    """Refuse outputs that would destroy what is read, each other, or a file that is not ours."""
+    request, stats = job.request, job.request.stats_file
+    outputs, inputs = {"-o": job.outfile}, {"MODEL": job.source.files}
+    inputs["-f"] = [path for given in request.files if (path := Path(str(given).rpartition("=")[0] or given))]
+    inputs["-f"] += [Path(given) for given in request.files]
+    if stats is not None and stats.exists():
+        inputs["--stats"] = [stats]
+    elif request.stats is not None and stats is not None:
+        outputs["--stats"] = stats
+    check_outputs(outputs, inputs, overwrite=request.overwrite)
 
 
 def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress | None) -> Job:
@@ -311,7 +326,7 @@ def _announce(job: Job) -> None:
     between = job.size_between
     temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
     log.info("%s will have %s%.1f MB%s", job.outfile, about, job.size / 1e6, temporary)
-    check_output(job.outfile, needed=job.size + between)
+    check_room(job.outfile, needed=job.size + between)
     if command := job.source.projector_command(job.outfile):
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
 

@@ -8,12 +8,15 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError, first_line
+from mone_export.hub import Snapshot, metadata, parse, skeleton_folder, weights
+from mone_export.hub import weight_files as listed_files
 from mone_export.model import check_config, packing, read_config, shape_of
 from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.runtime import Progress
@@ -54,6 +57,9 @@ class Source(Protocol):
     def spec(self) -> MoeSpec:
         """Its shape."""
 
+    def fetch(self, *, progress: Progress | None = None) -> None:
+        """Bring what was left out until now, the weights: from here on, values are read."""
+
     def tensors(self) -> Mapping[str, Any]:
         """Return the open file of every tensor by name, as `safetensors.safe_open` gives it."""
 
@@ -92,7 +98,7 @@ class Checkpoint:
         trust_remote_code: bool = False,
     ) -> None:
         """Take a folder; nothing is read yet."""
-        self.folder = folder
+        self.folder = folder  # as much of it as has been asked for
         self.name = name or folder.resolve().name
         self.id, self.revision = id, revision
         self.trust_remote_code = trust_remote_code
@@ -149,8 +155,12 @@ class Checkpoint:
         """Return the open file of every tensor by name; raises `MoneError` where one is missing or broken."""
         return open_weights(self.folder)
 
+    def fetch(self, *, progress: Progress | None = None) -> None:
+        """Bring the weights, which are here already."""
+
     def fingerprint(self, *, progress: Progress | None = None) -> str:
         """Return the SHA-256 of the tensors; raises `MoneError` where one is not finite."""
+        self.fetch(progress=progress)
         self._sha256 = self._sha256 or fingerprint(self.folder, progress=progress)
         return self._sha256
 
@@ -188,19 +198,57 @@ class Checkpoint:
         return projector_command(self.folder, outfile)
 
 
-def open_source(model: "str | Path | Source", *, trust_remote_code: bool = False) -> Checkpoint:
+class Download(Checkpoint):
+    """A model on the Hugging Face Hub: its small files at first, and the weights when they are wanted.
+
+    Until then its weight files have headers and holes for the data, which is enough for names, shapes, sizes.
+    """
+
+    def __init__(self, snapshot: Snapshot, *, trust_remote_code: bool = False) -> None:
+        """Take a snapshot whose small files are here; asks the Hub for the headers of its weight files."""
+        self._snapshot = snapshot
+        self._skeleton = ExitStack()
+        folder = self._skeleton.enter_context(skeleton_folder(snapshot))
+        super().__init__(
+            folder,
+            name=snapshot.id.rpartition("/")[2],
+            id=snapshot.id,
+            revision=snapshot.revision,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def fetch(self, *, progress: Progress | None = None) -> None:
+        """Download the weight files that are not in the cache."""
+        if self.folder == self._snapshot.folder:
+            return
+        weights(self._snapshot, listed_files(self._snapshot.folder), progress)
+        self.folder = self._snapshot.folder
+        self._skeleton.close()
+        self.__dict__.pop("view", None)
+
+
+def open_source(
+    model: "str | Path | Source", *, revision: str | None = None, trust_remote_code: bool = False
+) -> "Source":
     """Return the source that a name means: the built-in `demo`, a folder, or a Hugging Face id.
 
-    Raises `MoneError` when it is none of them.
+    `revision` is a branch, tag or commit of an id, which may also say it itself: `org/model@revision`. Of an
+    id's weights nothing is downloaded yet. Raises `MoneError` for a name that is none of them.
     """
-    if isinstance(model, Checkpoint):
+    if not isinstance(model, str | Path):
         return model
     name = str(model)
     if name == DEMO and not isinstance(model, Path):
         return Checkpoint(Path(__file__).parent / "demo", name=DEMO)
     if Path(name).is_dir():
         return Checkpoint(Path(name), trust_remote_code=trust_remote_code)
-    raise MoneError(f"{name} is neither a folder nor a Hugging Face id like org/model: check the spelling")
+    if isinstance(model, Path) or name.startswith((".", "/", "~")) or not (found := parse(name)):
+        raise MoneError(
+            f"{name} is neither a folder nor a Hugging Face id like org/model: check the spelling"
+        )
+    model_id, own_revision = found
+    snapshot = metadata(model_id, revision or own_revision, code=trust_remote_code)
+    return Download(snapshot, trust_remote_code=trust_remote_code)
 
 
 def inspect(model: str | Path | Source) -> MoeSpec:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mone_export.errors import MoneError, first_line
+from mone_export.hub import INDEX, SINGLE
+from mone_export.hub import weight_files as listed_files
 from mone_export.runtime import Progress, cache_dir
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -29,31 +29,22 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises `MoneError` when there are none, one is missing, or the index is broken.
     """
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.exists():
-        if not single.exists():
-            others = sorted(path.name for path in folder.glob("*.safetensors"))
-            found = f" (only {', '.join(others[:3])})" if others else ""
-            raise MoneError(
-                f"{folder} holds neither {SINGLE} nor {INDEX}{found}: pass the folder of a complete model, "
-                "converted to safetensors if it has other weights"
-            )
-        return [single]
-    try:
-        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        wrong = [name for name in listed if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoneError(f"cannot read {index}: {first_line(error)}; get it again") from None
-    if wrong:
-        raise MoneError(f"{index} names {wrong[0]}, which is no file of its folder: get the index again")
-    missing = [name for name in listed if not (folder / name).exists()]
-    if missing:
-        stale = f", or remove {INDEX} if {SINGLE} is the whole model" if single.exists() else ""
+    files = [folder / name for name in listed_files(folder)]
+    missing = [file.name for file in files if not file.exists()]
+    if not missing:
+        return files
+    if not (folder / INDEX).exists():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        found = f" (only {', '.join(others[:3])})" if others else ""
         raise MoneError(
-            f"{folder} lacks {len(missing)} of the {len(listed)} files of weights that its index lists: get "
-            f"{missing[0]}{stale}"
+            f"{folder} holds neither {SINGLE} nor {INDEX}{found}: pass the folder of a complete model, "
+            "converted to safetensors if it has other weights"
         )
-    return [folder / name for name in listed]
+    stale = f", or remove {INDEX} if {SINGLE} is the whole model" if (folder / SINGLE).exists() else ""
+    raise MoneError(
+        f"{folder} lacks {len(missing)} of the {len(files)} files of weights that its index lists: get "
+        f"{missing[0]}{stale}"
+    )
 
 
 def left_out(folder: Path) -> list[str]:

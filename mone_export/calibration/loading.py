@@ -67,6 +67,7 @@ def load(
     """
     give_back()  # what the stages before have used
     source = open_source(model)
+    source.fetch()
     path = source.view
     device = resolve_device(device)
     torch_dtype, streamed = choose(source, device=device, dtype=dtype, stream=stream, memory=memory)

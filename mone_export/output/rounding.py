@@ -46,6 +46,7 @@ def _rounding_error(sample: np.ndarray, kind: str) -> float:
 def _sample(source: Source) -> np.ndarray:
     """Return weights of matrices all over the model, float32 [n * 256]; of a bell curve if all are packed."""
     parts = []
+    source.fetch()
     owner = source.tensors()
     names = [name for name in sorted(owner) if _is_matrix(owner[name].get_slice(name))]
     some = names[:: max(1, len(names) // 64)]

@@ -5,11 +5,9 @@ is llama.cpp's business (`llamacpp`). Types the converter does not know are made
 from an intermediate file beside the output.
 """
 
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +31,7 @@ from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read, padde
 from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
+from mone_export.paths import replacing
 from mone_export.pruning.novices import novices
 from mone_export.runtime import Progress
 from mone_export.source import Source, open_source
@@ -58,7 +57,8 @@ def write(
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
-    source, target = open_source(model), Path(outfile).resolve()
+    source, target = open_source(model), Path(outfile)
+    source.fetch(progress=progress)
     stand_ins: dict[int, Tensor] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
@@ -69,15 +69,14 @@ def write(
     if calibration and plan.recipe.needs_statistics:
         text = calibration.corpus_sha256, calibration.n_token
     keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
-    with _removed_on_failure(target.with_name(target.name + ".part")) as part:
+    with replacing(target) as part:
         if outtype in CONVERTER_TYPES:
             _convert(source, edits, keys, part, outtype=outtype, progress=progress)
         else:
-            with _removed_on_failure(target.with_name(target.name + ".base.part")) as base:
-                _convert(source, edits, keys, base, outtype="auto", progress=progress)
-                quantize(base, part, outtype, progress=progress)
-                base.unlink()
-        part.replace(target)
+            base = part.with_name("base.gguf")
+            _convert(source, edits, keys, base, outtype="auto", progress=progress)
+            quantize(base, part, outtype, progress=progress)
+            base.unlink()
     return target.stat().st_size
 
 
@@ -163,31 +162,6 @@ def layouts(
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
                 found[outtype] = replace(base, types=own, types_between=base.types)
     return found
-
-
-def check_output(outfile: Path, *, needed: int = 0, option: str = "-o") -> None:
-    """Raise `MoneError` unless `outfile` can be created and its folder has `needed` bytes free.
-
-    `option` is what the user should change.
-    """
-    folder = outfile.resolve().parent
-    if not folder.is_dir():
-        raise MoneError(f"the output folder {folder} does not exist: create it or choose another {option}")
-    if outfile.is_dir():
-        raise MoneError(f"the output {outfile} is a folder: name a file, such as {outfile / 'model.gguf'}")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MoneError(
-            f"the output folder {folder} is not writable ({error.strerror}): choose another {option}"
-        ) from None
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MoneError(
-            f"{folder} has {free / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB: "
-            f"free some space, choose another {option} or a smaller --outtype"
-        )
 
 
 class Edits:
@@ -390,12 +364,3 @@ def _loading_keys(conversion: Conversion, plan: Plan) -> Keys:
         KEPT_COUNT_KEY.format(arch=conversion.arch): ("UINT32", counts),
         "mone.expert_order": ("INT32", order),
     }
-
-
-@contextmanager
-def _removed_on_failure(part: Path) -> Iterator[Path]:
-    try:
-        yield part
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
