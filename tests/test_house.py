@@ -14,7 +14,8 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "terminal", "memory", "runtime", "recipe", "artifacts", "architectures", "model", "weights"),
+    *("errors", "transformers_internals"),
+    *("terminal", "memory", "runtime", "recipe", "artifacts", "architectures", "model", "weights"),
     *("output.gguf_format", "output.llamacpp", "source"),
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
     *("calibration.checkpoint", "calibration.streaming", "calibration.loading", "calibration.stability"),
