@@ -190,6 +190,6 @@ def test_layers_error_falls_from_novice_to_novice(demo: Model, text: Path) -> No
         errors.append(residual.error(joint_novices(stats, residual)))
         print(f"layer {layer}: " + ", ".join(f"{error / errors[0]:.4f}" for error in errors))
         assert errors == sorted(errors, reverse=True)
-        gram = stats.gate_gram[list(chosen.layers[layer].pruned)][:, list(chosen.layers[layer].pruned)]
         own = residual.gram[list(chosen.layers[layer].pruned)][:, list(chosen.layers[layer].pruned)]
-        torch.testing.assert_close(own, gram, rtol=1e-5, atol=1e-6)
+        gate_sq_sum = stats.gate_sq_sum[list(chosen.layers[layer].pruned)]
+        torch.testing.assert_close(own.diagonal(), gate_sq_sum, rtol=1e-5, atol=1e-6)
