@@ -11,8 +11,9 @@ MODEL = """
 import sys, torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-sizes = {"num_hidden_layers": 10, "vocab_size": 2048, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 64}
+sizes = {"num_hidden_layers": 10, "hidden_size": 512, "vocab_size": 2048, "num_attention_heads": 8}
 experts = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "norm_topk_prob": True}
+sizes |= {"num_key_value_heads": 2, "head_dim": 64}
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **experts), dtype=torch.float32)
 model = model.to_empty(device="cpu")
