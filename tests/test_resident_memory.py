@@ -30,7 +30,7 @@ from mone_export.artifacts import Corpus
 from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.memory import give_back
-from mone_export.model import inspect
+from mone_export.source import inspect
 
 def resident():
     give_back()
