@@ -78,7 +78,6 @@ class ExpertStats:
     gated_norm_sum: Tensor  # [M] sum of g ||f||
     gated2_norm_sq_sum: Tensor  # [M] sum of g^2 ||f||^2
     max_abs: Tensor  # [M] largest |f| over tokens and channels
-    gate_gram: Tensor  # [M, M] sum of g_e g_e' over tokens routed to both
 
     @classmethod
     def empty(cls, n_expert: int, hidden_size: int, *, device: torch.device | None = None) -> "ExpertStats":
@@ -87,7 +86,6 @@ class ExpertStats:
             "out_mean": (n_expert, hidden_size),
             "gated_out_sum": (n_expert, hidden_size),
             "gated2_out_sum": (n_expert, hidden_size),
-            "gate_gram": (n_expert, n_expert),
         }
         zeros = {
             name: torch.zeros(
@@ -143,7 +141,6 @@ class ExpertStats:
             "gated2_out_sum": 2,
             "gated_norm_sum": 1,
             "gated2_norm_sq_sum": 2,
-            "gate_gram": 2,
         }
         return replace(self, **{name: getattr(self, name) * factor**n for name, n in powers.items()})
 

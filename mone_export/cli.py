@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mone_export import __version__
 from mone_export.errors import MoneError, first_line
 from mone_export.recipe import ALLOCATIONS, METHODS, NOVICE_NAMES, SCORE_NAMES
-from mone_export.terminal import Display, JsonEvents, ProgressLine, logging_to
+from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logging_to, steady_output
 
 if TYPE_CHECKING:
     from mone_export.artifacts import Candidate, MoeSpec, Part, Report
@@ -36,6 +36,7 @@ _EPILOG = """examples:
 
 The files run in the llama.cpp that `mone-llama build` makes."""
 _USAGE = "mone-export MODEL (--ratio R | --fit SIZE) -o PATH [options]"
+_SCOPES = {"model": "--allocate model", "layer": "the default"}
 _MOST_REMARKS, _LONGEST_REMARK = 8, 240  # lines and characters of a report on a terminal
 
 
@@ -48,31 +49,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 a problem (one line on stderr says which), 2 usage, 130 interrupted, 143 terminated.
     """
-    args = _parse(argv)
-    display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
-    if args.json:
-        display = JsonEvents(enabled=not args.quiet)
+    with steady_output() as output:
+        args = _parse(argv)
+        display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
+        if args.json:
+            display = JsonEvents(enabled=not args.quiet)
+        status, message = _run(args, display, output)
+        if status:
+            if isinstance(display, JsonEvents):
+                display.event("error", message=message, status=status)
+            print(f"mone-export: {message}", file=sys.stderr)
+    return status
+
+
+def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[int, str]:
+    """Do what was asked for; returns the exit status, and what to say unless that is 0."""
     try:
         with (
             _terminable(),
             _logging(display, verbose=args.verbose, quiet=args.quiet),
             closing(display),
         ):
-            return _dry_run(args, display) if args.dry_run else _export(args, display)
+            if args.dry_run:
+                _dry_run(args, display)
+                output.check()
+            else:
+                _export(args, display)
+        return 0, ""
     except MoneError as error:
-        status, message = 1, str(error)
+        return 1, str(error)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; nothing was written"
+        return 130, "interrupted; nothing was written"
     except _Terminated:
-        status, message = 143, "terminated; nothing was written"
+        return 143, "terminated; nothing was written"
     except Exception as error:  # a user gets one line of it all the same
-        status, message = 1, f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
         if args.verbose:
             traceback.print_exc()
-    if isinstance(display, JsonEvents):
-        display.event("error", message=message, status=status)
-    print(f"mone-export: {message}", file=sys.stderr)
-    return status
+        return 1, f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
 
 
 @contextmanager
@@ -106,6 +119,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.allocation not in (None, "model") or (args.scope == "layer" and args.allocation):
             parser.error(f"--scope {args.scope} with --allocate {args.allocation}: leave one of them out")
         args.allocation = "model" if args.scope == "model" else None
+        print(f"mone-export: --scope {args.scope} is now {_SCOPES[args.scope]}", file=sys.stderr)
     args.method = args.method or ("drop" if args.stock else None)
     args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
     return args
@@ -344,22 +358,21 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {field.name: getattr(args, field.name) for field in fields(Request)}
 
 
-def _export(args: argparse.Namespace, display: Display) -> int:
+def _export(args: argparse.Namespace, display: Display) -> None:
     _quiet_transformers()
     from mone_export.pipeline import export
 
     report = export(**_options(args), progress=display)
     display.close()
     if report is None:  # another process has it
-        return 0
+        return
     if isinstance(display, JsonEvents):
         display.event("report", **_report_values(report))
     elif not args.quiet:
         _print_report(report)
-    return 0
 
 
-def _dry_run(args: argparse.Namespace, display: Display) -> int:
+def _dry_run(args: argparse.Namespace, display: Display) -> None:
     _quiet_transformers()
     from mone_export.artifacts import Part
     from mone_export.pipeline import rehearse
@@ -387,7 +400,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
             size_unpruned=job.size_unpruned if decided else None,
             candidates=[_candidate_values(item) for item in job.candidates],
         )
-        return 0
+        return
     _print_spec(job.source.spec)
     for layer in chosen.layers if counted else ():
         pruned = f": {' '.join(map(str, layer.pruned))}" if saved else ""
@@ -406,7 +419,6 @@ def _dry_run(args: argparse.Namespace, display: Display) -> int:
         print(
             "note     which of these does the least harm is known after a calibration, or with saved --stats"
         )
-    return 0
 
 
 def _ratio(text: str) -> float:

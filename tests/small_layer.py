@@ -1,7 +1,5 @@
 """A layer's explicit gates and outputs, and its statistics: what scores and novices are tested on."""
 
-from dataclasses import replace
-
 import torch
 
 from mone_export.artifacts import ExpertStats, MoeSpec
@@ -26,10 +24,9 @@ class Layer:
         self.unseen = counts.index(0) if 0 in counts else -1
 
     def stats(self) -> ExpertStats:
-        stats = expert_stats(
+        return expert_stats(
             torch.cat(self.outputs), torch.cat(self.gates), torch.tensor(self.counts), n_token=N_TOKEN
         )
-        return replace(stats, gate_gram=torch.diag(stats.gate_sq_sum))
 
 
 LAYER = Layer(counts=(12, 7, 1, 20, 0, 3))

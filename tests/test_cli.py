@@ -200,14 +200,17 @@ BROKEN: dict[str, tuple[Change, str]] = {
         weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)})),
         "cannot load the weights",
     ),
-    "no vocabulary": (without("tokenizer.model"), "cannot load the tokenizer .*; get its files again"),
+    "no vocabulary": (
+        without("tokenizer.model"),
+        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
+    ),
     "broken vocabulary": (
         lambda folder: (folder / "tokenizer.model").write_bytes(b"hello"),
-        "cannot load the tokenizer .*; get its files again",
+        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
     ),
     "broken tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "cannot load the tokenizer .*; get its files again",
+        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
     ),
 }
 
@@ -267,7 +270,7 @@ def test_ratio_that_cannot_be_is_one_line(export: Callable[..., Outcome], ratio:
         (["--outtype", "q9_9"], f"unknown --outtype q9_9: choose from {', '.join(OUTTYPES)}"),
         (
             ["--outtype", "iq2_xs"],
-            r"--outtype iq2_xs needs an importance matrix .*llama-quantize --imatrix .*\.gguf iq2_xs`",
+            r"--outtype iq2_xs needs an importance matrix .*llama-quantize --imatrix .* iq2_xs`",
         ),
         (["--chunks", "0"], "--chunks 0 of --ctx-size 32 tokens: at least 1 row"),
         (["-c", "0"], "--chunks 2 of --ctx-size 0 tokens: at least 1 row"),
@@ -458,11 +461,13 @@ def test_dry_run_writes_nothing_and_its_bytes_are_the_real_files(
 ) -> None:
     outcome = export("--dry-run", *options, ratio=ratio)
     assert (outcome.status, outcome.left, outcome.err) == (0, [], "")
-    (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)
     kept = 16 - round(16 * ratio)
     if ratio:
         assert f"keep {kept} of 16 experts on average" in outcome.out
-        outcome = export("--dry-run", "--allocate", "even", *options, ratio=ratio)
+        assert re.search(r"size     about [\d.]+ MB, \d+% of", outcome.out)
+        options = [*options, "--allocate", "even"]
+        outcome = export("--dry-run", *options, ratio=ratio)
+    (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)
     assert outcome.out.count(f"keep {kept}, prune {16 - kept}") == 3
     assert export(*options, ratio=ratio).left == ["model.gguf"]
     assert (tmp_path / "out" / "model.gguf").stat().st_size == int(announced)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "terminal", "locks", "paths", "memory", "runtime", "hub"),
+    *("errors", "transformers_internals", "terminal", "locks", "paths", "memory", "runtime", "hub"),
     *("recipe", "artifacts", "architectures", "model", "weights"),
     *("output.gguf_format", "output.llamacpp", "source"),
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),

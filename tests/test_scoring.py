@@ -1,6 +1,9 @@
 """Every score against its formula, from explicit outputs and plain loops."""
 
+import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -197,6 +200,41 @@ def test_aimer_is_its_formula() -> None:
         w = torch.cat([layer.gate_up_proj[e].flatten(), layer.down_proj[e].flatten()]).double()
         wanted = -w.abs().mean() / w.square().mean().sqrt()
         assert found.values[1, e].item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+def test_aimer_leaves_the_weights_alone() -> None:
+    module = random_model("MixtralForCausalLM", 100).double()
+    before = copy.deepcopy(module.state_dict())
+    score_weights(replace(SPEC, moe_layers=(0, 1, 2), n_expert=16), expert_modules(module))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_expert", [1, 64])
+def test_aimer_needs_no_copy_of_the_experts(n_expert: int) -> None:
+    program = f"""
+import pathlib, re, torch
+from types import SimpleNamespace
+from mone_export.artifacts import MoeSpec
+from mone_export.pruning.scoring import score_weights
+torch.set_num_threads(1)
+status = pathlib.Path("/proc/self/status")
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1]) * 1024
+spec = MoeSpec("Tiny", 1, (0,), {n_expert}, 1, 1, 512, 512)
+
+def score(width):
+    down = torch.ones({n_expert}, 64 * 512 // {n_expert}, width, dtype=torch.bfloat16)
+    score_weights(spec, [(0, SimpleNamespace(down_proj=down))])
+    return down.nbytes
+
+score(1)  # what torch itself takes
+before = peak()
+size = score(2048)
+print((peak() - before) / size)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    print(f"peak: {float(result.stdout):.2f} of the experts' bytes, themselves among them")
+    assert 1 <= float(result.stdout) < 1.5
 
 
 def test_aimer_prunes_the_evenly_spread_expert() -> None:

@@ -16,14 +16,10 @@ from transformers import PreTrainedModel
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
 from mone_export.calibration.loading import Model
-from mone_export.calibration.observer import observe
+from mone_export.calibration.observer import observe, run_experts
 from mone_export.calibration.passes import finished, run_rows
 from mone_export.model import expert_modules
 from mone_export.runtime import Progress
-
-Forward = Callable[
-    ..., Tensor
-]  # hidden, and where they are not weighted yet experts' ids and weights -> output
 
 
 @contextmanager
@@ -31,30 +27,45 @@ def masked(
     model: PreTrainedModel, pruned: Mapping[int, Sequence[int]], vectors: Mapping[int, Tensor]
 ) -> Iterator[None]:
     """Let `vectors[layer]` [n_expert, d] answer for the experts `pruned[layer]` inside the block."""
-
-    def wrap(layer: int, experts: Any) -> Forward:
-        novices = vectors[layer].to(experts.down_proj)
-
-        def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            is_pruned = _mask(pruned[layer], experts, ids.device)
-            gone = is_pruned[ids]  # [n_token, top_k]
-            kept: Tensor = type(experts).forward(experts, hidden, ids, weights * ~gone)
-            spread = torch.zeros(len(ids), len(novices), dtype=novices.dtype, device=ids.device)
-            spread.scatter_(1, ids, (weights * gone).to(novices.dtype))
-            return kept + (spread @ novices).to(kept.dtype)
-
-        def forward_weighted(hidden: Tensor) -> Tensor:
-            """Stand in where what goes into the experts is weighted: [n_expert * n_token, d], mostly zero."""
-            output: Tensor = type(experts).forward(experts, hidden)
-            by_expert = output.view(len(novices), -1, hidden.shape[-1])
-            selected = hidden.view_as(by_expert).any(-1, keepdim=True)
-            is_pruned = _mask(pruned[layer], experts, hidden.device)[:, None, None]
-            return torch.where(is_pruned, selected * novices[:, None], by_expert).view_as(output)
-
-        return lambda hidden, *routing: (forward if routing else forward_weighted)(hidden, *routing)
-
-    with _wrapped(model, [layer for layer in pruned if len(pruned[layer])], wrap):
+    forwards = {
+        experts: Masked(experts, pruned[layer], vectors[layer])
+        for layer, experts in expert_modules(model)
+        if len(pruned.get(layer, ()))
+    }
+    with _standing_in(forwards):
         yield
+
+
+class Masked:
+    """The forward of an experts module in which novices stand in for the pruned experts."""
+
+    def __init__(self, experts: Any, pruned: Sequence[int], vectors: Tensor) -> None:
+        """Prune the experts `pruned`; the novices are those rows of `vectors` [n_expert, d]."""
+        self._experts, self._pruned = experts, pruned
+        self._novices = vectors.to(experts.down_proj)
+
+    def __call__(self, hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        """Compute hidden [n_token, d] with the experts' ids and weights, [n_token, top_k] each.
+
+        Where a block weights what goes into the experts, hidden comes alone, [n_expert * n_token, d].
+        """
+        routing = (*routing, *named.values())
+        return self._routed(hidden, *routing) if routing else self._weighted(hidden)
+
+    def _routed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gone = _mask(self._pruned, self._experts, ids.device)[ids]  # [n_token, top_k]
+        kept = run_experts(self._experts, hidden, ids, weights * ~gone)
+        novices = self._novices
+        spread = torch.zeros(len(ids), len(novices), dtype=novices.dtype, device=ids.device)
+        spread.scatter_(1, ids, (weights * gone).to(novices.dtype))
+        return kept + (spread @ novices).to(kept.dtype)
+
+    def _weighted(self, hidden: Tensor) -> Tensor:
+        output, novices = run_experts(self._experts, hidden), self._novices
+        by_expert = output.view(len(novices), -1, hidden.shape[-1])
+        selected = hidden.view_as(by_expert).any(-1, keepdim=True)  # all other rows are zero
+        gone = _mask(self._pruned, self._experts, hidden.device)[:, None, None]
+        return torch.where(gone, selected * novices[:, None], by_expert).view_as(output)
 
 
 def measure_residuals(
@@ -124,44 +135,50 @@ class Divergence:
 def _observed_residuals(model: PreTrainedModel, plan: Plan) -> Iterator[dict[int, Residual]]:
     pruned = {layer.layer: layer.pruned for layer in plan.layers if layer.pruned}
     found: dict[int, Residual] = {}
-
-    def wrap(layer: int, experts: Any) -> Forward:
-        def forward(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            is_pruned = _mask(pruned[layer], experts, ids.device)
-            gates = weights * is_pruned[ids]  # [n_token, top_k]
-            residual = type(experts).forward(experts, hidden, ids, gates).double()  # [n_token, d]
-            spread = torch.zeros(len(ids), len(is_pruned), dtype=torch.float64, device=ids.device)
-            spread.scatter_(1, ids, gates.double())
-            part = Residual(
-                gram=(spread.T @ spread).cpu(),
-                cross=(spread.T @ residual).cpu(),
-                norm_sq=float(residual.square().sum()),
-            )
-            found[layer] = found[layer].merge(part) if layer in found else part
-            output: Tensor = type(experts).forward(experts, hidden, ids, weights)
-            return output
-
-        return forward
-
-    with _wrapped(model, pruned, wrap):
+    forwards = {
+        experts: _MeasuredResidual(experts, pruned[layer], layer, found)
+        for layer, experts in expert_modules(model)
+        if layer in pruned
+    }
+    with _standing_in(forwards):
         yield found
 
 
+class _MeasuredResidual:
+    """The forward of an experts module that adds what its pruned experts contribute to `found[layer]`."""
+
+    def __init__(self, experts: Any, pruned: Sequence[int], layer: int, found: dict[int, Residual]) -> None:
+        self._experts, self._pruned = experts, pruned
+        self._layer, self._found = layer, found
+
+    def __call__(self, hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        ids, weights = (*routing, *named.values())
+        is_pruned = _mask(self._pruned, self._experts, ids.device)
+        gates = weights * is_pruned[ids]  # [n_token, top_k]
+        residual = run_experts(self._experts, hidden, ids, gates).double()  # [n_token, d]
+        spread = torch.zeros(len(ids), len(is_pruned), dtype=torch.float64, device=ids.device)
+        spread.scatter_(1, ids, gates.double())
+        part = Residual(
+            gram=(spread.T @ spread).cpu(),
+            cross=(spread.T @ residual).cpu(),
+            norm_sq=float(residual.square().sum()),
+        )
+        so_far = self._found.get(self._layer)
+        self._found[self._layer] = so_far.merge(part) if so_far else part
+        return run_experts(self._experts, hidden, ids, weights)
+
+
 @contextmanager
-def _wrapped(
-    model: PreTrainedModel, layers: Sequence[int] | Mapping[int, Any], wrap: Callable[[int, Any], Forward]
-) -> Iterator[None]:
-    """Give the experts of some layers another forward; some families name its arguments as they like."""
-    modules = {experts: layer for layer, experts in expert_modules(model) if layer in layers}
-    before = {experts: experts.__dict__.get("forward") for experts in modules}  # of an observer
+def _standing_in(forwards: Mapping[Any, Any]) -> Iterator[None]:
+    """Let each of `forwards` stand in for the forward of its experts module inside the block."""
+    before = {experts: vars(experts).get("forward") for experts in forwards}  # of an observer
     try:
-        for experts, layer in modules.items():
-            forward = wrap(layer, experts)
-            experts.forward = lambda hidden, *ids, _do=forward, **named: _do(hidden, *ids, *named.values())
+        for experts, forward in forwards.items():
+            experts.forward = forward
         yield
     finally:
         for experts, forward_before in before.items():
-            experts.__dict__.pop("forward", None)
+            vars(experts).pop("forward", None)
             if forward_before:
                 experts.forward = forward_before
 

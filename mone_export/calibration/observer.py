@@ -6,25 +6,33 @@ the weighting. Nothing here knows a family, and the model's output stays equal b
 laid out in the same way without being behind the interface get such a forward for themselves; where a model
 weights what goes into them, the weight of their output is 1.
 
+What transformers keeps under our name is a function without any state. What it finds goes to the sinks that
+hang on the experts module that it is called for, as long as an observation lasts: nothing outlives that.
+
 Source: `grouped_mm_experts_forward` in transformers' `integrations/moe.py`, whose grouped linear layer this
 uses.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface, _grouped_linear
 
 from mone_export.artifacts import ExpertStats
 from mone_export.errors import MoneError
 from mone_export.model import expert_modules
+from mone_export.transformers_internals import (
+    ExpertsInterface,
+    check_version,
+    grouped_linear,
+    with_experts_forward,
+)
 
 _NAME = "mone_observed"
 _CACHED_ROWS = 128  # of float64 output: 2 MB at 2048 channels
@@ -37,52 +45,92 @@ def observe(model: PreTrainedModel) -> Iterator[dict[int, ExpertStats]]:
     """Collect the statistics of every forward pass inside the block, per layer number, on the model's device.
 
     Every token of a batch counts: batches must hold no padding. On leaving, the model is as it was before.
+    Blocks may be nested: the outer one counts what runs in the inner one as well. Raises `MoneError` for a
+    model with several expert stacks in one layer, and for an untested version of transformers.
     """
+    check_version()
     stats: dict[int, ExpertStats] = {}
-    layer_of: dict[Any, int] = {}
-    for layer, module in expert_modules(model):
-        if layer in layer_of.values():
-            raise MoneError(f"layer {layer} has several expert stacks; such models are not supported")
-        layer_of[module] = layer
-
-    def forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        n_token, top_k = top_k_index.shape
-        ids, order = torch.sort(top_k_index.reshape(-1))  # [n_token * top_k], slots grouped by expert
-        run = _one_by_one if hidden.is_cpu else _all_together
-        weighted, sums = run(module, hidden, ids, order, top_k_weights.reshape(-1)[order])
-        n_expert, layer = len(sums.count), layer_of[module]
-        gram = _gate_gram(top_k_index, top_k_weights, n_expert).to(sums.count.device)
-        batch = replace(sums, n_token=n_token, gate_gram=gram)
-        stats[layer] = stats[layer].merge(batch) if layer in stats else batch
-        return weighted.view(n_token, top_k, -1).sum(dim=1).to(hidden.dtype)
-
-    def forward_weighted(module: Any, hidden: Tensor) -> Tensor:
-        """Stand in where a block weights what goes into the experts: [n_expert * n_token, d], mostly zero."""
-        output: Tensor = type(module).forward(module, hidden)
-        selected = hidden.view(len(module.down_proj), -1, hidden.shape[-1]).any(-1)  # [n_expert, n_token]
-        rows = output[selected.flatten()]
-        sums = expert_stats(rows, rows.new_ones(len(rows)), selected.sum(1), n_token=selected.shape[1])
-        layer, together = layer_of[module], selected.double()
-        batch = replace(sums, gate_gram=together @ together.T)
-        stats[layer] = stats[layer].merge(batch) if layer in stats else batch
-        return output
-
-    apart = [module for module in layer_of if "kwargs" not in _taken(module)]  # not behind the interface
-    for module in apart:
-        module.forward = MethodType(forward if len(_taken(module)) == 4 else forward_weighted, module)
-    before = model.config._experts_implementation
-    ExpertsInterface.register(_NAME, forward)
-    model.set_experts_implementation(_NAME)
+    modules = _by_layer(model)
+    before = [(module, _own(module)) for module in modules.values()]
+    ExpertsInterface.register(_NAME, observed)
     try:
+        for layer, module in modules.items():
+            module.mone_sinks = (*_sinks(module), Sink(layer, stats))
+            if _is_behind_interface(module):
+                module.config = with_experts_forward(module.config, _NAME)
+            elif "forward" not in vars(module):  # else what stands there calls `run_experts`
+                module.forward = MethodType(run_experts, module)
         yield stats
     finally:
-        model.set_experts_implementation(before)
-        for module in apart:
-            del module.forward
+        for module, own in before:
+            for name in _own(module).keys() - own.keys():
+                delattr(module, name)
+            for name, value in own.items():
+                setattr(module, name, value)
+
+
+class Sink:
+    """Takes what one experts module does during one observation: it adds up in the layer's entry."""
+
+    def __init__(self, layer: int, stats: dict[int, ExpertStats]) -> None:
+        """Keep layer `layer`'s sums in `stats`, the observation's; an entry is replaced, never changed."""
+        self._layer, self._stats = layer, stats
+
+    def add(self, batch: ExpertStats) -> None:
+        """Add the statistics of one call."""
+        so_far = self._stats.get(self._layer)
+        self._stats[self._layer] = so_far.merge(batch) if so_far else batch
+
+
+def run_experts(module: Any, *args: Tensor, **named: Tensor) -> Tensor:
+    """Return what an experts module itself makes of its arguments, under every observation that it is in.
+
+    For whatever stands in for `module.forward` and needs the experts below it. Families name the arguments as
+    they like, in the same order.
+    """
+    args = (*args, *named.values())
+    output: Tensor
+    if _sinks(module) and not _is_behind_interface(module):
+        output = (observed if len(args) > 1 else observed_weighted)(module, *args)
+    else:
+        output = type(module).forward(module, *args)
+    return output
+
+
+def observed(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run an experts module as `grouped_mm` does, and tell its sinks: hidden [n_token, d], top_k of each."""
+    n_token, top_k = top_k_index.shape
+    ids, order = torch.sort(top_k_index.reshape(-1))  # [n_token * top_k], slots grouped by expert
+    slots = Slots(ids, order, top_k_weights.reshape(-1)[order])
+    weighted, sums = (one_by_one if hidden.is_cpu else all_together)(module, hidden, slots)
+    batch = replace(sums, n_token=n_token)
+    for sink in _sinks(module):
+        sink.add(batch)
+    return weighted.view(n_token, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+def observed_weighted(module: Any, hidden: Tensor) -> Tensor:
+    """Do so where a block weights what goes into the experts: hidden [n_expert * n_token, d], mostly zero."""
+    output: Tensor = type(module).forward(module, hidden)
+    selected = hidden.view(len(module.down_proj), -1, hidden.shape[-1]).any(-1)  # [n_expert, n_token]
+    rows = output[selected.flatten()]
+    batch = expert_stats(rows, rows.new_ones(len(rows)), selected.sum(1), n_token=selected.shape[1])
+    for sink in _sinks(module):
+        sink.add(batch)
+    return output
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slots:
+    """The selected (token, expert) pairs of one call, grouped by ascending expert; all [n_slot]."""
+
+    ids: Tensor  # the expert of each
+    order: Tensor  # where each stood before: token times top_k, and which of its experts
+    gates: Tensor  # the weights that multiply their outputs
 
 
 def expert_stats(outputs: Tensor, gates: Tensor, count: Tensor, *, n_token: int) -> ExpertStats:
-    """Return the statistics of one batch, but for `gate_gram`, which needs the tokens side by side.
+    """Return the statistics of one batch.
 
     Args:
         outputs: [n_slot, d], experts' outputs before weighting, grouped by ascending expert.
@@ -151,15 +199,14 @@ def grouped_stats(outputs: Tensor, gates: Tensor, count: Tensor, ids: Tensor) ->
     )
 
 
-def _one_by_one(
-    module: Any, hidden: Tensor, ids: Tensor, order: Tensor, gates: Tensor
-) -> tuple[Tensor, ExpertStats]:
+def one_by_one(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, ExpertStats]:
     """Run the experts one after the other: on a CPU a grouped product is a loop over experts anyway.
 
     Rows that stay in its cache are worth more than all the statistics cost. Returns the weighted outputs
-    [n_slot, d], slots as they came before they were put in `order`, and the statistics.
+    [n_slot, d], slots as they came before they were grouped, and the statistics; `n_token` stays 0.
     """
     n_expert, width = _shape(module)
+    ids, order, gates = slots.ids, slots.order, slots.gates
     count = torch.bincount(ids, minlength=n_expert)
     dtype = torch.result_type(module.down_proj, gates)
     weighted = torch.empty(len(order), width, dtype=dtype)
@@ -167,22 +214,21 @@ def _one_by_one(
     top_k = len(order) // len(hidden)
     for expert, size in enumerate(count.tolist()):
         if size:
-            experts, slots = slice(expert, expert + 1), slice(start, start + size)
-            outputs = _expert_outputs(module, hidden[order[slots] // top_k], experts, ids[slots], count)
-            sums.add(experts, outputs, gates[slots])
-            weighted[order[slots]] = outputs * gates[slots].unsqueeze(-1)
+            experts, own = slice(expert, expert + 1), slice(start, start + size)
+            outputs = _expert_outputs(module, hidden[order[own] // top_k], experts, ids[own], count)
+            sums.add(experts, outputs, gates[own])
+            weighted[order[own]] = outputs * gates[own].unsqueeze(-1)
         start += size
     return weighted, sums.stats()
 
 
-def _all_together(
-    module: Any, hidden: Tensor, ids: Tensor, order: Tensor, gates: Tensor
-) -> tuple[Tensor, ExpertStats]:
+def all_together(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, ExpertStats]:
     """Run all experts at once, as a GPU wants it: nothing here waits for the device.
 
-    Returns what `_one_by_one` returns.
+    Returns what `one_by_one` returns.
     """
     n_expert, width = _shape(module)
+    ids, order, gates = slots.ids, slots.order, slots.gates
     # bincount would wait
     count = torch.zeros(n_expert, dtype=torch.int64, device=ids.device)
     count.scatter_add_(0, ids, torch.ones_like(ids))
@@ -267,7 +313,7 @@ def _expert_outputs(module: Any, rows: Tensor, experts: slice, ids: Tensor, coun
     def linear(x: Tensor, name: str) -> Tensor:
         weight = getattr(module, name)[experts]
         bias = getattr(module, f"{name}_bias")[ids] if module.has_bias else None
-        return _grouped_linear(x, weight, ends, bias=bias, is_transposed=module.is_transposed)
+        return grouped_linear(x, weight, ends, bias=bias, is_transposed=module.is_transposed)
 
     if module.has_gate:
         hidden = module._apply_gate(linear(rows, "gate_up_proj"))
@@ -277,18 +323,29 @@ def _expert_outputs(module: Any, rows: Tensor, experts: slice, ids: Tensor, coun
     return outputs if not module.has_post_expert_norm else module.post_expert_norm(outputs)
 
 
-def _gate_gram(top_k_index: Tensor, top_k_weights: Tensor, n_expert: int) -> Tensor:
-    """Return sum over tokens of g_e g_e' for experts selected together, [n_expert, n_expert]."""
-    if top_k_index.device.type == "mps":  # which has no float64
-        top_k_index, top_k_weights = top_k_index.cpu(), top_k_weights.cpu()
-    gates = torch.zeros(len(top_k_index), n_expert, dtype=torch.float64, device=top_k_index.device)
-    gates.scatter_(1, top_k_index, top_k_weights.double())
-    return gates.T @ gates
+def _by_layer(model: PreTrainedModel) -> dict[int, Any]:
+    """Return the experts module of each layer that has one."""
+    modules: dict[int, Any] = {}
+    for layer, module in expert_modules(model):
+        if layer in modules:
+            raise MoneError(f"layer {layer} has several expert stacks; such models are not supported")
+        modules[layer] = module
+    return modules
 
 
-def _taken(module: Any) -> Mapping[str, Any]:
-    """Return the parameters of an experts module's own forward, `self` among them."""
-    return inspect.signature(type(module).forward, follow_wrapped=False).parameters
+def _sinks(module: Any) -> tuple[Sink, ...]:
+    """Return where an experts module's statistics go, one sink for each observation that it is in."""
+    return getattr(module, "mone_sinks", ())
+
+
+def _is_behind_interface(module: Any) -> bool:
+    """Return whether transformers' decorator has given an experts module its forward."""
+    return "kwargs" in inspect.signature(type(module).forward, follow_wrapped=False).parameters
+
+
+def _own(module: Any) -> dict[str, Any]:
+    """Return what `observe` changes of an experts module, as far as the module has it for itself."""
+    return {name: vars(module)[name] for name in ("mone_sinks", "config", "forward") if name in vars(module)}
 
 
 def _shape(module: Any) -> tuple[int, int]:

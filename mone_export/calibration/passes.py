@@ -159,7 +159,7 @@ class Batches:
 def disk_needed(model: Model, n_token: int) -> int:
     """Return how many bytes a checkpoint of `n_token` tokens will take at most, about."""
     spec = model.spec
-    stats = 8 * len(spec.moe_layers) * spec.n_expert * (3 * spec.hidden_size + spec.n_expert + 10)
+    stats = 8 * len(spec.moe_layers) * spec.n_expert * (3 * spec.hidden_size + 10)
     # two of each: the new is complete before the old goes
     return 2 * stats if model.files is None else stats + 2 * _state_bytes(model, n_token)
 

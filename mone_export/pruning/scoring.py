@@ -16,6 +16,8 @@ from mone_export.errors import MoneError
 from mone_export.pruning.guard import guard
 from mone_export.recipe import SCORE_NAMES, ScoreName
 
+_CHUNK = 2**20  # weights that are taken at once, 8 MB in float64
+
 
 class Score(NamedTuple):
     """A scoring function, [n_expert] float64 from one layer's statistics, and where it comes from."""
@@ -60,16 +62,26 @@ def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
     """
     values = []
     for _, experts in layers:
-        matrices = [
-            getattr(experts, name).detach().flatten(1).double()
+        stacks = [
+            getattr(experts, name).detach().flatten(1)  # [n_expert, weights of one]
             for name in ("gate_up_proj", "up_proj", "down_proj")
             if isinstance(getattr(experts, name, None), Tensor)
         ]
-        n = sum(matrix.shape[1] for matrix in matrices)
-        mean = sum((matrix.abs().sum(1) for matrix in matrices), torch.zeros(())) / n
-        square = sum((matrix.square().sum(1) for matrix in matrices), torch.zeros(())) / n
-        values.append(-(mean / square.sqrt().clamp(min=torch.finfo(torch.float64).tiny)).cpu())
+        n = sum(stack.shape[1] for stack in stacks)
+        total, squares = torch.stack([_absolute_sums(stack) for stack in stacks]).sum(0).cpu()
+        values.append(-(total / n / (squares / n).sqrt().clamp(min=torch.finfo(torch.float64).tiny)))
     return Scores(spec=spec, score="aimer", values=torch.stack(values))
+
+
+def _absolute_sums(stack: Tensor) -> Tensor:
+    """Return the sums of |w| and of w^2 along each row, float64 [2, n_row], `_CHUNK` weights at a time."""
+    sums = stack.new_zeros(2, len(stack), dtype=torch.float64)
+    width = max(1, _CHUNK // len(stack))
+    for part in stack.split(width, dim=1):
+        chunk = part.to(torch.float64, copy=True)
+        sums[0] += chunk.abs_().sum(1)
+        sums[1] += chunk.square_().sum(1)
+    return sums
 
 
 def standard_deviation(stats: ExpertStats) -> Tensor:
