@@ -145,6 +145,7 @@ class ExpertStats:
         return replace(self, **{name: getattr(self, name) * factor**n for name, n in powers.items()})
 
 
+_VERSION, _READ_VERSIONS = 3, (2, 3)  # of statistics files
 _STAT_TENSORS = tuple(field.name for field in fields(ExpertStats) if field.name != "n_token")
 
 
@@ -191,9 +192,10 @@ class Residual:
 class Calibration:
     """The statistics of all mixture-of-experts layers, with what they were measured on.
 
-    `parts` names the text: one part, or several where files were merged. `config_sha256` is the model's
-    config.json's, which `spec` was read from. `sensitivity` says for each layer how much the model minds an
-    error in it, as `pruning.allocation` defines it; empty where that was not measured.
+    `parts` names the text: one part, or several where files were merged. `config` is the part of the model's
+    config that decides what it computes, and `made_with` says by what it was computed (`dtype`, `device`,
+    versions); both are empty in files of earlier versions. `sensitivity` says for each layer how much the
+    model minds an error in it, as `pruning.allocation` defines it; empty where that was not measured.
     """
 
     spec: MoeSpec
@@ -203,7 +205,8 @@ class Calibration:
     n_token: int
     layers: Mapping[int, ExpertStats]
     parts: tuple[Part, ...] = ()
-    config_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
     sensitivity: Mapping[int, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
@@ -211,7 +214,8 @@ class Calibration:
         header = {
             "spec": asdict(self.spec),
             "model_sha256": self.model_sha256,
-            "config_sha256": self.config_sha256,
+            "config": self.config,
+            "made_with": dict(self.made_with),
             "corpus_sha256": self.corpus_sha256,
             "corpus_name": self.corpus_name,
             "n_token": self.n_token,
@@ -230,7 +234,8 @@ class Calibration:
             return cls(
                 spec=spec,
                 model_sha256=header["model_sha256"],
-                config_sha256=header.get("config_sha256", ""),
+                config=header.get("config", {}),
+                made_with=header.get("made_with", {}),
                 corpus_sha256=header["corpus_sha256"],
                 corpus_name=header["corpus_name"],
                 n_token=header["n_token"],
@@ -242,13 +247,25 @@ class Calibration:
             raise _not_ours(path, error) from None
 
 
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ, inner ones as `outer.inner`; none where a mapping is empty."""
+    keys = []
+    for key in sorted({*found, *wanted} if found and wanted else ()):
+        one, other = found.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys += [f"{key}.{inner}" for inner in differing(one, other)]
+        elif one != other:
+            keys.append(key)
+    return keys
+
+
 def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[str, Any]) -> None:
     """Write layers' statistics to a safetensors file, whose metadata holds what is not a tensor as JSON.
 
     The file appears when it is complete. Raises `MoneError` when it cannot be written.
     """
     n_token = {str(layer): stats.n_token for layer, stats in layers.items()}
-    metadata = {"mone_calibration": json.dumps({"version": 2, **header, "layer_n_token": n_token})}
+    metadata = {"mone_calibration": json.dumps({"version": _VERSION, **header, "layer_n_token": n_token})}
     tensors = {
         f"layers.{layer}.{name}": getattr(stats, name)
         for layer, stats in layers.items()
@@ -269,8 +286,10 @@ def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["mone_calibration"])
-            if header["version"] != 2:
-                raise ValueError(f"version {header['version']}, this mone-export reads version 2")
+            if header["version"] not in _READ_VERSIONS:
+                raise ValueError(
+                    f"version {header['version']}, this mone-export reads version {_VERSION} and before"
+                )
             layers = {
                 int(layer): ExpertStats(
                     n_token=n_token,

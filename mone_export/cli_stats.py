@@ -114,6 +114,8 @@ def _print_origin(calibration: "Calibration") -> None:
         f"model    {spec.arch}: {len(spec.moe_layers)} of {spec.n_layer} layers with {spec.n_expert} "
         f"experts, {spec.top_k} used per token (SHA-256 {calibration.model_sha256[:16]})"
     )
+    if calibration.made_with:
+        print(f"made     {', '.join(f'{name} {value}' for name, value in calibration.made_with.items())}")
     print(f"text     {calibration.n_token} tokens (SHA-256 {calibration.corpus_sha256[:16]})")
     for part in calibration.parts:
         sources = ", ".join(f"{name} {n_token}" for name, n_token in part.sources.items())

@@ -6,7 +6,7 @@ its own: transformers names an expert stack the same way in every family that us
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,7 +65,7 @@ def shape_of(config: Any) -> MoeSpec:
         n_layer=int(text_config.num_hidden_layers),
         moe_layers=tuple(sorted(experts)),
         n_expert=n_expert,
-        top_k=_top_k(text_config, arch),
+        top_k=_top_k(text_config, arch, n_expert),
         n_group=int(getattr(text_config, "n_group", None) or 1),
         hidden_size=hidden_size,
         expert_size=expert_size,
@@ -78,16 +78,17 @@ def arch_of(config: Any) -> str:
     return str((config.architectures or [type(config).__name__])[0])
 
 
-def check_config(config: Any, name: str) -> None:
+def check_config(config: Any, name: str, stated: Mapping[str, Any]) -> None:
     """Refuse what cannot be exported, whatever the weights; warn of what is not tested.
 
-    `name` is what messages call the model.
+    `name` is what messages call the model, `stated` what config.json itself says: transformers fills in the
+    rest.
     """
     arch = arch_of(config)
     if arch in REFUSED:
         raise MoneError(f"{arch} cannot be pruned: {REFUSED[arch]}")
     _refuse_packed(config, name)
-    _check_runtime_assumptions(arch, config.get_text_config())
+    _check_runtime_assumptions(arch, config.get_text_config(), stated)
 
 
 def auto_class(config: Any) -> Any:
@@ -174,7 +175,7 @@ def _refuse_packed(config: Any, name: str) -> None:
         )
 
 
-def _check_runtime_assumptions(arch: str, config: Any) -> None:
+def _check_runtime_assumptions(arch: str, config: Any, stated: Mapping[str, Any]) -> None:
     family = family_of(arch)
     if family is None:
         log.warning(
@@ -184,8 +185,9 @@ def _check_runtime_assumptions(arch: str, config: Any) -> None:
     for key, value in family.requires.items():
         found = getattr(config, key, None)
         if found is not None and found != value:
+            says = f"has {key} = {found}" if _states(stated, key) else f"has no {key}, which means {found}"
             raise MoneError(
-                f"{arch}: config has {key} = {found}, but llama.cpp always computes {family.gguf_arch} with "
+                f"{arch}: config.json {says}, but llama.cpp always computes {family.gguf_arch} with "
                 f"{key} = {value}: the file would route differently from the model"
             )
     if family.differs and (what := family.differs(config)):
@@ -200,12 +202,27 @@ def _check_runtime_assumptions(arch: str, config: Any) -> None:
             )
 
 
-def _top_k(config: Any, arch: str) -> int:
+def _states(stated: Mapping[str, Any], key: str) -> bool:
+    """Say whether a config states a key, at its top or in a part of it."""
+    return key in stated or any(_states(part, key) for part in stated.values() if isinstance(part, dict))
+
+
+def _top_k(config: Any, arch: str, n_expert: int) -> int:
     for key in _TOP_K_KEYS:
         value = getattr(config, key, None)
-        if isinstance(value, list) and len(set(value)) == 1:  # some configs name it for each layer
-            value = value[0]
-        if isinstance(value, int):
+        values = set(value) if isinstance(value, list | tuple) else {value}  # some name it for each layer
+        if len(values) > 1:
+            raise MoneError(
+                f"{arch}: {key} in config.json differs from layer to layer ({sorted(map(str, values))}), and "
+                "llama.cpp has one number for all: such models cannot be exported"
+            )
+        value = next(iter(values), None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 1 <= value <= n_expert:
+                raise MoneError(
+                    f"{arch}: {key} = {value} in config.json is not between 1 and the {n_expert} experts: "
+                    "compare it with the published model's"
+                )
             return value
     raise MoneError(
         f"{arch}: the config names no number of experts per token (looked for {', '.join(_TOP_K_KEYS)})"

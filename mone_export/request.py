@@ -189,6 +189,8 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     if not dry:
         _check_paths(job)
         _announce(job)
+    if recipe.allocation == "search":
+        _check_search(job)
     return _with_text(job)
 
 
@@ -331,6 +333,36 @@ def _announce(job: Job) -> None:
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
 
 
+def _check_text(job: Job, corpus: Corpus) -> None:
+    """Refuse tokens that the model has no embeddings for; warn of rows longer than it was made for."""
+    config = job.source.config.get_text_config()
+    n_vocab, window = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if isinstance(n_vocab, int) and (largest := int(corpus.tokens.max())) >= n_vocab:
+        raise MoneError(
+            f"the tokenizer gives token {largest}, the model has embeddings for {n_vocab}: the tokenizer is "
+            "another model's, get this model's own"
+        )
+    if isinstance(window, int) and (seq_len := corpus.tokens.shape[1]) > window:
+        log.warning(
+            "rows of %d tokens are longer than the model's window of %d: -c %d", seq_len, window, window
+        )
+
+
+def _check_search(job: Job) -> None:
+    """Refuse to try counts in a model that does not fit into memory as a whole."""
+    from mone_export.calibration.loading import choose  # takes longer than most of what comes before
+
+    request = job.request
+    _, streamed = choose(
+        job.source, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory
+    )
+    if streamed:
+        raise MoneError(
+            "--allocate search tries counts in a model that is in memory as a whole, and this one does not "
+            "fit: pass --allocate sensitivity"
+        )
+
+
 def _with_text(job: Job) -> Job:
     """Return the job with the text it needs: none where the statistics are enough, or not needed."""
     request, recipe = job.request, job.recipe
@@ -349,4 +381,5 @@ def _with_text(job: Job) -> Job:
         n_row=n_row + (SPARE_ROWS if searches else 0),
         seq_len=seq_len,
     )
+    _check_text(job, whole)
     return replace(job, corpus=head(whole, n_row), spare=whole.tokens[n_row:] if searches else None)

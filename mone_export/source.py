@@ -4,10 +4,10 @@ Today that is a `Checkpoint`, a folder in Hugging Face's form. A file of another
 with the members that `Source` lists.
 """
 
-import hashlib
+import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEMO = "demo"
+_NOT_COMPUTING = frozenset(
+    {
+        *("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "auto_map"),
+        *("use_cache", "output_router_logits", "router_aux_loss_coef", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "task_specific_params"),
+    }
+)
 
 
 class Source(Protocol):
@@ -42,8 +49,8 @@ class Source(Protocol):
         """transformers' config."""
 
     @property
-    def config_sha256(self) -> str:
-        """The SHA-256 of what its shape is read from."""
+    def computing_config(self) -> Mapping[str, Any]:
+        """What of its config decides what it computes."""
 
     @property
     def view(self) -> Path:
@@ -110,14 +117,20 @@ class Checkpoint:
     def config(self) -> Any:
         """transformers' config; raises `MoneError` for one that cannot be read or used."""
         config = read_config(self.folder, trust_remote_code=self.trust_remote_code)
-        check_config(config, self.name)
+        check_config(config, self.name, self._stated)
         return config
+
+    @cached_property
+    def _stated(self) -> Mapping[str, Any]:
+        """What config.json says."""
+        found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def spec(self) -> MoeSpec:
         """The mixture-of-experts shape; statistics of the same config know it, which spares building it."""
         config = self.config
-        if self._saved and self._saved.config_sha256 == self.config_sha256:
+        if self._saved and self._saved.config == self.computing_config:
             return self._saved.spec
         return shape_of(config)
 
@@ -125,10 +138,10 @@ class Checkpoint:
         """Take the shape from statistics made before, if their config is this one."""
         self._saved = saved
 
-    @property
-    def config_sha256(self) -> str:
-        """The SHA-256 of config.json."""
-        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+    @cached_property
+    def computing_config(self) -> Mapping[str, Any]:
+        """config.json without what changes no number: names, versions, ids, training's own."""
+        return dict(_computing(self._stated))
 
     @property
     def files(self) -> list[Path]:
@@ -225,6 +238,12 @@ class Download(Checkpoint):
         self.folder = self._snapshot.folder
         self._skeleton.close()
         self.__dict__.pop("view", None)
+
+
+def _computing(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(config.items()):
+        if key not in _NOT_COMPUTING:
+            yield key, dict(_computing(value)) if isinstance(value, dict) else value
 
 
 def open_source(

@@ -4,13 +4,18 @@ Around the calibration itself lies what to do with a work folder, which saved st
 how much text is enough.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability
+import torch
+
+from mone_export import __version__
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability, differing
 from mone_export.calibration import ranks
 from mone_export.calibration.checkpoint import Checkpoint, begun
 from mone_export.calibration.corpus import head
@@ -77,6 +82,8 @@ def _opened(job: Job, model_sha256: str) -> tuple[Job, Checkpoint]:
     text = job.corpus or job.saved
     work: dict[str, Any] = {
         "model": model_sha256,
+        "config": hashlib.sha256(json.dumps(job.source.computing_config).encode()).hexdigest(),
+        "mone-export": __version__,
         "text": text.sha256 if isinstance(text, Corpus) else text.corpus_sha256 if text else "",
         "--device": job.device.partition(":")[0],
         "--dtype": str(torch_dtype).removeprefix("torch."),
@@ -89,12 +96,10 @@ def _opened(job: Job, model_sha256: str) -> tuple[Job, Checkpoint]:
 
 def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
     """Return saved statistics that are of this model and text."""
-    stats = job.request.stats_file
-    assert stats is not None
     corpus, request = job.corpus, job.request
     if corpus and request.until_stable:  # it may have ended early
         corpus = head(corpus, saved.n_token // corpus.tokens.shape[1])
-    check_origin(stats, saved, model_sha256, corpus)
+    check_origin(job, saved, model_sha256, corpus)
     return saved
 
 
@@ -170,22 +175,41 @@ def with_sensitivity(
     return replace(calibration, sensitivity=sensitivities(damage, errors))
 
 
-def check_origin(stats: Path, calibration: Calibration, model_sha256: str, corpus: Corpus | None) -> None:
-    """Insist that saved statistics belong to this model, and to this text if one is given; say which it was.
+def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus | None) -> None:
+    """Insist that saved statistics are of this model, and of this text if one is given; say of what they are.
 
-    Raises `MoneError` with both fingerprints.
+    Raises `MoneError` with what differs: both fingerprints, or the keys of the config, or the precision.
+    Other versions and another device are warned of.
     """
-    text_sha256 = calibration.corpus_sha256
+    stats, text_sha256 = job.request.stats_file, saved.corpus_sha256
+    remedy = "choose another --stats file, or the same model, text, --chunks and --ctx-size"
     for what, found, wanted in (
-        ("model", calibration.model_sha256, model_sha256),
+        ("model", saved.model_sha256, model_sha256),
         ("calibration text", text_sha256, text_sha256 if corpus is None else corpus.sha256),
     ):
         if found != wanted:
             raise MoneError(
                 f"{stats} was made from another {what} (SHA-256 {found[:16]}, this one is {wanted[:16]}): "
-                "choose another --stats file, or the same model, text, --chunks and --ctx-size"
+                f"{remedy}"
             )
-    log.info("statistics of %d tokens of %s from %s", calibration.n_token, calibration.corpus_name, stats)
+    config = job.source.computing_config
+    if keys := differing(saved.config, config):
+        raise MoneError(
+            f"{stats} was made with another config.json, different in {', '.join(keys[:5])}: choose another "
+            "--stats file, or restore the config"
+        )
+    dtype = saved.made_with.get("dtype", job.request.dtype)
+    if job.request.dtype not in ("auto", dtype):
+        raise MoneError(
+            f"{stats} was made in {dtype}, --dtype asks for {job.request.dtype}: choose another --stats "
+            "file, or leave --dtype out"
+        )
+    now = {"mone-export": __version__, "torch": torch.__version__}
+    then = {name: saved.made_with.get(name, version) for name, version in now.items()}
+    if versions := differing(then, now):
+        was = ", ".join(f"{name} {then[name]}" for name in versions)
+        log.warning("%s was made by %s, which may have computed otherwise", stats, was)
+    log.info("statistics of %d tokens of %s from %s", saved.n_token, saved.corpus_name, stats)
 
 
 def _watch(job: Job, corpus: Corpus) -> Watch | None:

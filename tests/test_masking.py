@@ -105,7 +105,7 @@ def test_observers_and_novices_stand_in_either_order_where_the_input_is_weighted
 
 def test_nothing_holds_a_model_after_all_that_is_measured_on_it(text: Path) -> None:
     model = load("demo", device="cpu", dtype="float32", stream="off")
-    corpus = read_corpus([text], load_tokenizer(open_source("demo").folder), n_row=1, seq_len=64)
+    corpus = read_corpus([text], open_source("demo").tokenizer(), n_row=1, seq_len=64)
     experts = dict(expert_modules(model.module))
     alive = [weakref.ref(model.module), *(weakref.ref(module) for module in experts.values())]
     del experts

@@ -1,12 +1,15 @@
 """merge(): statistics made on different days, machines or texts become those of all the text together."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
-from mone_export.artifacts import Calibration, ExpertStats, Part
+from mone_export.artifacts import Calibration, ExpertStats, Part, differing
 from mone_export.errors import MoneError
+
+log = logging.getLogger(__name__)
 
 
 def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | None = None) -> Calibration:
@@ -47,7 +50,8 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
     return Calibration(
         spec=first.spec,
         model_sha256=first.model_sha256,
-        config_sha256=first.config_sha256,
+        config=first.config,
+        made_with=_common([files[name] for name in ordered]),
         corpus_sha256=_fingerprint(parts),
         corpus_name=", ".join(dict.fromkeys(name for part in parts for name in part.sources)),
         n_token=sum(calibration.n_token for calibration in files.values()),
@@ -68,6 +72,15 @@ def _check_mergeable(files: Mapping[str, Calibration]) -> None:
                 f"{first_name} and {name} are of different models (SHA-256 {first.model_sha256[:16]} and "
                 f"{calibration.model_sha256[:16]}): merge statistics of one model"
             )
+    for name, calibration in others:
+        if keys := differing(calibration.config, first.config):
+            raise MoneError(
+                f"{first_name} and {name} were made with other values of {', '.join(keys)} in config.json: "
+                "calibrate anew with one of them"
+            )
+        what = differing(calibration.made_with, first.made_with)
+        if calibration.made_with and first.made_with and what:
+            log.warning("%s and %s differ in %s", first_name, name, ", ".join(what))
     for name, calibration in files.items():
         for part in calibration.parts:
             if part.corpus_sha256 in seen:
@@ -105,6 +118,16 @@ def _sensitivity(files: Sequence[Calibration], times: Sequence[float]) -> dict[i
         layer: sum(n * each.sensitivity[layer] for n, each in zip(weights, files, strict=True)) / sum(weights)
         for layer in files[0].spec.moe_layers
     }
+
+
+def _common(files: Sequence[Calibration]) -> dict[str, str]:
+    """Return what all files were made with; of what differs, all values."""
+    names = dict.fromkeys(name for each in files for name in each.made_with)
+    values = {
+        name: dict.fromkeys(each.made_with[name] for each in files if name in each.made_with)
+        for name in names
+    }
+    return {name: " and ".join(found) for name, found in values.items()}
 
 
 def _counted(stats: ExpertStats, times: float) -> ExpertStats:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from mone_export import __version__
 from mone_export.architectures import factor_after_experts
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Part
 from mone_export.calibration import ranks
@@ -74,13 +76,25 @@ def calibrate(
     return Calibration(
         spec=model.spec,
         model_sha256=model_sha256,
-        config_sha256=model.source.config_sha256,
+        config=model.source.computing_config,
+        made_with=made_with(model),
         corpus_sha256=corpus.sha256,
         corpus_name=corpus.name,
         n_token=corpus.tokens.numel(),
         layers=stats,
         parts=(Part(corpus.sha256, corpus.sources or {corpus.name: corpus.tokens.numel()}),),
     )
+
+
+def made_with(model: Model) -> dict[str, str]:
+    """Return what statistics of a model are computed by, as far as it may change a number."""
+    return {
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "device": model.module.device.type,
+        "mone-export": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def finished(model: Model, stats: ExpertStats) -> ExpertStats:
