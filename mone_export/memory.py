@@ -3,20 +3,14 @@
 import ctypes
 import gc
 import os
-import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
-# what a container may use, and uses: control groups, version 2 and 1
-_CGROUP = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
+_PROC, _CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def free_memory(device: str = "cpu") -> int:
@@ -25,8 +19,27 @@ def free_memory(device: str = "cpu") -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    free = min([_available(), *_container_room()])
+    free = min([int(psutil.virtual_memory().available), *group_rooms()])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: so many processes share it
+
+
+def group_rooms(membership: Path = _PROC, tree: Path = _CGROUP) -> Iterator[int]:
+    """Yield the bytes that each control group around this process still grants; none where nothing limits.
+
+    `membership` names the process's groups, `tree` is where they are mounted. The group itself and all groups
+    above it count. Files in the page cache are no use of memory: the kernel drops them when it needs room.
+
+    Source: the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`.
+    """
+    with suppress(OSError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                for root in (tree, tree / "unified"):
+                    yield from _rooms(root, path, ("memory.max", "memory.high"), "memory.current", "")
+            elif "memory" in controllers.split(","):
+                limits = ("memory.limit_in_bytes",)
+                yield from _rooms(tree / "memory", path, limits, "memory.usage_in_bytes", "total_")
 
 
 def give_back() -> None:
@@ -36,23 +49,29 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _available() -> int:
+def _rooms(root: Path, path: str, limits: tuple[str, ...], usage: str, prefix: str) -> Iterator[int]:
+    """Yield the room of the group `path` and of those above it: a container may see the root alone."""
+    below = [part for part in path.split("/") if part not in ("", "..")]
+    for depth in range(len(below), -1, -1):
+        group = root.joinpath(*below[:depth])
+        granted = [limit for name in limits if (limit := _number(group / name)) is not None]
+        used = _number(group / usage)
+        if granted and used is not None:
+            yield max(0, min(granted) - max(0, used - _cached(group / "memory.stat", prefix)))
+
+
+def _number(file: Path) -> int | None:
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such group, or no limit: "max"
+        return None
+
+
+def _cached(stat: Path, prefix: str) -> int:
+    """Return the bytes of files that a group, and those below it, hold in the page cache."""
+    wanted = {f"{prefix}{kind}" for kind in ("active_file", "inactive_file")}
+    try:
+        entries = [line.split() for line in stat.read_text().splitlines()]
     except OSError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
-    names = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")  # macOS knows the second only
-    name = next(name for name in names if name in os.sysconf_names)
-    return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _container_room() -> list[int]:
-    rooms = []
-    for limit, usage in _CGROUP:
-        try:
-            rooms.append(int(limit.read_text()) - int(usage.read_text()))
-        except (OSError, ValueError):  # no such group, or no limit: "max"
-            continue
-    return [room for room in rooms if room > 0]
+        return 0
+    return sum(int(entry[1]) for entry in entries if entry[:1] and entry[0] in wanted)

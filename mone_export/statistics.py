@@ -17,9 +17,9 @@ import torch
 from mone_export import __version__
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability, differing
 from mone_export.calibration import ranks
-from mone_export.calibration.checkpoint import Checkpoint, begun
 from mone_export.calibration.corpus import head
 from mone_export.calibration.stability import Watch
+from mone_export.calibration.work_folder import WorkFolder, begun
 from mone_export.errors import MoneError, first_line
 from mone_export.model import Dtype, Stream
 from mone_export.pruning.allocation import sensitivities
@@ -66,7 +66,7 @@ def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration 
     return found
 
 
-def _opened(job: Job, model_sha256: str) -> tuple[Job, Checkpoint]:
+def _opened(job: Job, model_sha256: str) -> tuple[Job, WorkFolder]:
     """Open the work folder; what the job leaves to `auto` stays as it was when the folder was begun."""
     from mone_export.calibration.loading import choose
 
@@ -91,7 +91,7 @@ def _opened(job: Job, model_sha256: str) -> tuple[Job, Checkpoint]:
         "processes": ranks.n_rank(),
     }
     decided = replace(request, dtype=work["--dtype"], stream=work["--stream"])
-    return replace(job, request=decided), Checkpoint(folder, work)
+    return replace(job, request=decided), WorkFolder(folder, work)
 
 
 def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
@@ -104,7 +104,7 @@ def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
 
 
 def _measured(
-    job: Job, model_sha256: str, folder: Checkpoint | None, progress: Progress | None
+    job: Job, model_sha256: str, folder: WorkFolder | None, progress: Progress | None
 ) -> tuple[Calibration, Stability | None]:
     """Calibrate; save the statistics at once, and again with the layers' sensitivities."""
     from mone_export.calibration.passes import calibrate
@@ -121,7 +121,7 @@ def _measured(
         model,
         job.corpus,
         model_sha256=model_sha256,
-        checkpoint=folder,
+        work=folder,
         memory=request.memory,
         progress=progress,
         watch=watch,

@@ -5,9 +5,14 @@ changed them, so `check_version` is called before they are relied on.
 """
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mone_export.errors import MoneError
 
@@ -23,12 +28,43 @@ def _wrong_version() -> MoneError:
 
 
 try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        ConversionOps,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+    )
     from transformers.integrations.moe import ExpertsInterface
     from transformers.integrations.moe import _grouped_linear as grouped_linear
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
 except ImportError:
     raise _wrong_version() from None
 
-__all__ = ["TESTED", "ExpertsInterface", "check_version", "grouped_linear", "with_experts_forward"]
+__all__ = [
+    "TESTED",
+    "AutoHfQuantizer",
+    "Concatenate",
+    "ConversionOps",
+    "ExpertsInterface",
+    "LoadStateDictConfig",
+    "MergeModulelist",
+    "WeightConverter",
+    "WeightRenaming",
+    "check_version",
+    "compare",
+    "convert_and_load_state_dict_in_model",
+    "grouped_linear",
+    "leaves_out",
+    "make_buffers",
+    "reading",
+    "rename_source_key",
+    "with_experts_forward",
+]
 
 
 def check_version() -> None:
@@ -45,3 +81,54 @@ def with_experts_forward(config: Any, name: str) -> Any:
     own = copy.copy(config)
     own._experts_implementation_internal = name
     return own
+
+
+def reading(
+    module: PreTrainedModel, *, dtype: torch.dtype, device: str, quantizer: Any = None
+) -> LoadStateDictConfig:
+    """Return how `module`'s weights are read: its conversions of names and shapes, types and place."""
+    check_version()
+    mapping: Any = get_model_conversion_mapping(module, None, quantizer)
+    return LoadStateDictConfig(
+        weight_mapping=mapping,
+        dtype=dtype,
+        dtype_plan=module._get_dtype_plan(dtype),
+        device_map={"": device},
+        hf_quantizer=quantizer,
+    )
+
+
+def make_buffers(module: PreTrainedModel, device: str) -> None:
+    """Make the buffers that no file holds, as `from_pretrained` does; all weights stay as they are."""
+    module._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)  # type: ignore[arg-type]
+    module.initialize_weights()
+
+
+def compare(module: PreTrainedModel, tensors: Mapping[str, torch.Tensor], quantizer: Any = None) -> Any:
+    """Load tensors without contents into a model without weights; returns what `from_pretrained` finds then.
+
+    That is a `LoadStateDictInfo`. Both are on the meta device, so all conversions cost next to nothing.
+    """
+    how = reading(module, dtype=module.dtype, device="meta", quantizer=quantizer)
+    with _without_bars():
+        found, _ = convert_and_load_state_dict_in_model(module, dict(tensors), how)
+    module.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    return found
+
+
+def leaves_out(module: PreTrainedModel, found: Any) -> tuple[set[str], set[str]]:
+    """Return what a model's class does without, and what it leaves unread, of the tensors in `found`."""
+    missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
+    module._adjust_missing_and_unexpected_keys(found)
+    return missing - found.missing_keys, unexpected - found.unexpected_keys
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -20,6 +20,7 @@ from transformers import (
 from mone_export.artifacts import Calibration, Corpus, MoeSpec
 from mone_export.calibration.loading import Model, load_module
 from mone_export.calibration.passes import calibrate
+from mone_export.source import open_source
 
 # one converter counts the entries here to cut the embedding to size
 _NO_TOKENS = {
@@ -152,5 +153,5 @@ def calibrated(folder: Path, spec: MoeSpec) -> tuple[PreTrainedModel, Calibratio
     """Load a model and calibrate it on random tokens."""
     module = load_module(folder, device="cpu", dtype=torch.float32)
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
-    model = Model(spec=spec, path=folder, module=module)
+    model = Model(source=open_source(folder), module=module)
     return module, calibrate(model, corpus, model_sha256="")

@@ -27,13 +27,13 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 import mone_export
 from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan
-from mone_export.calibration.checkpoint import Checkpoint
 from mone_export.calibration.loading import Model, open_streamed
 from mone_export.calibration.masking import masked
 from mone_export.calibration.observer import observe
 from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
+from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.model import expert_modules
 from mone_export.output import llamacpp
@@ -197,8 +197,8 @@ def streamed(folder: Path, workdir: Path) -> Mapping[int, ExpertStats]:
     torch.manual_seed(0)
     module, files = open_streamed(folder, device="cpu", dtype=torch.float32)
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
-    model = Model(inspect(folder), folder, module, files=files)
-    return calibrate(model, corpus, model_sha256="", checkpoint=Checkpoint(workdir, {})).layers
+    model = Model(open_source(folder), module, files=files)
+    return calibrate(model, corpus, model_sha256="", work=WorkFolder(workdir, {})).layers
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
@@ -223,10 +223,10 @@ def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_pa
         change = (after - before).square().sum(-1) / before.square().sum(-1)
         wanted[layer] = pytest.approx(float(change.mean()), rel=1e-3)
         assert change.mean() > 1e-9
-    whole = Model(spec, folder, module)
+    whole = Model(open_source(folder), module)
     assert damage_by_layer(whole, tokens, pruned, vectors) == wanted
     streaming, files = open_streamed(folder, device="cpu", dtype=torch.float32)
-    parts = Model(spec, folder, streaming, files=files)
+    parts = Model(open_source(folder), streaming, files=files)
     assert damage_by_layer(parts, tokens, pruned, vectors) == wanted
 
 

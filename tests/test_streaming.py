@@ -9,14 +9,15 @@ import torch
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats
 from mone_export.calibration import passes
-from mone_export.calibration.checkpoint import Checkpoint
 from mone_export.calibration.loading import Model, Stream, choose, load
 from mone_export.calibration.masking import measure_residuals
 from mone_export.calibration.passes import calibrate
+from mone_export.calibration.sensitivity import damage_by_layer
+from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
-from mone_export.source import inspect
+from mone_export.source import open_source
 
 N_ROW, SEQ_LEN, N_VOCAB = 6, 32, 400
 SUMS = [field.name for field in fields(ExpertStats)]
@@ -58,14 +59,14 @@ def test_at_most_two_layers_are_in_memory(
     small: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus
 ) -> None:
     model, seen = loaded(small, "on"), []
-    original = passes._forward
+    original = passes.forward
 
     def forward(*args: Any) -> None:
         original(*args)
         assert model.files
         seen.append({n for n, layer in enumerate(model.files.layers) if not is_blank(layer)})
 
-    monkeypatch.setattr(passes, "_forward", forward)
+    monkeypatch.setattr(passes, "forward", forward)
     calibrate(model, corpus, model_sha256="")
     assert len(seen) == len(model.files.layers) if model.files else False
     for number, present in enumerate(seen):
@@ -100,13 +101,13 @@ def test_hidden_states_beyond_the_memory_go_to_disk(
 
 
 def test_streams_when_the_weights_do_not_fit(small: Path) -> None:
-    spec, size = inspect(small), (small / "model.safetensors").stat().st_size
+    source, size = open_source(small), (small / "model.safetensors").stat().st_size
     options: dict[str, Any] = {"device": "cpu", "dtype": "auto", "stream": "auto"}
-    assert choose(small, spec, memory=3 * size, **options) == (torch.float32, False)
-    assert choose(small, spec, memory=size, **options) == (torch.float32, True)
-    assert choose(small, spec, memory=size, **options | {"stream": "off"}) == (torch.float32, False)
+    assert choose(source, memory=3 * size, **options) == (torch.float32, False)
+    assert choose(source, memory=size, **options) == (torch.float32, True)
+    assert choose(source, memory=size, **options | {"stream": "off"}) == (torch.float32, False)
     half = options | {"dtype": "bfloat16"}
-    assert choose(small, spec, memory=size, **half) == (torch.bfloat16, False)
+    assert choose(source, memory=size, **half) == (torch.bfloat16, False)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(small: Path, tmp_path: Path, corpus: Corpus) -> None:
@@ -119,7 +120,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(small: Path, tmp_path: Path
     name = next(name for name in tensors if "layers.1" in name and "q_proj" in name)
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MoneError, match=r"lacks .*q_proj.* of layer 1"):
+    with pytest.raises(MoneError, match=r"lacks model.layers.1.self_attn.q_proj.weight: get all files"):
         calibrate(loaded(tmp_path, "on"), corpus, model_sha256="")
 
 
@@ -142,6 +143,29 @@ def test_out_of_memory_halves_the_batches(
     layers[1].mlp.register_forward_hook(scarce)
     assert_same_but_for_rounding(calibrate(model, corpus, model_sha256=""), wanted)
     assert failures == [4, 2]
+
+
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_the_probe_halves_its_batches_when_memory_runs_out(stream: Stream, small: Path) -> None:
+    """Memory suffices for two rows at a time, and fails late in the model."""
+    tokens = torch.randint(0, 400, (8, 128), generator=torch.Generator().manual_seed(0))
+    model = load(small, device="cpu", dtype="float32", stream=stream)
+    pruned = {layer: (0, 1, 2) for layer in model.spec.moe_layers}
+    vectors = {layer: torch.ones(16, 64) for layer in pruned}
+    wanted = damage_by_layer(load(small, device="cpu", dtype="float32"), tokens, pruned, vectors)
+    failures = []
+
+    def scarce(_module: Any, args: Any, output: Any) -> None:
+        if len(args[0]) > 2:
+            failures.append(len(args[0]))
+            raise torch.OutOfMemoryError("fake")
+
+    layers = model.files.layers if model.files else model.module.base_model.layers
+    layers[1].mlp.register_forward_hook(scarce)
+    found = damage_by_layer(model, tokens, pruned, vectors)
+    assert failures == [8, 4]
+    for layer, damage in wanted.items():
+        assert found[layer] == pytest.approx(damage, rel=1e-4)
 
 
 def assert_same_but_for_rounding(found: Calibration, wanted: Calibration) -> None:
@@ -181,7 +205,7 @@ def test_a_stopped_calibration_goes_on(
 ) -> None:
     """Stopped after so many passes; the second run repeats what was not finished, and no more."""
     monkeypatch.setattr(passes, "SECONDS_PER_STEP", 0)
-    original, calls = passes._forward, []
+    original, calls = passes.forward, []
 
     def forward(*args: Any) -> None:
         if len(calls) == n_forward:
@@ -190,11 +214,11 @@ def test_a_stopped_calibration_goes_on(
         original(*args)
 
     def run() -> Calibration:
-        return calibrate(loaded(small, stream), corpus, model_sha256="", checkpoint=Checkpoint(tmp_path, {}))
+        return calibrate(loaded(small, stream), corpus, model_sha256="", work=WorkFolder(tmp_path, {}))
 
     n_batch, n_layer = N_ROW // 2, len(whole.spec.moe_layers)
     total = n_batch * (n_layer if stream == "on" else 1)
-    monkeypatch.setattr(passes, "_forward", forward)
+    monkeypatch.setattr(passes, "forward", forward)
     if n_forward < total:
         with pytest.raises(Stop):
             run()
@@ -208,13 +232,13 @@ def test_a_stopped_calibration_goes_on(
 
 def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     job = {"model": "a" * 64, "text": "b" * 64, "--dtype": "float32"}
-    Checkpoint(tmp_path, job)
-    Checkpoint(tmp_path, job)
+    WorkFolder(tmp_path, job)
+    WorkFolder(tmp_path, job)
     for what, value in (("model", "c" * 64), ("text", "c" * 64), ("--dtype", "bfloat16")):
         with pytest.raises(MoneError, match=f"begun with {what} {job[what]}, now it is {value}"):
-            Checkpoint(tmp_path, job | {what: value})
+            WorkFolder(tmp_path, job | {what: value})
 
 
 def test_too_little_disk_is_said_before(tmp_path: Path) -> None:
     with pytest.raises(MoneError, match="needs 1000000000.00 GB"):
-        Checkpoint(tmp_path, {}).reserve(10**18)
+        WorkFolder(tmp_path, {}).reserve(10**18)

@@ -41,8 +41,8 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
 
     from mone_export.calibration.loading import Model, open_streamed
     from mone_export.calibration.observer import observe
-    from mone_export.calibration.passes import run_rows
-    from mone_export.source import inspect
+    from mone_export.calibration.passes import Pass
+    from mone_export.source import open_source
 
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -67,14 +67,14 @@ def measure_passes(args: argparse.Namespace, folder: Path) -> Json:
 
     def streamed() -> None:
         with torch.inference_mode(), observe(module) as layers:
-            run_rows(handle, tokens, layers)
+            Pass(handle, tokens).run(layers)
 
     torch.set_num_threads(args.threads[0])
     fastest, seconds = fastest_implementation(model, forward)
     model.set_experts_implementation(fastest)
     # opening is not timed, as loading a model into memory is not; what streaming reads in its turn is
     module, files = open_streamed(folder, device=args.device, dtype=dtype)
-    handle = Model(inspect(folder), folder, module, files)
+    handle = Model(open_source(folder), module, files)
     competitors = {
         "plain": forward,
         "observed": observed,

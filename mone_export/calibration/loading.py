@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from mone_export.artifacts import MoeSpec
+from mone_export.calibration import ranks
+from mone_export.calibration.expected import Difference, check_tensors, refuse, unpacking, without_weights
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError, first_line
 from mone_export.memory import free_memory, give_back
@@ -21,7 +22,6 @@ from mone_export.model import (
     Stream,
     auto_class,
     expert_modules,
-    packing,
     read_config,
     resolve_device,
     skeleton,
@@ -69,6 +69,7 @@ def load(
     source = open_source(model)
     source.fetch()
     path = source.view
+    check_tensors(path, source.config)
     device = resolve_device(device)
     torch_dtype, streamed = choose(source, device=device, dtype=dtype, stream=stream, memory=memory)
     options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
@@ -90,39 +91,56 @@ def loaded_experts(model: Model) -> Iterator[tuple[int, Any]]:
 def choose(
     source: Source, *, device: str, dtype: Dtype, stream: Stream, memory: int | None = None
 ) -> tuple[torch.dtype, bool]:
-    """Return (precision, whether the layers are streamed) as `load` would use them."""
+    """Return (precision, whether the layers are streamed) as `load` would use them.
+
+    Of several processes the first decides for all: sums of different precisions do not belong together.
+    """
     room = free_memory(device) if memory is None or device != "cpu" else memory
     model = skeleton(source.config)
     own, size = model.dtype, sum(parameter.numel() for parameter in model.parameters())
     wanted = [own] if dtype == "auto" else [getattr(torch, dtype)]
     if dtype == "auto" and device == "cpu":
         wanted = [torch.float32, own]
+    chosen = None
     for each in wanted if stream != "on" else ():
-        if size * each.itemsize * _SPARE < room * (0.6 if each != wanted[-1] else 1):
-            return each, False
-    if stream == "off":
-        return wanted[-1], False
+        if chosen is None and size * each.itemsize * _SPARE < room * (0.6 if each != wanted[-1] else 1):
+            chosen = each, False
+    if chosen is None and stream == "off":
+        chosen = wanted[-1], False
     layer = size / source.spec.n_layer
     fits = (each for each in wanted if layer * each.itemsize * _LAYERS < room / 2)
-    return next(fits, wanted[-1]), True
+    return ranks.from_first(chosen or (next(fits, wanted[-1]), True))
 
 
 def load_module(path: Path, *, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load all weights, unpacked where the checkpoint is quantised."""
-    config = _unpacking(read_config(path))
+    config = unpacking(read_config(path))
     try:
         loaded: Any = auto_class(config).from_pretrained(
-            path, config=config, dtype=dtype, device_map=None, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            # to a GPU at once: the whole model need not fit into the machine's memory besides
+            device_map={"": device} if device.startswith("cuda") else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
+    except torch.OutOfMemoryError:
+        raise MoneError(f"{path} does not fit the memory of {device}: pass --stream on") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise MoneError(
             f"cannot load the weights in {path}: {first_line(error)}; is the folder complete?"
         ) from None
     module, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise MoneError(
-            f"{path} lacks {len(missing)} of the model's tensors, {missing[0]} among them: get it again"
-        )
+    refuse(
+        path,
+        module,
+        Difference(
+            missing=frozenset(found["missing_keys"]),
+            unread=frozenset(found["unexpected_keys"]),
+            shapes=frozenset(found["mismatched_keys"]),
+        ),
+    )
     try:
         moved: PreTrainedModel = module.to(device).eval()
     except (RuntimeError, AssertionError) as error:
@@ -141,18 +159,5 @@ def open_streamed(path: Path, *, device: str, dtype: torch.dtype) -> tuple[PreTr
         os.environ.setdefault(variable, "16")
     # one thread reads already: transformers' own four would take turns with it, and each keep memory
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    config = _unpacking(read_config(path))
-    quantizer: Any = None
-    if packing(config):
-        quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
-    with torch.device("meta"):
-        module: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype).eval()
-    if quantizer:
-        quantizer.preprocess_model(model=module, dtype=dtype, device_map=None)
+    module, quantizer = without_weights(read_config(path), dtype)
     return module, LayerFiles(path, module, device=device, dtype=dtype, quantizer=quantizer)
-
-
-def _unpacking(config: Any) -> Any:
-    if found := packing(config):
-        config.quantization_config = {**found, "dequantize": True}
-    return config

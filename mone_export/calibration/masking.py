@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
 from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import observe, run_experts
-from mone_export.calibration.passes import finished, run_rows
+from mone_export.calibration.passes import Pass, finished
 from mone_export.model import expert_modules
 from mone_export.runtime import Progress
 
@@ -73,7 +73,7 @@ def measure_residuals(
 ) -> dict[int, Residual]:
     """Run the text once more through the unpruned model: what did each layer's pruned experts add to it?"""
     with torch.inference_mode(), _observed_residuals(model.module, plan) as found:
-        run_rows(model, corpus.tokens, found, memory=memory, progress=progress, what="second pass")
+        Pass(model, corpus.tokens, memory=memory, progress=progress, what="second pass").run(found)
     return found
 
 
@@ -99,7 +99,7 @@ def recalibrate(
         return masked(model.module, {layer: experts}, {layer: stand_in(stats)})
 
     with torch.inference_mode(), observe(model.module) as layers:
-        run_rows(model, corpus.tokens, layers, memory=memory, progress=progress, hand_on=pruned)
+        Pass(model, corpus.tokens, memory=memory, progress=progress).run(layers, hand_on=pruned)
     return replace(calibration, layers={layer: finished(model, layers[layer]) for layer in sorted(layers)})
 
 

@@ -10,24 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from mone_export import __version__
 from mone_export.architectures import factor_after_experts
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Part
 from mone_export.calibration import ranks
-from mone_export.calibration.checkpoint import Checkpoint
 from mone_export.calibration.corpus import head
 from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import observe
 from mone_export.calibration.stability import Watch
-from mone_export.calibration.streaming import RowStates, decoder_layers, only_layer
+from mone_export.calibration.streaming import RowStates, Turn, decoder_layers, only_layer
+from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
 from mone_export.runtime import Progress
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 4096
 SECONDS_PER_STEP = 60.0  # how much work a model in memory may lose
 
-Layers = dict[int, ExpertStats]
-Report = Callable[[int, int], None]  # rows done, of so many
+Layers = dict[int, Any]
+"""What observers of the model have found, by layer, and never in place: it can be taken back."""
 HandOn = Callable[[int, ExpertStats], AbstractContextManager[None]]
 """From a layer and its statistics: in this context the layer computes what it hands on to the next."""
 
@@ -48,7 +49,7 @@ def calibrate(
     corpus: Corpus,
     *,
     model_sha256: str,
-    checkpoint: Checkpoint | None = None,
+    work: WorkFolder | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
@@ -59,17 +60,15 @@ def calibrate(
     in a single process.
 
     Rows are batched to about `TOKENS_PER_BATCH` tokens; the batch size does not change the result beyond
-    float64 rounding of the sums and the matrix products' own. What a `checkpoint` holds is not computed
-    again. Beyond half of `memory` (default: what is free), what streamed layers hand on goes to disk. Raises
+    float64 rounding of the sums and the matrix products' own. What `work` holds is not computed again.
+    Beyond half of `memory` (default: what is free), what streamed layers hand on goes to disk. Raises
     `MoneError` when the model's outputs are not finite.
     """
     tokens = ranks.share(corpus.tokens)
-    if checkpoint:
-        checkpoint.reserve(disk_needed(model, tokens.numel()))
+    if work:
+        work.reserve(disk_needed(model, tokens.numel()))
     with torch.inference_mode(), observe(model.module) as layers:
-        seen = run_rows(
-            model, tokens, layers, checkpoint=checkpoint, memory=memory, progress=progress, stop=watch
-        )
+        seen = Pass(model, tokens, work=work, memory=memory, progress=progress).run(layers, stop=watch)
     corpus = head(corpus, seen) if seen < len(tokens) else corpus
     stats = ranks.merged({layer: finished(model, layers[layer]) for layer in sorted(layers)})
     _check_finite(stats)
@@ -103,37 +102,42 @@ def finished(model: Model, stats: ExpertStats) -> ExpertStats:
     return stats.to("cpu").weighted(factor)
 
 
-def run_rows(
-    model: Model,
-    tokens: Tensor,
-    found: dict[int, Any],
-    *,
-    checkpoint: Checkpoint | None = None,
-    memory: int | None = None,
-    progress: Progress | None = None,
-    what: str = "calibrating",
-    stop: Callable[[Layers], bool] | None = None,
-    hand_on: HandOn | None = None,
-) -> int:
-    """Run rows of tokens [n_row, seq_len] once through the model, in the order its weights allow.
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """One pass of rows of tokens [n_row, seq_len] through a model, in the order its weights allow.
 
-    `found` is where observers of the model put what they find, by layer, and never in place: what a pass that
-    fails has put there is taken back. `stop` is asked after each batch whether `found` is enough; streamed
-    layers do not stop. With `hand_on` each layer with experts computes twice: what `found` holds, and what it
-    hands on. Returns the number of rows.
+    What `work` holds is not computed again. Beyond half of `memory` bytes (default: what is free), what
+    layers hand on goes to disk. `what` says in the progress what the pass is for.
     """
 
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress(done * tokens.shape[1], total * tokens.shape[1], f"{what} (tokens{by_layer})")
+    model: Model
+    tokens: Tensor
+    work: WorkFolder | None = None
+    memory: int | None = None
+    progress: Progress | None = None
+    what: str = "calibrating"
 
-    batches, by_layer = Batches(model, tokens), ", layer by layer" if model.files or hand_on else ""
-    if model.files is None and hand_on is None:
-        return _row_by_row(model, batches, found, checkpoint, report, stop)
-    with ExitStack() as stack:
-        folder = checkpoint.states if checkpoint else _spill(stack, model, tokens, memory)
-        _layer_by_layer(model, batches, found, checkpoint, RowStates(folder), report, stop, hand_on)
-    return len(tokens)
+    def run(
+        self, found: Layers, *, stop: Callable[[Layers], bool] | None = None, hand_on: HandOn | None = None
+    ) -> int:
+        """Run the rows, and return how many.
+
+        Observers of the model put what they find into `found`; what a step that fails has put there is taken
+        back. `stop` is asked after each batch whether `found` is enough; streamed layers do not stop. With
+        `hand_on` each layer with experts computes twice: what `found` holds, and what it hands on.
+        """
+        if self.model.files is None and hand_on is None:
+            return _row_by_row(self, found, stop)
+        with ExitStack() as stack:
+            folder = self.work.states if self.work else _spill(stack, self)
+            _LayerByLayer(self, found, RowStates(folder), hand_on).run(stop)
+        return len(self.tokens)
+
+    def report(self, n_row: int, n_row_total: int, how: str = "") -> None:
+        """Tell the progress how many rows are done, of how many."""
+        if self.progress:
+            seq_len = self.tokens.shape[1]
+            self.progress(n_row * seq_len, n_row_total * seq_len, f"{self.what} (tokens{how})")
 
 
 class Batches:
@@ -164,6 +168,7 @@ class Batches:
                 self.n_row = (len(rows) + 1) // 2
                 layers.clear()
                 layers.update(before)
+                torch.cuda.empty_cache()  # nothing where there is no GPU
                 log.info("out of memory with %d rows at a time: going on with %d", len(rows), self.n_row)
                 continue
             first = rows.stop
@@ -171,95 +176,113 @@ class Batches:
 
 
 def disk_needed(model: Model, n_token: int) -> int:
-    """Return how many bytes a checkpoint of `n_token` tokens will take at most, about."""
+    """Return how many bytes the work on `n_token` tokens will take on disk at most, about."""
     spec = model.spec
     stats = 8 * len(spec.moe_layers) * spec.n_expert * (3 * spec.hidden_size + 10)
     # two of each: the new is complete before the old goes
     return 2 * stats if model.files is None else stats + 2 * _state_bytes(model, n_token)
 
 
-def _row_by_row(
-    model: Model,
-    batches: Batches,
-    layers: Layers,
-    checkpoint: Checkpoint | None,
-    report: Report,
-    stop: Callable[[Layers], bool] | None,
-) -> int:
+def _row_by_row(run: Pass, found: Layers, stop: Callable[[Layers], bool] | None) -> int:
     """All layers for each batch: the model is in memory."""
-    n_row = len(batches.tokens)
-    done = 0
-    if checkpoint and (steps := checkpoint.steps()):
+    model, work, n_row, done = run.model, run.work, len(run.tokens), 0
+    if work and (steps := work.steps()):
         done = steps[-1]
-        layers |= {layer: stats.to(model.module.device) for layer, stats in checkpoint.load(done).items()}
+        found |= {layer: stats.to(model.module.device) for layer, stats in work.load(done).items()}
     saved = time.monotonic()
-
-    report(done, n_row)
-    for rows in batches.run(lambda rows: _forward(model, batches.tokens, rows), layers, first=done):
-        report(rows.stop, n_row)
-        if checkpoint and (rows.stop == n_row or time.monotonic() - saved >= SECONDS_PER_STEP):
-            older = checkpoint.steps()
-            checkpoint.save(rows.stop, {layer: stats.to("cpu") for layer, stats in layers.items()})
+    run.report(done, n_row)
+    for rows in Batches(model, run.tokens).run(partial(_forward_rows, run), found, first=done):
+        run.report(rows.stop, n_row)
+        if work and (rows.stop == n_row or time.monotonic() - saved >= SECONDS_PER_STEP):
+            older = work.steps()
+            work.save(rows.stop, {layer: stats.to("cpu") for layer, stats in found.items()})
             for step in older:
-                checkpoint.forget(step)
+                work.forget(step)
             saved = time.monotonic()
-        if stop and stop(layers):
+        if stop and stop(found):
             return rows.stop
     return n_row
 
 
-def _layer_by_layer(
-    model: Model,
-    batches: Batches,
-    layers: Layers,
-    checkpoint: Checkpoint | None,
-    states: RowStates,
-    report: Report,
-    watch: Callable[[Layers], bool] | None,
-    hand_on: HandOn | None,
-) -> None:
+class _LayerByLayer:
     """All batches for each layer: streamed layers come one at a time."""
-    n_row, files = len(batches.tokens), model.files
-    decoder = files.layers if files else decoder_layers(model.module)[1]
-    steps = checkpoint.steps() if checkpoint else []
-    for step in steps:
-        layers |= checkpoint.load(step) if checkpoint else {}
-    first = steps[-1] if steps else 0
-    states.drop(first - 2)
-    report(first * n_row, len(decoder) * n_row)
-    for number in files.each(first) if files else range(len(decoder)):
-        started = time.monotonic()
-        twice = hand_on is not None and number in model.spec.moe_layers
-        with only_layer(decoder, number) as turn:
 
-            def forward(rows: range, number: int = number, turn: Any = turn, keep: bool = not twice) -> None:
-                turn.state = states.get(number - 1, rows, model.module.device)
-                _forward(model, batches.tokens, rows)
-                if keep:
-                    states.put(number, rows.start, turn.state)
+    def __init__(self, run: Pass, found: Layers, states: RowStates, hand_on: HandOn | None) -> None:
+        """Take a pass, where its observers put what they find, and what its layers hand on."""
+        self._run, self._found, self._states, self._hand_on = run, found, states, hand_on
+        self._batches = Batches(run.model, run.tokens)
+        self._decoder = decoder_of(run.model)
 
-            for rows in batches.run(forward, layers):
-                report(number * n_row + rows.stop, len(decoder) * n_row)
+    def run(self, watch: Callable[[Layers], bool] | None) -> None:
+        """Run all layers, from the first that is not finished on; `watch` is called after each batch."""
+        work, files = self._run.work, self._run.model.files
+        first = self._resume()
+        for number in files.each(first) if files else range(len(self._decoder)):
+            started = time.monotonic()
+            self._run_layer(number, watch)
+            if work:
+                own = {number: self._found[number].to("cpu")} if number in self._found else {}
+                work.save(number + 1, own)
+            self._states.drop(number - 1)
+            seconds, n_layer = time.monotonic() - started, len(self._decoder)
+            log.debug("layer %d of %d: %d rows in %.1f s", number, n_layer, len(self._run.tokens), seconds)
+
+    def _resume(self) -> int:
+        """Load what is finished, and return the first layer that is not."""
+        work = self._run.work
+        steps = work.steps() if work else []
+        for step in steps:
+            self._found |= work.load(step) if work else {}
+        first = steps[-1] if steps else 0
+        self._states.drop(first - 2)
+        self._report(first, 0)
+        return first
+
+    def _run_layer(self, number: int, watch: Callable[[Layers], bool] | None) -> None:
+        """Run all rows through one layer; twice where it hands on something else than what is measured."""
+        hand_on = self._hand_on if number in self._run.model.spec.moe_layers else None
+        with only_layer(self._decoder, number) as turn:
+            forward = partial(self._forward, number, turn, keep=hand_on is None)
+            for rows in self._batches.run(forward, self._found):
+                self._report(number, rows.stop)
                 if watch:
-                    watch(layers)
-            if hand_on and twice:
-                seen = layers[number]
-                with hand_on(number, finished(model, seen)):
-                    for _ in batches.run(partial(forward, keep=True), layers):
+                    watch(self._found)
+            if hand_on:
+                seen = self._found[number]
+                with hand_on(number, finished(self._run.model, seen)):
+                    for _ in self._batches.run(partial(self._forward, number, turn, keep=True), self._found):
                         pass
-                layers[number] = seen  # without the second time
-        if checkpoint:
-            own = {number: layers[number].to("cpu")} if number in layers else {}
-            checkpoint.save(number + 1, own)
-        states.drop(number - 1)
-        seconds = time.monotonic() - started
-        log.debug("layer %d of %d: %d rows in %.1f s", number, len(decoder), n_row, seconds)
+                self._found[number] = seen  # without the second time
+
+    def _forward(self, number: int, turn: Turn, rows: range, *, keep: bool) -> None:
+        turn.state = self._states.get(number - 1, rows, self._run.model.module.device)
+        _forward_rows(self._run, rows)
+        if keep:
+            assert turn.state is not None
+            self._states.put(number, rows.start, turn.state)
+
+    def _report(self, number: int, n_row: int) -> None:
+        total = len(self._run.tokens)
+        self._run.report(number * total + n_row, len(self._decoder) * total, ", layer by layer")
 
 
-def _forward(model: Model, tokens: Tensor, rows: range) -> None:
-    """Run rows through the model's body: logits of a large vocabulary would cost more memory than it."""
+def decoder_of(model: Model) -> nn.ModuleList:
+    """Return a model's decoder layers, with or without their weights."""
+    return model.files.layers if model.files else decoder_layers(model.module)[1]
+
+
+def _forward_rows(run: Pass, rows: range) -> None:
+    forward(run.model, run.tokens, rows)
+
+
+def forward(model: Model, tokens: Tensor, rows: range) -> Tensor:
+    """Run rows through the model's body, and return its last hidden states [n_row, seq_len, d].
+
+    Logits of a large vocabulary would cost more memory than the body.
+    """
     input_ids = tokens[rows.start : rows.stop].to(model.module.device)
-    model.module.base_model(input_ids=input_ids, use_cache=False)
+    hidden: Tensor = model.module.base_model(input_ids=input_ids, use_cache=False)[0]
+    return hidden
 
 
 def _tokens_per_batch(model: Model) -> int:
@@ -273,9 +296,10 @@ def _tokens_per_batch(model: Model) -> int:
     return max(TOKENS_PER_BATCH // 2, min(fit, 8 * TOKENS_PER_BATCH))
 
 
-def _spill(stack: ExitStack, model: Model, tokens: Tensor, memory: int | None) -> Path | None:
+def _spill(stack: ExitStack, run: Pass) -> Path | None:
     """Return a folder for what the layers hand on, where it would take more than half of the memory."""
-    needed, room = _state_bytes(model, tokens.numel()), (memory or free_memory()) // 2
+    room = (free_memory() if run.memory is None else run.memory) // 2
+    needed = _state_bytes(run.model, run.tokens.numel())
     if needed <= room:
         return None
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mone-export-"))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,8 +47,18 @@ def joined() -> Iterator[None]:
 
 
 def own_device(device: str) -> str:
-    """Return the device of this rank: where several GPUs are, each has its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and n_rank() > 1 else device
+    """Return the device of this rank: of `cuda`, and of `auto` where there are GPUs, each has its own.
+
+    Raises `MoneError` when there are fewer GPUs than processes.
+    """
+    if n_rank() == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    n_gpu, n_local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if n_local > n_gpu:
+        raise MoneError(
+            f"{n_local} processes for {n_gpu} GPUs: torchrun --nproc-per-node {n_gpu}, or --device cpu"
+        )
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def share(tokens: Tensor) -> Tensor:
@@ -60,8 +71,8 @@ def share(tokens: Tensor) -> Tensor:
 
 
 def from_first(value: T) -> T:
-    """Return rank 0's value on all ranks."""
-    if n_rank() == 1:
+    """Return rank 0's value on all ranks; the own one where they are not, or no longer, joined."""
+    if n_rank() == 1 or not dist.is_initialized():
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)

@@ -2,7 +2,7 @@
 
 No family's forward pass is written again here. To run layer i, the model's own forward pass runs while all
 its other decoder layers answer at once: those before i with what layer i - 1 gave for these rows, those
-behind it with what layer i gives now. So every layer gets the masks, the position embeddings and the rest
+after it with what layer i gives now. So every layer gets the masks, the position embeddings and the rest
 that its model makes for it; making them anew for every layer costs next to nothing. Only what decoder layers
 hand to each other is kept between layers, row by row, so that it can be cut into other batches, written to
 disk, and taken up again by another process.
@@ -14,31 +14,31 @@ of the bytes, is done here: each is read when its place is known, into memory th
 
 import gc
 import json
-import os
 from collections.abc import Iterable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from mone_export.errors import MoneError
+from mone_export.model import expert_modules
+from mone_export.transformers_internals import (
     Concatenate,
     ConversionOps,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    make_buffers,
+    reading,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig
-
-from mone_export.errors import MoneError
-from mone_export.model import expert_modules
 from mone_export.weights import open_weights, weight_files
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # a file's types: ours
@@ -56,23 +56,14 @@ class LayerFiles:
         self._path, self._module = path, module
         self._weights = open_weights(path)
         self._places = _places(path)
-        mapping: Any = get_model_conversion_mapping(module, None, quantizer)
+        self._loading = reading(module, dtype=dtype, device=device, quantizer=quantizer)
         self._memory = _Memory(device)
-        self._stacked = _stack_at_once(mapping, self._memory)
-        self._loading = LoadStateDictConfig(
-            weight_mapping=mapping,
-            dtype=dtype,
-            dtype_plan=module._get_dtype_plan(dtype),
-            device_map={"": device},
-            hf_quantizer=quantizer,
-        )
+        self._stacked = _stack_at_once(self._loading.weight_mapping, self._memory)
         list_name, self.layers = decoder_layers(module)
         self._blank = [layer.state_dict() for layer in self.layers]
         self._late: set[str] = set()  # keys that are read while their experts are stacked
         self._keys = self._grouped(list_name)
-        # buffers that no file holds, as `from_pretrained` makes them
-        module._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)  # type: ignore[arg-type]
-        module.initialize_weights()
+        make_buffers(module, device)
         self._read(self._keys[-1])
 
     def load(self, number: int) -> None:
@@ -120,7 +111,7 @@ class LayerFiles:
                 self._late.add(key)
             if target.startswith(f"{list_name}."):
                 number = int(target.removeprefix(f"{list_name}.").split(".")[0])
-                # blocks behind the last layer, which predict further tokens, have no place in the model
+                # blocks after the last layer, which predict further tokens, have no place in the model
                 keys.get(number, {}).setdefault(target, []).append(key)
             elif target.startswith(prefix):
                 keys[-1].setdefault(target, []).append(key)
@@ -141,7 +132,7 @@ class LayerFiles:
 
 @contextmanager
 def _settled_objects() -> Iterator[None]:
-    """Let Python's collector, which runs behind every layer, skip the objects that are there already."""
+    """Let Python's collector, which runs after every layer, skip the objects that are there already."""
     gc.freeze()
     try:
         yield
@@ -152,7 +143,7 @@ def _settled_objects() -> Iterator[None]:
 class _Unread:
     """A slice of a file that transformers takes for a tensor, and that is read only when it is stacked."""
 
-    def __init__(self, part: Any, file: BinaryIO, start: int) -> None:
+    def __init__(self, part: Any, file: FileIO, start: int) -> None:
         """Take what is in `file` from byte `start` on."""
         self._part, self._file, self._start = part, file, start
         self._dtype: torch.dtype | None = None
@@ -176,22 +167,23 @@ class _Unread:
             place.copy_(self._part[...])
             return
         octets: Any = place.view(torch.uint8).numpy()
-        view, start = memoryview(octets).cast("B"), self._start
+        view = memoryview(octets).cast("B")
+        self._file.seek(self._start)  # one thread reads at a time
         while len(view):
-            n_read = os.preadv(self._file.fileno(), [view], start)
+            n_read = self._file.readinto(view)
             if not n_read:
                 raise MoneError(f"{self._file.name} ends early: get it again")
-            view, start = view[n_read:], start + n_read
+            view = view[n_read:]
 
 
-def _places(path: Path) -> dict[str, tuple[BinaryIO, int]]:
+def _places(path: Path) -> dict[str, tuple[FileIO, int]]:
     """Return each tensor's open file and first byte; safetensors itself reads into new memory only.
 
-    Source: the format, a header of JSON behind its length in eight bytes, then the data.
+    Source: the format, a header of JSON after its length in eight bytes, then the data.
     """
-    places: dict[str, tuple[BinaryIO, int]] = {}
+    places: dict[str, tuple[FileIO, int]] = {}
     for name in weight_files(path):
-        file = name.open("rb", buffering=0)
+        file = FileIO(name)
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         places |= {
@@ -235,7 +227,7 @@ class _Memory:
 
 
 class _Stack(ConversionOps):
-    """`MergeModulelist`, and `Concatenate` along `dim` behind it, in one copy of each expert."""
+    """`MergeModulelist`, and `Concatenate` along `dim` after it, in one copy of each expert."""
 
     def __init__(self, dim: int, memory: _Memory) -> None:
         self._dim, self._memory = dim, memory
@@ -289,9 +281,9 @@ def decoder_layers(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 @contextmanager
-def only_layer(layers: nn.ModuleList, number: int) -> Iterator["_Turn"]:
+def only_layer(layers: nn.ModuleList, number: int) -> Iterator["Turn"]:
     """Let layer `number` compute, and all others pass on."""
-    turn = _Turn(layers[number].forward)
+    turn = Turn(layers[number].forward)
     try:
         for other, layer in enumerate(layers):
             layer.forward = turn.compute if other == number else turn.pass_on
@@ -301,14 +293,16 @@ def only_layer(layers: nn.ModuleList, number: int) -> Iterator["_Turn"]:
             del layer.forward
 
 
-class _Turn:
+class Turn:
     """What the decoder layers do while it is one layer's turn."""
 
     def __init__(self, forward: Any) -> None:
+        """Take the forward pass of the layer whose turn it is."""
         self._forward = forward
-        self.state: State | None = None  # behind the layer before; after the forward pass, behind this one
+        self.state: State | None = None  # what the layer before gave, then what this one does
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the layer, and keep what it hands on; stands in for its forward pass."""
         shared = {name: value for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         carried = self.state[1] if self.state else {}
         for name, entries in carried.items():
@@ -323,6 +317,7 @@ class _Turn:
         return output
 
     def pass_on(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Return at once what was handed on; stands in for the other layers' forward passes."""
         assert self.state is not None
         return self.state[0]
 
@@ -361,6 +356,13 @@ class RowStates:
         ]
         state: State = tree_unflatten(leaves, trees[0][1])
         return state
+
+    def copy(self) -> "RowStates":
+        """Return the same states, to go on with otherwise; for states in memory, which is not copied."""
+        assert self._folder is None
+        other = RowStates()
+        other._kept = dict(self._kept)
+        return other
 
     def drop(self, layer: int) -> None:
         """Forget what layer `layer` gave."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Job = Mapping[str, str | int]
 
 
-class Checkpoint:
+class WorkFolder:
     """The steps of one job in one folder."""
 
     def __init__(self, folder: Path, job: Job) -> None:
