@@ -14,9 +14,10 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "terminal", "locks", "paths", "memory", "runtime", "hub"),
+    *("errors", "files", "terminal", "locks", "paths", "memory", "runtime", "hub", "remote_code"),
     *("recipe", "artifacts", "architectures", "model", "weights"),
-    *("output.gguf_format", "output.llamacpp", "source"),
+    *("output.gguf_format", "output.naming", "output.prediction", "output.opened", "output.llamacpp"),
+    "source",
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
     *("calibration.checkpoint", "calibration.streaming", "calibration.loading", "calibration.stability"),
     "calibration.passes",
