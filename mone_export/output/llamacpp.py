@@ -9,6 +9,7 @@ llama.cpp's business.
 import logging
 import math
 import shlex
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -146,7 +147,10 @@ class Conversion:
             else:
                 writer.add_key_value(key, value, types[kind])
         writer.write_header_to_file(path=part)
-        writer.write_kv_data_to_file()
+        try:
+            writer.write_kv_data_to_file()
+        except (struct.error, TypeError, ValueError, AttributeError) as error:
+            raise self._cannot_state(error) from None
         writer.write_ti_data_to_file()
         writer.write_padding(writer.fout[0], writer.fout[0].tell())
         padded = (writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
@@ -171,6 +175,16 @@ class Conversion:
     def close(self) -> None:
         """Close the output file, if one is open."""
         self._model.gguf_writer.close()
+
+    def _cannot_state(self, error: Exception) -> MoneError:
+        """Return the error for a value that a GGUF cannot hold, with its key."""
+        writer = self._model.gguf_writer
+        for key, value in writer.kv_data[0].items():
+            try:
+                writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+            except (struct.error, TypeError, ValueError, AttributeError) as wrong:
+                return _cannot_convert(self._path, wrong, f"a GGUF cannot state {key} = {value.value!r}")
+        return _cannot_convert(self._path, error)
 
     def _prepare_metadata(self) -> None:
         """Have llama.cpp collect all keys, once; all tensors must be known."""
@@ -287,7 +301,8 @@ def converter_class(conversion: Any, path: Path) -> Any:
         ) from None
 
 
-def _cannot_convert(path: Path, error: BaseException) -> MoneError:
+def _cannot_convert(path: Path, error: BaseException, what: str = "") -> MoneError:
     incomplete = isinstance(error, FileNotFoundError) or "Unprocessed experts" in str(error)
     hint = "; is the folder complete?" if incomplete else ""
-    return MoneError(f"llama.cpp cannot convert {path}: {cause(path, error)}{hint}")
+    said = f"{what} ({first_line(error)})" if what else cause(path, error)
+    return MoneError(f"llama.cpp cannot convert {path}: {said}{hint}")
