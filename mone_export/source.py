@@ -22,7 +22,7 @@ from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.naming import name_of
 from mone_export.remote_code import refuse_remote_code
 from mone_export.runtime import Progress
-from mone_export.weights import fingerprint, left_out, open_weights, prediction_tensors, weight_files
+from mone_export.weights import fingerprint, left_out, open_weights, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,10 +186,6 @@ class Checkpoint:
                     f"{self.name}: {name} {shape} does not consist of whole blocks of {list(block)} FP8 "
                     "values: transformers would unpack it wrongly; pass the model's BF16 checkpoint"
                 )
-
-    def prediction_tensors(self) -> list[str]:
-        """Return the tensors of blocks that predict further tokens, which no calibration runs."""
-        return list(prediction_tensors(self.tensors(), self.spec.n_layer))
 
     def convert(self, **options: Any) -> Conversion:
         """Open llama.cpp's conversion of the folder; `options` are `Conversion`'s."""

@@ -19,13 +19,14 @@ from torch import Tensor
 from mone_export import cli, files
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError
-from mone_export.model import inspect, prediction_tensors
 from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion
 from mone_export.output.writing import write
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.remote_code import needs_remote_code
+from mone_export.source import inspect
+from mone_export.weights import open_weights, prediction_tensors
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 CARD = """---
@@ -246,7 +247,7 @@ def test_prediction_block_of_another_expert_count_is_left_out(row: Row, tmp_path
     spec = inspect(folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    for name in prediction_tensors(folder, spec.n_layer):
+    for name in prediction_tensors(open_weights(folder), spec.n_layer):
         if match := re.search(r"\.experts\.(\d+)\.", name):
             if int(match[1]) >= N_EXPERT - 3:
                 del tensors[name]
