@@ -11,7 +11,7 @@ from typing import Any
 import gguf_file
 import pytest
 from families import N_EXPERT, N_LAYER, ROWS, Row
-from family_models import calibrated, save_family, without_vocabulary
+from family_models import save_family, without_vocabulary
 from safetensors.torch import load_file, save_file
 from tiny import save_small, save_tiny
 from torch import Tensor
@@ -22,8 +22,8 @@ from mone_export.errors import MoneError
 from mone_export.output import llamacpp
 from mone_export.output.llamacpp import Conversion
 from mone_export.output.writing import write
-from mone_export.pruning.planning import plan
-from mone_export.pruning.scoring import score
+from mone_export.pruning.planning import plan_without_scores
+from mone_export.recipe import Recipe
 from mone_export.remote_code import needs_remote_code
 from mone_export.source import inspect
 from mone_export.weights import open_weights, prediction_tensors
@@ -192,9 +192,8 @@ def test_ordinary_file_leaves_the_prediction_block_out(
     row: Row, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_family(row, tmp_path / "model")
-    calibration = calibrated(folder, inspect(folder))[1]
-    decision = plan(score(calibration), ratio=0.5, method="drop")
-    write(folder, calibration, decision, tmp_path / "model.gguf", outtype="f32")
+    recipe = Recipe.of(ratio=0.5, method="drop", score="random")
+    write(folder, None, plan_without_scores(inspect(folder), recipe), tmp_path / "model.gguf", outtype="f32")
     contents = gguf_file.read(tmp_path / "model.gguf")
     arch = contents.keys["general.architecture"][1]
     assert contents.keys[f"{arch}.expert_count"][1] == N_EXPERT // 2
