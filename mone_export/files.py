@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def replace(part: Path, target: Path) -> None:
-    """Rename the complete file `part` to `target`, in the same folder, once its data is on the disk.
+    """Rename the complete file `part` to `target`, on the same disk, once its data is on it.
 
-    The folder is flushed as well, so that the new name outlives a power cut. Raises `OSError`.
+    The folder of `target` is flushed as well, so that the new name outlives a power cut. Raises `OSError`.
     """
     _flush(part)
     part.replace(target)

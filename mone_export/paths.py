@@ -6,7 +6,6 @@ killed process has left is known by its free lock, and the next run of the same 
 """
 
 import glob
-import os
 import shutil
 import struct
 import tempfile
