@@ -6,7 +6,6 @@ killed process has left is known by its free lock, and the next run of the same 
 """
 
 import glob
-import os
 import shutil
 import struct
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mone_export import files
 from mone_export.errors import MoneError
 from mone_export.locks import NoLocksError, locked, tried
 
@@ -96,9 +96,7 @@ def replacing(target: Path) -> Iterator[Path]:
         part = folder / target.name
         yield part
         try:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(target)
+            files.replace(part, target)
         except OSError as error:
             raise MoneError(
                 f"cannot write {target} ({error.strerror}): free some space or choose another place"

@@ -19,8 +19,10 @@ from mone_export.hub import Snapshot, metadata, parse, skeleton_folder, weights
 from mone_export.hub import weight_files as listed_files
 from mone_export.model import check_config, packing, read_config, shape_of
 from mone_export.output.llamacpp import Conversion, projector_command
+from mone_export.output.naming import name_of
+from mone_export.remote_code import refuse_remote_code
 from mone_export.runtime import Progress
-from mone_export.weights import fingerprint, left_out, open_weights, prediction_tensors, weight_files
+from mone_export.weights import fingerprint, left_out, open_weights, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,6 +118,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """transformers' config; raises `MoneError` for one that cannot be read or used."""
+        if not self.trust_remote_code:
+            refuse_remote_code(self.folder)
         config = read_config(self.folder, trust_remote_code=self.trust_remote_code)
         check_config(config, self.name, self._stated)
         return config
@@ -196,15 +200,10 @@ class Checkpoint:
                     "values: transformers would unpack it wrongly; pass the model's BF16 checkpoint"
                 )
 
-    def prediction_tensors(self) -> list[str]:
-        """Return the tensors of blocks that predict further tokens, which no calibration runs."""
-        return list(prediction_tensors(self.tensors(), self.spec.n_layer))
-
     def convert(self, **options: Any) -> Conversion:
         """Open llama.cpp's conversion of the folder; `options` are `Conversion`'s."""
-        return Conversion(
-            self.view, n_expert=self.spec.n_expert, no_mtp=not self.prediction_tensors(), **options
-        )
+        name = self.id or name_of(self.folder)
+        return Conversion(self.view, name=name, trust_remote_code=self.trust_remote_code, **options)
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts the vision or audio part, None where there is none."""

@@ -59,7 +59,7 @@ REFUSING = [row for row in ROWS if row.refused is not None]
 
 @pytest.fixture(autouse=True)
 def token_ids_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "_converter_class", without_vocabulary(llamacpp._converter_class))
+    monkeypatch.setattr(llamacpp, "converter_class", without_vocabulary(llamacpp.converter_class))
 
 
 @pytest.fixture(scope="module")

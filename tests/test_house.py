@@ -14,9 +14,11 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "transformers_internals", "terminal", "locks", "paths", "memory", "runtime", "hub"),
+    *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory"),
+    *("runtime", "hub", "remote_code"),
     *("recipe", "artifacts", "architectures", "model", "weights"),
-    *("output.gguf_format", "output.llamacpp", "source"),
+    *("output.gguf_format", "output.naming", "output.prediction", "output.opened", "output.llamacpp"),
+    "source",
     *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
     *("calibration.work_folder", "calibration.streaming", "calibration.expected", "calibration.loading"),
     "calibration.stability",

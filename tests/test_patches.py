@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mone_export.runtime import tree
 from mone_export.runtime.upstream import Upstream, read_series
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,33 @@ def test_patch_says_why_and_when_it_goes(patch: Path) -> None:
     header = patch.read_text(encoding="utf-8").split("\ndiff --git ", 1)[0]
     for trailer in ("Reason", "Forwarded", "Remove-when"):
         assert re.search(rf"^{trailer}: \S", header, re.MULTILINE), f"{patch.name} lacks {trailer}:"
+
+
+def test_series_stays_small() -> None:
+    added = [
+        line
+        for patch in SERIES
+        for line in patch.read_text(encoding="utf-8").splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert len(added) < 900
+
+
+def test_readme_lists_every_patch() -> None:
+    readme = (PATCHES / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\((\S+\.patch)\)", readme)) == sorted(patch.name for patch in SERIES)
+
+
+@pytest.mark.slow
+def test_no_call_of_the_converter_trusts_a_model_by_itself() -> None:
+    """Every place that loads a tokenizer asks the one attribute; a new release may bring new places."""
+    calls = [
+        (file.name, call)
+        for file in sorted((tree() / "conversion").glob("*.py"))
+        for call in re.findall(r"Auto\w+\.from_pretrained\(([^()]*)\)", file.read_text(encoding="utf-8"))
+    ]
+    allowed = ("trust_remote_code=self.trust_remote_code", "trust_remote_code=False")
+    assert len(calls) > 20 and not [call for call in calls if not any(way in call[1] for way in allowed)]
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def read_sentencepiece(path: Path) -> None:
     """Let the converter read our models' kind of vocabulary, which it looks for in some families only."""
     from mone_export.output import llamacpp
 
-    _, conversion = llamacpp._load_converter()
+    _, conversion = llamacpp.load_converter()
     hparams = conversion.ModelBase.load_hparams(path, False)
     own = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
     own.set_vocab = own._set_vocab_sentencepiece

@@ -5,6 +5,7 @@ is llama.cpp's business (`llamacpp`). Types the converter does not know are made
 from an intermediate file beside the output.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mone_export.artifacts import Calibration, LayerPlan, Plan
+from mone_export.artifacts import Calibration, LayerPlan, MoeSpec, Plan
 from mone_export.errors import MoneError
 from mone_export.output.gguf_format import (
     COUNT_KEY,
@@ -27,7 +28,8 @@ from mone_export.output.gguf_format import (
     part_of,
     slot_tensor,
 )
-from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, Read, padded_bytes
+from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, padded_bytes
+from mone_export.output.opened import Read
 from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
@@ -35,6 +37,8 @@ from mone_export.paths import replacing
 from mone_export.pruning.novices import novices
 from mone_export.runtime import Progress
 from mone_export.source import Source, open_source
+
+log = logging.getLogger(__name__)
 
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
 
@@ -180,18 +184,20 @@ class Edits:
         self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
 
     @property
+    def spec(self) -> MoeSpec:
+        """The shape of the model."""
+        return self.plan.spec
+
+    @property
     def rewrites(self) -> bool:
         """Whether the selected experts are not copied but made by `rewrite`."""
         return self._recombination is not None
 
     def apply(self, source: Source, *, outtype: str) -> Conversion:
         """Open the conversion of a model with these edits, novices added."""
-        conversion = source.convert(
-            outtype=outtype,
-            select=self.select,
-            edit=self.edit,
-            rewrite=self.rewrite if self.rewrites else None,
-        )
+        # an ordinary file has one number of experts for all its blocks
+        mtp = "keep" if self.plan.recipe.method == "mone" else "drop"
+        conversion = source.convert(edits=self, outtype=outtype, mtp=mtp)
         if self._recombination:
             self._recombination.check()
         for number, vectors in self._vectors.items():
@@ -273,6 +279,8 @@ def _convert(
     progress: Progress | None,
 ) -> None:
     conversion = edits.apply(source, outtype=outtype)
+    if conversion.remark:
+        log.warning("%s", conversion.remark)
     try:
         conversion.write_head(part, _loading_keys(conversion, edits.plan) | keys)
         conversion.write_tensors(progress)

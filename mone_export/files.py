@@ -1,0 +1,24 @@
+"""How a finished file gets its name, so that a power cut leaves the old file or the new one, whole."""
+
+import os
+from pathlib import Path
+
+
+def replace(part: Path, target: Path) -> None:
+    """Rename the complete file `part` to `target`, on the same disk, once its data is on it.
+
+    The folder of `target` is flushed as well, so that the new name outlives a power cut. Raises `OSError`.
+    """
+    _flush(part)
+    part.replace(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and needs it for files only
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,175 @@
+"""llama.cpp's converter class for a model, with a seam in it: each tensor can be cut down or edited."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mone_export.artifacts import MoeSpec
+from mone_export.errors import MoneError, first_line
+from mone_export.output.naming import card_folder, completed
+
+Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
+
+
+class Edits(Protocol):
+    """What becomes of a model's tensors, by their GGUF names."""
+
+    @property
+    def spec(self) -> MoeSpec:
+        """The shape of the model."""
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the selected experts are made by `rewrite`, not copied."""
+
+    def select(self, name: str) -> Sequence[int] | None:
+        """Return the experts to keep of a tensor of matrices, None for any other tensor."""
+
+    def edit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what is written in place of a tensor (lazy) that `select` does not choose from."""
+
+    def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
+        """Return what makes each expert to write, called once and in order, from the original ones."""
+
+
+class Opened:
+    """Comes before a converter's own class, `base`; `opened_class` joins the two.
+
+    Expert tensors are read, converted and written one expert at a time, so that memory does not grow with
+    the layer.
+    """
+
+    # what opened_class sets
+    base: Any
+    library: Any  # gguf
+    lazy_tensor: Any  # llama.cpp's class of tensors without data
+    edits: Edits
+    model_id: str  # the model's name, or its id on the hub
+    left_out: Collection[str]  # tensors of the checkpoint
+
+    # the converter's own
+    dir_model: Path
+    dir_model_card: Path
+    gguf_writer: Any
+    metadata: Any
+    model_tensors: dict[str, Callable[[], Any]]
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        """Open the model as the converter does."""
+        self._edited: set[str] = set()
+        self.base.__init__(self, *args, **named)
+
+    @classmethod
+    def filter_tensors(cls, item: tuple[str, Any]) -> Any:
+        """Leave tensors out by the names they have in the checkpoint."""
+        return None if item[0] in cls.left_out else cls.base.filter_tensors.__func__(cls, item)
+
+    def prepare_tensors(self) -> None:
+        """Cut down what goes around `modify_tensors` too: experts that stay as they are packed."""
+        add_tensor = self.gguf_writer.add_tensor
+        self.gguf_writer.add_tensor = partial(self._add, add_tensor)
+        self.base.prepare_tensors(self)
+        self.gguf_writer.add_tensor = add_tensor
+
+    def modify_tensors(self, data: Any, name: str, bid: int | None) -> Iterator[tuple[str, Any]]:
+        """Give what the converter makes of a tensor, edited, or with the selected experts only."""
+        for position, (new_name, tensor) in enumerate(list(self.base.modify_tensors(self, data, name, bid))):
+            experts = self.edits.select(new_name)
+            self._edited.add(new_name)
+            if experts is None:
+                yield new_name, self.edits.edit(new_name, tensor)
+            elif one := self._one_by_one(data, tensor, (name, bid, position)):
+                yield new_name, self._chunked(new_name, tensor, one, experts)
+            else:
+                yield new_name, tensor[list(experts)]
+
+    def set_vocab(self) -> None:
+        """Write the tokenizer; what is wrong with it is said to be wrong with it."""
+        try:
+            self.base.set_vocab(self)
+        except MoneError:
+            raise
+        except (Exception, SystemExit) as error:  # tokenizers, sentencepiece and upstream's own
+            raise MoneError(
+                f"llama.cpp cannot convert the tokenizer in {self.dir_model}: "
+                f"{cause(self.dir_model, error)}; get the tokenizer's files again"
+            ) from None
+
+    def prepare_metadata(self, vocab_only: bool) -> None:
+        """Collect all keys, from a folder that is called as the model."""
+        with card_folder(self.dir_model, self.model_id, self.library.Metadata) as self.dir_model_card:
+            self.base.prepare_metadata(self, vocab_only=vocab_only)
+
+    def set_type(self) -> None:
+        """Complete the metadata: the converter calls this when it has them, before it writes them."""
+        self.metadata = completed(self.metadata, self.model_id)
+        self.base.set_type(self)
+
+    def _add(self, add_tensor: Callable[..., None], name: str, tensor: Any, *args: Any, **named: Any) -> None:
+        experts = None if name in self._edited else self.edits.select(name)
+        add_tensor(name, tensor if experts is None else tensor[list(experts)], *args, **named)
+
+    def _one_by_one(
+        self, data: Any, tensor: Any, source: tuple[str, int | None, int]
+    ) -> Callable[[int], Any] | None:
+        """Return what gives a single (lazy) expert of a tensor, None where it can only be had whole."""
+        if tensor._func is torch.stack:  # a checkpoint with one tensor per expert
+            single: Callable[[int], Any] = tensor._args[0].__getitem__
+            return single
+        n_expert = self.edits.spec.n_expert
+        fused = data.dim() == 3 and data.shape[0] == n_expert == tensor.shape[0]
+        return partial(self._one_expert, *source) if fused and source[0] in self.model_tensors else None
+
+    def _one_expert(self, name: str, bid: int | None, position: int, expert: int) -> Any:
+        """Convert a single expert of a fused tensor: what the whole conversion would give, for one slice."""
+        data = self.model_tensors[name]()[expert : expert + 1]
+        if data.dtype not in (torch.float16, torch.float32):
+            data = data.to(torch.float32)
+        return list(self.base.modify_tensors(self, data, name, bid))[position][1][0]
+
+    def _chunked(self, name: str, whole: Any, one: Callable[[int], Any], experts: Sequence[int]) -> Any:
+        """Return a tensor that is made expert by expert while it is written."""
+        rewrites = self.edits.rewrites
+        single = {e: one(e) for e in (range(self.edits.spec.n_expert) if rewrites else experts)}
+        read = partial(_read, self.lazy_tensor, single)
+        made = self.edits.rewrite(name, read) if rewrites else [partial(read, e) for e in experts]
+        chunks = [partial(_chunk, expert, whole.dtype) for expert in made]
+        shape = (len(made), *whole.shape[1:])
+        return self.library.LazyChunkedTensor(chunks, shape, self.lazy_tensor._dtype_map[whole.dtype])
+
+
+def opened_class(base: Any, **settings: Any) -> type[Opened]:
+    """Join `Opened` to a converter's class; `settings` are its attributes, and the converter's own."""
+    # llama.cpp's classes insist that `model_arch` stands in the class body
+    body = {"model_arch": base.model_arch, "base": base, **settings}
+    return type(f"Opened{base.__name__}", (Opened, base), body)
+
+
+def cause(path: Path, error: BaseException) -> str:
+    """Return what to say of an error that a foreign library raised over a model's folder."""
+    for file in sorted(path.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as unreadable:
+            return f"{file.name} cannot be read ({first_line(unreadable)})"
+    if isinstance(error, KeyError) and error.args and "." not in str(error.args[0]):
+        return f"its config states no {first_line(error)}"
+    named = type(error) in (Exception, ValueError, RuntimeError, NotImplementedError, OSError)
+    return first_line(error) if named else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _read(lazy: Any, experts: dict[int, Any], expert: int) -> Tensor:
+    # taken out, since an evaluated lazy tensor keeps its data
+    tensor: Tensor = lazy.to_eager(experts.pop(expert))
+    return tensor
+
+
+def _chunk(expert: Callable[[], Tensor], dtype: torch.dtype) -> np.ndarray:
+    array: np.ndarray = expert().to(dtype).contiguous().numpy()
+    return array
