@@ -16,8 +16,9 @@ PACKAGE = ROOT / "mone_export"
 ORDER = (
     *("errors", "transformers_internals", "terminal", "locks", "paths", "memory", "runtime", "hub"),
     *("recipe", "artifacts", "architectures", "model", "weights"),
-    *("output.gguf_format", "output.llamacpp", "source"),
-    *("calibration.documents", "calibration.corpus", "calibration.observer", "calibration.ranks"),
+    *("output.gguf_format", "output.llamacpp", "calibration.tokenizing", "source"),
+    *("calibration.chats", "calibration.documents", "calibration.corpus"),
+    *("calibration.observer", "calibration.ranks"),
     *("calibration.checkpoint", "calibration.streaming", "calibration.loading", "calibration.stability"),
     "calibration.passes",
     *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
