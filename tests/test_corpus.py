@@ -98,8 +98,7 @@ def test_reading_stops_when_there_is_enough(tokenizer: PreTrainedTokenizerBase) 
         ("folder", "cannot read the calibration text .*: Is a directory; pass a readable file"),
         (b"", "is empty; pass text like"),
         (b" \n\t\n", "is empty; pass text like"),
-        ("Grüße".encode("latin-1"), r"is not UTF-8 \(byte 2\); convert it: iconv"),
-        ("text".encode("utf-16"), r"is not UTF-8 \(byte 0\)"),
+        ("Grüße".encode("latin-1"), r"is not UTF-8 \(byte 2\): convert it.*: iconv"),
     ],
 )
 def test_unusable_file_is_named_with_a_remedy(

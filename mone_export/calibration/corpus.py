@@ -1,9 +1,9 @@
 """Calibration text: documents tokenised and cut into equal rows.
 
 The rule, so that anybody can repeat it: documents in the order given, each tokenised on its own with the
-tokenizer's special tokens (usually one BOS in front; a chat has those of its template instead; a name of one in
-a text is text), concatenated, cut into rows of `seq_len` tokens, the first `n_row` rows taken; an incomplete
-last row is dropped. Rows are full and equal in length, so no padding ever exists.
+tokenizer's special tokens (usually one BOS in front; a chat has those of its template instead; a name of one
+in a text is text), concatenated, cut into rows of `seq_len` tokens, the first `n_row` rows taken; an
+incomplete last row is dropped. Rows are full and equal in length, so no padding ever exists.
 
 With weights, each text is cut into rows of its own by that rule and gives its share of the `n_row`; rows of
 different texts then alternate evenly, so that the first rows are a mix like the whole.

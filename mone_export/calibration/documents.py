@@ -1,7 +1,8 @@
 """Documents to calibrate with: from files, from datasets, or built in.
 
-A file is read by what it holds, not by its name: plain text, JSON (an object per line, or one value), Parquet, any
-of them compressed. A record holds its text in one field, or is a chat, rendered with the model's own template.
+A file is read by what it holds, not by its name: plain text, JSON (an object per line, or one value),
+Parquet, any of them compressed. A record holds its text in one field, or is a chat, rendered with the model's
+own template.
 """
 
 import ast
@@ -109,8 +110,8 @@ def read_dataset(
     Of one word after the id, a configuration comes before a split; without a split it is `train`. Records are
     streamed: only what is used is downloaded, and drawn at random from 10,000 at a time.
 
-    Raises `MoneError` when the package `datasets` is missing, or it cannot find or read the data, or none of its
-    records can be used.
+    Raises `MoneError` when the package `datasets` is missing, or it cannot find or read the data, or none of
+    its records can be used.
     """
     try:
         import datasets
@@ -148,8 +149,8 @@ def _locate(datasets: Any, name: str) -> tuple[str, str | None, str]:
     found, *words = [name] if Path(name).exists() else name.split(":")
     if found.isidentifier() and not Path(found).exists() and _is_reader(found):
         raise MoneError(
-            f"{found} is a file format that the package datasets reads, no dataset: it would take every such file "
-            "under the working folder; pass a dataset's id or folder, or a file to -f"
+            f"{found} is a file format that the package datasets reads, no dataset: it would take every such "
+            "file under the working folder; pass a dataset's id or folder, or a file to -f"
         )
     configs = datasets.get_dataset_config_names(found)
     config = words.pop(0) if len(words) > 1 or (words and words[0] in configs) else None
@@ -198,9 +199,9 @@ def _errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError) as error:  # EOFError: a compressed file that ends too early
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise MoneError(
-            f"cannot read the calibration text {path}: {getattr(error, 'strerror', None) or first_line(error)}; "
-            "pass a readable file to -f"
+            f"cannot read the calibration text {path}: {reason}; pass a readable file to -f"
         ) from None
 
 
@@ -222,7 +223,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Yield a file's text in blocks, each line end as one newline; a byte order mark says how it is encoded."""
+    """Yield a file's text in blocks, each line end as one newline; a byte order mark names the encoding."""
     begins = file.read(4)
     mark, encoding = next(
         ((mark, name) for mark, name in _BYTE_ORDER_MARKS if begins.startswith(mark)), (b"", "utf-8")
@@ -236,16 +237,17 @@ def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
             block = file.read(_BLOCK)
         if not mark and b"\0" in block:
             raise MoneError(
-                f"the calibration text {path} holds zero bytes: it is no text, or UTF-16 without a byte order mark; "
-                f"convert it: iconv -f utf-16le -t utf-8 {path} > {path.stem}-utf8{path.suffix}"
+                f"the calibration text {path} holds zero bytes: it is no text, or UTF-16 without a byte "
+                f"order mark; convert it: iconv -f utf-16le -t utf-8 {path} > {path.stem}-utf8{path.suffix}"
             )
         kept = len(decoder.getstate()[0])  # the beginning of a character, from the block before
         try:
             text = newlines.decode(block, final=not block)
         except UnicodeDecodeError as error:
+            at = n_read - kept + error.start
             raise MoneError(
-                f"the calibration text {path} is not {encoding.upper()} (byte {n_read - kept + error.start}); "
-                f"convert it, from Windows-1252 for example: iconv -f cp1252 -t utf-8 {path} > "
+                f"the calibration text {path} is not {encoding.upper()} (byte {at}): "
+                f"convert it; if it is of Windows: iconv -f cp1252 -t utf-8 {path} > "
                 f"{path.stem}-utf8{path.suffix}"
             ) from None
         n_read += len(block)
@@ -263,12 +265,12 @@ def _json_rows(path: Path, head: str, following: Iterable[str]) -> Iterator[Row]
     named = {suffix.lower() for suffix in path.suffixes[-2:]} & {".json", ".jsonl", ".ndjson"}
     lines = [line for line in head.split("\n")[: -1 if following else None] if line.strip()]
     n_object = sum(isinstance(_value(line), dict) for line in lines)
-    by_line = bool(lines) and isinstance(_value(lines[0]), dict) and 2 * n_object > len(lines)
+    by_line = 2 * n_object > len(lines) if not named - {".json"} else n_object > 0
     if not by_line and head.lstrip().startswith(("[", "{")) and (following == () or _begins_json(head)):
         text = "".join([head, *following])
         try:
             return _value_rows(path, text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if following != () or ".json" in named:
                 raise MoneError(
                     f"{path} begins like JSON, but is not ({first_line(error)}): mend it, or write it as one "
@@ -317,9 +319,7 @@ def _records_in(value: Any) -> list[Any]:
     if isinstance(value, list):
         if value and all(map(is_message, value)):
             return [{"messages": value}]
-        if all(isinstance(item, (dict, list)) for item in value) or all(
-            isinstance(item, str) for item in value
-        ):
+        if any(all(isinstance(item, kind) for item in value) for kind in (dict, list, str)):
             return value
     if isinstance(value, dict):
         held = [item for item in value.values() if isinstance(item, list) and item]
@@ -354,19 +354,19 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
 
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise MoneError(
             f"{path} is a Parquet file, which needs the package pyarrow: pip install 'mone-export[dataset]'"
         ) from None
     number = 0
     try:
-        for batch in ParquetFile(file).iter_batches(batch_size=64):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}, record {number}", record
-    except ArrowException as error:
+    except pyarrow.ArrowException as error:
         raise MoneError(
             f"cannot read {path} after record {number}: {first_line(error)}; get it again"
         ) from None
@@ -386,12 +386,10 @@ def _usable(
     finally:
         reader.report(name)
     if not reader.n_used:
-        one = reader.n_skipped == 1
-        raise MoneError(
-            reader.first
-            if one
-            else f"none of {reader.n_skipped} records can be used; the first: {reader.first}"
+        every = (
+            "" if reader.n_skipped == 1 else f"none of {reader.n_skipped} records can be used; the first: "
         )
+        raise MoneError(every + reader.first)
 
 
 class _RecordReader:
@@ -425,7 +423,7 @@ class _RecordReader:
             )
         if self._n_lost:
             log.info(
-                "%s: %.1f%% of the messages' text of %d chats is not in what the model's chat template renders",
+                "%s: %.1f%% of the text of %d chats is not in what the model's chat template renders of them",
                 *(name, 100 * self._n_lost / self._n_character, self._n_chat),
             )
 

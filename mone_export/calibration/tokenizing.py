@@ -1,7 +1,8 @@
 """How text becomes ids: as llama.cpp's tools read it, so that calibration sees what the file will see.
 
 Names of control tokens that are written in a text stay text (`parse_special` off in llama.cpp): only a chat
-template yields control tokens. A chat is split at those first, and each piece between is tokenised alone. Long text is tokenised in windows, so that no more of it is read than the rows need.
+template yields control tokens. A chat is split at those first, and each piece between is tokenised alone.
+Long text is tokenised in windows, so that no more of it is read than the rows need.
 """
 
 import json
@@ -37,7 +38,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
         named = ""
         if (path / "tokenizer.json").is_file() and not _ids_are_the_files(tokenizer, path):
             named = type(tokenizer).__name__
@@ -90,7 +93,7 @@ class Encoder:
         yield self._after
 
     def chat(self, text: str, control: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-        """Yield the ids of a rendered chat whose template wrote the control tokens at the places `control`."""
+        """Yield the ids of a rendered chat whose template wrote control tokens at the places `control`."""
         at, strips = 0, False
         for start, end in control:
             control_id, token = self._added[text[start:end]]
