@@ -1,4 +1,4 @@
-"""Text becomes the ids that llama.cpp's tools give, whatever the tokenizer's kind, and no more is read than used."""
+"""Text becomes the ids of llama.cpp's tools, for every kind of tokenizer, and no more is read than used."""
 
 import json
 import logging
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mone_export.calibration.corpus import make_corpus, read_corpus
 from mone_export.calibration.documents import Document
 from mone_export.calibration.tokenizing import Encoder, control_tokens, load_tokenizer
 
+CONTROL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
 SOURCES = "\n".join(
     path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py"))
 )
@@ -21,7 +22,8 @@ MIXED = (
     "  two leading spaces, 東京タワーは高い。\n\n\n\tTabs\t\tand  runs     of spaces;   \n   \n"
     "Ünïcode \U0001f600 e\u0301 don't 12345 x=f(y);\r\n" + " " * 999 + "\n" * 99 + "end "
 )
-CONTROL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
+for name in CONTROL:  # so that they are no pieces of a vocabulary, and no token that is not special
+    SOURCES = SOURCES.replace(name, "")
 
 
 def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -33,7 +35,7 @@ def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 def byte_level(regex: str | None = None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
-    own = [] if regex is None else [pre_tokenizers.Split(tokenizers_regex(regex), "isolated")]
+    own = [] if regex is None else [pre_tokenizers.Split(Regex(regex), "isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*own, split])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -46,12 +48,6 @@ def byte_level(regex: str | None = None) -> Tokenizer:
     # as in several published models: a control token that is not marked as special
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=False, normalized=False)])
     return tokenizer
-
-
-def tokenizers_regex(pattern: str) -> object:
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def unigram() -> Tokenizer:
@@ -76,7 +72,10 @@ def prefixed(folder: Path) -> Tokenizer:
 
 
 # the pre-tokenizer of Qwen2 and, but for the digits, of Llama 3
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 KINDS: dict[str, Callable[[Path], PreTrainedTokenizerBase]] = {
     "sentencepiece": lambda folder: AutoTokenizer.from_pretrained(folder),
     "sentencepiece-prefixed": lambda folder: fast(prefixed(folder)),
@@ -159,7 +158,7 @@ def test_the_tokenizers_own_settings_stay(tokenizer: PreTrainedTokenizerBase) ->
 def test_long_file_is_read_no_further_than_its_rows_need(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "long.txt"
     with path.open("w") as file:
-        for number in range(1_000_000):
+        for number in range(1_050_000):
             file.write(f"line {number} of a long text, with some words in it\n")
     assert path.stat().st_size > 50e6
     tokenizer = AutoTokenizer.from_pretrained(small)
@@ -188,7 +187,7 @@ def test_no_more_characters_are_asked_for_than_a_few_windows(small: Path) -> Non
     assert asked <= 200_000
 
 
-@pytest.mark.parametrize("named", ["GPT2Tokenizer", "GemmaTokenizer", "LlamaTokenizer"])
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "GemmaTokenizer"])
 def test_ids_are_those_of_the_folders_own_rules(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str
 ) -> None:
@@ -199,7 +198,7 @@ def test_ids_are_those_of_the_folders_own_rules(
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(settings | {"chat_template": "{{ messages }}"})
     )
-    text = "Don't  split 12345 words…\n\n\t東京 x=f(y);"
+    text = "Don't  split 12345 words\n\n\t東京 x=f(y):\n\n    return x,\n"
     wanted = backend.encode(text, add_special_tokens=False).ids
     assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] != wanted
     with caplog.at_level(logging.WARNING, logger="mone_export"):

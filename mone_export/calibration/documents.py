@@ -423,7 +423,7 @@ class _RecordReader:
             )
         if self._n_lost:
             log.info(
-                "%s: %.1f%% of the text of %d chats is not in what the model's chat template renders of them",
+                "%s: %.1f%% of the text of %d chats is not in what the model's chat template renders",
                 *(name, 100 * self._n_lost / self._n_character, self._n_chat),
             )
 

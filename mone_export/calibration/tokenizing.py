@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mone_export.errors import MoneError, first_line
 
@@ -24,7 +24,13 @@ _WINDOW = 1 << 16  # characters tokenised at a time
 _CONTEXT = 512  # characters before and after a cut that are tokenised with the text at the cut
 # before the space between two words, or after a line end: tokenizers begin a token there
 _CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\n)(?=\S)")
-_PROBE = "Don't  split\n\n\tthe 12345 words: Ünïcode, 東京 ½ x=f(y);  we'll see…\n"
+_NO_TEXT = "\U0010ffff"  # no character: no text holds it
+# where pre-tokenizers and normalisers differ: line ends after punctuation, runs of spaces, digits, accents
+_PROBE = (
+    "  Don't SHOUT, we'll see... I'VE 3 33 333 4444 words; nai\u0308ve cafe\u0301, \ufb01ne \u00bd\n\n\n"
+    "def f(x, y=(1, 2)):\n\n    if x != y:\n\t\treturn {'a': [x]};\n  \n# ======= //// ------\r\n"
+    "Съешь ещё этих булок. 我想在 apple 工作 12345 天~ ទៅ مرحبا \U0001f680 \u2581\u2581 a_b camelCase   \n"
+)
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -175,9 +181,28 @@ def _plain_backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
     for token in rules["added_tokens"]:
         token["special"] = token["content"] in control
     rules.update(truncation=None, padding=None, post_processor=None)  # which only changes offsets here
+    _forget_pieces(rules, control)
     plain = Tokenizer.from_str(json.dumps(rules))
     plain.encode_special_tokens = True
     return plain
+
+
+def _forget_pieces(rules: dict[str, Any], control: set[str]) -> None:
+    """Change a model that would put a control token together from its characters; ids stay the same.
+
+    SentencePiece never does; the tokenizers library, which knows no kinds of pieces, does where one is in the
+    vocabulary.
+    """
+    model = rules["model"]
+    if model.get("type") == "Unigram":
+        held = {piece for piece, _ in model["vocab"]} & control
+        model["vocab"] = [
+            [_NO_TEXT + piece if piece in held else piece, score] for piece, score in model["vocab"]
+        ]
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] not in held]
+    elif "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
