@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from gguf_file import convert_upstream
+from tiny import save_tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mone_export.calibration.corpus import make_corpus, read_corpus
 from mone_export.calibration.documents import Document
 from mone_export.calibration.tokenizing import Encoder, control_tokens, load_tokenizer
+from mone_export.errors import MoneError
 
 CONTROL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
 SOURCES = "\n".join(
@@ -133,8 +136,8 @@ def test_chat_is_split_at_its_templates_control_tokens(tokenizer: PreTrainedToke
     for piece in pieces:
         control.append((len(text), len(text) + 3))
         text += f"<s>{piece}"
-    alone = [tokenizer(piece, add_special_tokens=False, split_special_tokens=True) for piece in pieces]
-    wanted = [[tokenizer.bos_token_id, *found["input_ids"]] for found in alone]
+    n_added = len(tokenizer("", verbose=False)["input_ids"])
+    wanted = [[tokenizer.bos_token_id, *ids_of([piece], tokenizer)[n_added:]] for piece in pieces]
     found = [token for ids in Encoder(tokenizer).chat(text, control) for token in ids]
     assert found == sum(wanted, [])
 
@@ -216,10 +219,38 @@ def test_folder_whose_rules_transformers_keeps_is_no_news(caplog: pytest.LogCapt
 
 @pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "[]", "\x00"])
 def test_broken_tokenizer_is_one_line(tmp_path: Path, content: str) -> None:
-    from mone_export.errors import MoneError
-
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(MoneError, match="cannot load the tokenizer in") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "byte-level"])
+def written(
+    request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedTokenizerBase, Path]:
+    """A model's tokenizer, and the file that llama.cpp reads it from."""
+    folder = tmp_path_factory.mktemp("written")
+    model = small if request.param == "sentencepiece" else save_tiny("OlmoeForCausalLM", folder / "model")
+    return load_tokenizer(model), convert_upstream(model, folder / "x.gguf", "f32")
+
+
+@pytest.mark.upstream
+def test_ids_are_llama_cpps(written: tuple[PreTrainedTokenizerBase, Path]) -> None:
+    tokenizer, file = written
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    names = control_tokens(tokenizer)
+    plain = "A page about " + ", ".join(f"{name} and {name}{name}x" for name in names) + " in 12 words."
+    add_bos = bool(tokenizer("", verbose=False)["input_ids"])
+    assert ids_of([plain], tokenizer) == llama.tokenize(plain.encode(), add_bos=add_bos, special=False)
+    # a chat whose messages hold no names is the same for tools that parse them
+    chat, control = "", []
+    for piece in ("user: who are you?", " assistant: nobody.", "x"):
+        chat += piece
+        control.append((len(chat), len(chat) + len(names[0])))
+        chat += names[0]
+    found = [token for ids in Encoder(tokenizer).chat(chat, control) for token in ids]
+    assert found == llama.tokenize(chat.encode(), add_bos=False, special=True)
+    assert found.count(tokenizer.convert_tokens_to_ids(names[0])) == 3
