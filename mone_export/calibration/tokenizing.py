@@ -53,7 +53,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTraine
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # the tokenizers library raises no class of its own for a broken file
         raise MoneError(
-            f"cannot load the tokenizer in {path}: {first_line(error)}; is the folder complete?"
+            f"cannot load the tokenizer in {path}: {first_line(error)}; get its files again"
         ) from None
     if named:
         log.warning(
