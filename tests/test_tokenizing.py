@@ -228,11 +228,14 @@ def test_broken_tokenizer_is_one_line(tmp_path: Path, content: str) -> None:
 
 @pytest.fixture(scope="module", params=["sentencepiece", "byte-level"])
 def written(
-    request: pytest.FixtureRequest, small: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PreTrainedTokenizerBase, Path]:
     """A model's tokenizer, and the file that llama.cpp reads it from."""
     folder = tmp_path_factory.mktemp("written")
-    model = small if request.param == "sentencepiece" else save_tiny("OlmoeForCausalLM", folder / "model")
+    if request.param == "sentencepiece":
+        model = Path(__file__).parents[1] / "mone_export" / "demo"
+    else:
+        model = save_tiny("OlmoeForCausalLM", folder / "model")
     return load_tokenizer(model), convert_upstream(model, folder / "x.gguf", "f32")
 
 
