@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mone_export.artifacts import Calibration, MoeSpec
-from mone_export.errors import MoneError, first_line
+from mone_export.calibration.tokenizing import load_tokenizer
+from mone_export.errors import MoneError
 from mone_export.hub import Snapshot, metadata, parse, skeleton_folder, weights
 from mone_export.hub import weight_files as listed_files
 from mone_export.model import check_config, packing, read_config, shape_of
@@ -276,18 +277,3 @@ def inspect(model: str | Path | Source) -> MoeSpec:
     cannot be exported.
     """
     return open_source(model).spec
-
-
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Load a folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # broken files fail in many libraries
-        raise MoneError(
-            f"cannot load the tokenizer in {path}: {first_line(error)}; get its files again"
-        ) from None
-    return tokenizer

@@ -98,8 +98,7 @@ def test_reading_stops_when_there_is_enough(tokenizer: PreTrainedTokenizerBase) 
         ("folder", "cannot read the calibration text .*: Is a directory; pass a readable file"),
         (b"", "is empty; pass text like"),
         (b" \n\t\n", "is empty; pass text like"),
-        ("Grüße".encode("latin-1"), r"is not UTF-8 \(byte 2\); convert it: iconv"),
-        ("text".encode("utf-16"), r"is not UTF-8 \(byte 0\)"),
+        ("Grüße".encode("latin-1"), r"is not UTF-8 \(byte 2\): convert it.*: iconv"),
     ],
 )
 def test_unusable_file_is_named_with_a_remedy(
@@ -249,6 +248,27 @@ def test_chat_has_the_special_tokens_of_its_template_only(
         tokenizer.chat_template = None
     assert found[0] == BOS and found.count(BOS) == 1
     assert found == by_hand(tokenizer, ["a few words"])[:4]
+
+
+def test_plain_text_yields_no_control_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    path = Path(__file__).parent / "cases" / "plain_with_control_tokens.txt"
+    found = read_corpus([path], tokenizer, n_row=4, seq_len=256).tokens.flatten().tolist()
+    assert found[0] == BOS and not {0, 1, 2} & set(found[1:])
+    text = " ".join(path.read_text().split())
+    assert text.startswith(tokenizer.decode(found[1:]).strip())
+
+
+def test_messages_yield_no_control_token(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "what is </s>?"}, {"role": "assistant", "content": "</s> and <unk>"}]
+    path.write_text(json.dumps({"messages": turns}))
+    try:
+        found = read_corpus([path], tokenizer, n_row=1, seq_len=24).tokens[0].tolist()
+    finally:
+        tokenizer.chat_template = None
+    first, second = (tokenizer(turn["content"], split_special_tokens=True)["input_ids"] for turn in turns)
+    assert found == [*first, 2, *second, 2][:24] and found.count(BOS) == 2
 
 
 def test_file_may_have_an_equals_sign_in_its_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,9 @@
 """Files, records, chats, datasets and the built-in documents."""
 
+import gzip
 import itertools
 import json
+import lzma
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mone_export.calibration import documents
-from mone_export.calibration.documents import builtin_documents, read_dataset, read_documents
+from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
 from mone_export.errors import MoneError
 
 CHAT = [
@@ -57,7 +59,7 @@ def test_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokeniz
     path = tmp_path / f"text.{suffix}"
     path.write_text('{"text": "a"}', encoding="utf-8-sig")
     (document,) = read_documents(path, tokenizer)
-    assert document.text == ("a" if suffix == "jsonl" else '{"text": "a"}')
+    assert document.text == "a"
 
 
 @pytest.mark.parametrize(
@@ -66,16 +68,23 @@ def test_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: PreTrainedTokeniz
         ('{"text": "a"', "2 is not JSON"),
         ('{"txt": "a"}', '2 has no string field "text"'),
         ('{"text": 3}', '2 has no string field "text"'),
-        ('["text"]', '2 has no string field "text"'),
         ('{"text": "\\ud800"}', "2 holds half a surrogate pair"),
     ],
 )
-def test_line_that_is_no_document_is_named(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, line: str, message: str
+def test_line_that_is_no_document_is_counted_and_named(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    line: str,
+    message: str,
 ) -> None:
     path = tmp_path / "text.jsonl"
-    path.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(MoneError, match=f"text.jsonl:{message}") as error:
+    path.write_text(f'{{"text": "fine"}}\n{line}\n{line}\n{{"text": "fine, too"}}\n')
+    assert [document.text for document in read_documents(path, tokenizer)] == ["fine", "fine, too"]
+    (record,) = caplog.records
+    assert "2 of 4 records" in record.message and f"text.jsonl:{message}" in record.message
+    path.write_text(f"{line}\n")
+    with pytest.raises(MoneError, match=f"text.jsonl:{message.replace('2', '1', 1)}") as error:
         list(read_documents(path, tokenizer))
     assert "\n" not in str(error.value)
 
@@ -116,19 +125,268 @@ def test_chat_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.parametrize(
-    "messages", [["hello"], [{"role": "user"}], [3], [{"content": "x"}], [{"role": "tool", "content": "x"}]]
+    ("messages", "message"),
+    [
+        (["hello"], "holds a message that is a text, not an object"),
+        ([{"role": "user"}], "is a chat whose messages hold no text"),
+        ([3], "holds a message that is a number"),
+        ([[{"role": "user", "content": "x"}]], "holds a message that is a list"),
+        ([{"content": "x"}], 'holds a message without a "role"'),
+        ([{"role": "user", "content": {"a": [1]}}], "whose content is an object, not a text"),
+        ([{"role": "user", "content": [["a"]]}], "a part that is a list, not a text"),
+        ([{"role": "tool", "content": "x"}], r"cannot be rendered by the model's chat template \(no tools\)"),
+        ([{"role": "system", "content": "x"}], "of whose text the model's chat template renders nothing"),
+    ],
 )
-def test_messages_that_the_template_refuses_are_one_line(
-    tmp_path: Path, chatty: PreTrainedTokenizerBase, messages: list[Any]
+def test_messages_that_are_no_chat_are_one_line(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase, messages: list[Any], message: str
 ) -> None:
     chatty.chat_template = (
         "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
-        "{% endif %}{{ message.role + message.content }}{% endfor %}"
+        "{% elif message.role != 'system' %}{{ message.role + message.content }}{% endif %}{% endfor %}"
     )
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages}])
-    with pytest.raises(MoneError, match=r"chat.jsonl:1: the model's chat template cannot render") as error:
+    with pytest.raises(MoneError, match=f"chat.jsonl:1 .*{message}") as error:
         list(read_documents(path, chatty))
     assert "\n" not in str(error.value)
+
+
+CASES = Path(__file__).parent / "cases"
+COLOUR = "<s>[user] Name a colour.</s><s>[assistant] Blue.</s>"
+RAIN = (
+    '<s>[user] Is it raining?</s><s>[assistant] weather({"city": "Oslo"})</s>'
+    "<s>[tool] no</s><s>[assistant] No.</s>"
+)
+STRICT = (  # as many published templates are: no system turn, arguments encoded, a list of the tools
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<s>[{{ message.role }}] {{ message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}</s>{% endfor %}"
+    "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
+)
+WHOLE_TEXT = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    {
+        "CHAT_UPPER_CASE.JSONL": [COLOUR] * 4,
+        "chat_array.json": [COLOUR] * 4,
+        "chat_from_value.jsonl": [COLOUR] * 4,
+        "prompt_completion.jsonl": [COLOUR] * 4,
+        "chat_arguments_as_string.jsonl": [RAIN] * 4,
+        "chat_null_content.jsonl": [RAIN] * 4,
+        "chat_messages_as_json_string.jsonl": ["<s>[user] What is 2 + 3?</s><s>[assistant] 5</s>"] * 4,
+        "chat_tools_as_json_string.jsonl": [
+            "<s>[user] Is it raining?</s><s>[assistant] Let me look.</s>weather;"
+        ]
+        * 4,
+        "chat_one_bad_row.jsonl": [
+            f"<s>[user] Count to {n}.</s><s>[assistant] {' '.join(map(str, range(n)))}</s>" for n in range(20)
+        ]
+        + ["<s>[user] Be brief.\n\nHi</s><s>[assistant] Hi.</s>"],
+        "chat_half_a_surrogate.jsonl": MoneError,
+        "plain_with_control_tokens.txt": WHOLE_TEXT,
+        "front_matter_no_yaml.md": WHOLE_TEXT,
+    }.items(),
+)
+def test_case_is_what_its_author_meant(
+    chatty: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture, name: str, wanted: Any
+) -> None:
+    chatty.chat_template = STRICT
+    if wanted is MoneError:
+        with pytest.raises(MoneError, match=rf"{name}:1 holds half a surrogate pair") as error:
+            list(read_documents(CASES / name, chatty))
+        assert "\n" not in str(error.value)
+        return
+    found = list(read_documents(CASES / name, chatty))
+    if wanted is WHOLE_TEXT:
+        assert [(document.kind, document.text) for document in found] == [
+            ("file", (CASES / name).read_text())
+        ]
+        return
+    assert [(document.kind, document.text) for document in found] == [("chat", text) for text in wanted]
+    bad = [f"{name}:21 is a chat whose messages hold no text"] if name == "chat_one_bad_row.jsonl" else []
+    assert [record.message.partition(f"{CASES}/{name}:")[2] for record in caplog.records] == [
+        f" 1 of 22 records not used; the first: {CASES}/{reason}" for reason in bad
+    ]
+
+
+def test_every_case_is_tested() -> None:
+    (parameters,) = test_case_is_what_its_author_meant.pytestmark
+    assert {file.name for file in CASES.iterdir()} == {"README.md", *dict(parameters.args[1])}
+
+
+RECORDS = [{"messages": CHAT}, {"text": "words"}]
+RENDERED = ["<s>[system] Be brief.</s>[user] Ünïcode?</s>[assistant] Yes.\n</s>", "words"]
+
+
+def as_lines(records: Sequence[Any], end: str = "\n") -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + end for record in records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
+        "x.ndjson": as_lines(RECORDS).encode(),
+        "x.txt": as_lines(RECORDS).encode(),
+        "x.json": json.dumps(RECORDS, indent=2).encode(),
+        "data.json": json.dumps({"version": 1, "data": RECORDS}, indent=2).encode(),
+        "values.json": "\n".join(json.dumps(record, indent=2) for record in RECORDS).encode(),
+        "x.jsonl.gz": gzip.compress(as_lines(RECORDS).encode()),
+        "packed": gzip.compress(as_lines(RECORDS).encode()),
+        "x.jsonl.xz": lzma.compress(as_lines(RECORDS).encode()),
+        "mac.jsonl": as_lines(RECORDS, end="\r").encode(),
+        "utf-16.jsonl": as_lines(RECORDS).encode("utf-16"),
+        "big-endian.jsonl": b"\xfe\xff" + as_lines(RECORDS).encode("utf-16-be"),
+    }.items(),
+)
+def test_records_are_found_whatever_the_files_form(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [document.text for document in read_documents(tmp_path / name, chatty)] == RENDERED
+
+
+def test_parquet_is_read(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(
+        [{"messages": CHAT, "text": None}, {"text": "words"}]
+    )
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert [document.text for document in read_documents(tmp_path / "x.parquet", chatty)] == RENDERED
+
+
+def test_parquet_without_its_package_is_one_line(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"PAR1 and more")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MoneError, match=r"needs the package pyarrow: pip install 'mone-export\[dataset\]'"):
+        list(read_documents(tmp_path / "x", chatty))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] A. Author, Title.\n[2] B. Author, Title.\n",
+        "[1]\n[2]\n",
+        "{ braces } begin this text\nand it goes on\n",
+        '{"a": 1} is an object,\nthis is prose\nand this\n',
+        '[[wiki]] links\n{"text": "an example"}\n',
+        "[" * 100_000,
+    ],
+)
+def test_prose_may_begin_with_a_bracket(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, text: str
+) -> None:
+    (tmp_path / "x.txt").write_text(text)
+    (found,) = read_documents(tmp_path / "x.txt", tokenizer)
+    assert found == Document("x.txt", "file", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'{"text": "a",', r"begins like JSON, but is not \(Expecting property name.*mend it"),
+        ("x.json", b"[1, 2]", r"begins like JSON, but is not \(neither an object nor an array of records"),
+        ("x.txt.gz", gzip.compress(b"words " * 99)[:-20], "cannot read the calibration text .*x.txt.gz: "),
+        ("x.zst", b"\x28\xb5\x2f\xfd0", "is compressed with Zstandard; unpack it: zstd -d "),
+        ("x.txt", "text".encode("utf-16-le"), "holds zero bytes: .* iconv -f utf-16le -t utf-8 .*x.txt"),
+        ("x.txt", "a €".encode("utf-16")[:-1], r"is not UTF-16-LE \(byte 6\)"),
+    ],
+)
+def test_file_that_cannot_be_read_is_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MoneError, match=message) as error:
+        list(read_documents(tmp_path / name, tokenizer))
+    assert "\n" not in str(error.value)
+
+
+def test_old_macs_line_ends_are_line_ends(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "x.txt").write_bytes(b"one\rtwo\rthree\r\nfour\n")
+    (found,) = read_documents(tmp_path / "x.txt", tokenizer)
+    assert found.text == "one\ntwo\nthree\nfour\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        ({"instruction": "Add.", "input": "2", "output": "5"}, "<s>[user] Add.\n\n2</s>[assistant] 5</s>"),
+        ({"question": "Why?", "answer": "So."}, "<s>[user] Why?</s>[assistant] So.</s>"),
+        ({"prompt": CHAT[:2], "completion": CHAT[2:]}, RENDERED[0]),
+        ({"prompt": "Ünïcode?", "chosen": CHAT, "rejected": CHAT[:1]}, RENDERED[0]),
+        ({"text": None, "conversation": CHAT}, RENDERED[0]),
+        ({"system": "Be brief.", "conversations": [
+            {"from": "human", "value": "Ünïcode?"}, {"from": "gpt", "value": "Yes.\n"}]}, RENDERED[0]),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "Look:"}, {"type": "image"}, {"type": "text", "text": "what?"}]}]},
+            "<s>[user] Look:\nwhat?</s>"),
+        (CHAT, RENDERED[0]),
+    ],
+)  # fmt: skip
+def test_chat_of_every_usual_form(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase, record: Any, wanted: str
+) -> None:
+    (found,) = read_documents(write_jsonl(tmp_path / "x.jsonl", [record]), chatty)
+    assert (found.kind, found.text) == ("chat", wanted)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("{{ call.arguments | tojson }}", '{"city": "Oslo"}'),
+        ("{{ 'call ' + call.arguments }}", 'call {"city": "Oslo"}'),  # refuses an object
+        ("{{ call.arguments }}", '{"city": "Oslo"}'),  # would print it as Python does
+    ],
+)
+def test_arguments_are_given_as_the_template_takes_them(
+    chatty: PreTrainedTokenizerBase, template: str, wanted: str
+) -> None:
+    chatty.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% for tool_call in message.tool_calls or [] %}"
+        "{% set call = tool_call.function %}" + template + "{% endfor %}{% endfor %}"
+    )
+    for document in read_documents(CASES / "chat_arguments_as_string.jsonl", chatty):
+        assert document.text == f"Is it raining?{wanted}noNo."
+
+
+def test_template_sees_the_same_day_every_day(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> None:
+    chatty.chat_template = (
+        "  {% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d %B %H:%M') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
+    (found,) = read_documents(write_jsonl(tmp_path / "x.jsonl", [{"messages": CHAT}]), chatty)
+    assert found.text == "01 Jan 2025, 01 January 12:00Be brief."
+
+
+def test_share_of_the_messages_that_a_template_drops_is_said(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    chatty.chat_template = (
+        "{% for message in messages %}{{ message.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    answer = "<think>\n" + "x" * 42 + "\n</think>\n" + "y" * 40  # 100 characters, of which 59 go
+    chat = [{"role": "assistant", "content": answer}]
+    with caplog.at_level("INFO", logger="mone_export"):
+        (found,) = read_documents(write_jsonl(tmp_path / "x.jsonl", [{"messages": chat}]), chatty)
+    assert found.text == "\n" + "y" * 40
+    assert len(answer) == 100
+    assert [record.message.partition("jsonl: ")[2] for record in caplog.records] == [
+        "60.0% of the text of 1 chats is not in what the model's chat template renders"
+    ]
+
+
+def test_names_of_control_tokens_in_messages_are_no_control_tokens(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase
+) -> None:
+    chat = [{"role": "user", "content": "<s>a</s><unk>"}, {"role": "assistant", "content": "<s"}]
+    (found,) = read_documents(write_jsonl(tmp_path / "x.jsonl", [{"messages": chat}]), chatty)
+    assert found.text == "<s>[user] <s>a</s><unk></s>[assistant] <s</s>"
+    ends = [found.text.index("</s>[assistant]"), len(found.text) - 4]
+    assert found.control == ((0, 3), *((end, end + 4) for end in ends))
 
 
 @pytest.fixture
@@ -177,6 +435,9 @@ def test_dataset_may_hold_chats(dataset: Path, chatty: PreTrainedTokenizerBase) 
         ("SET/missing", "cannot read the dataset .*; check its name"),
         ("nobody/nothing", "cannot read the dataset nobody/nothing: .*; check its name"),
         ("EMPTY", "cannot read the dataset .*; check its name"),
+        ("SCRIPT", "cannot read the dataset .*script"),
+        ("YAML", "cannot read the dataset "),
+        ("json", "json is a file format that the package datasets reads, no dataset: .* pass a dataset's id"),
     ],
 )
 def test_dataset_that_cannot_be_read_is_one_line(
@@ -187,11 +448,17 @@ def test_dataset_that_cannot_be_read_is_one_line(
     write_jsonl(two / "c.jsonl", [{"text": "c"}])
     configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("b", "c")]
     (two / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    (dataset.parent / "script").mkdir()
+    (dataset.parent / "script" / "script.py").write_text("raise SystemExit")
+    yaml = write_jsonl(dataset.parent / "yaml" / "b.jsonl", [{"text": "b"}]).parent
+    (yaml / "README.md").write_text("---\nconfigs: [a: b: c\n---\n")
     assert texts_of(f"{two}:c", tokenizer) == texts_of(f"{two}:c:train", tokenizer) == ["c"]
     name = (
         name.replace("TWO", str(two))
         .replace("SET", str(dataset))
         .replace("EMPTY", str(dataset.parent / "empty"))
+        .replace("SCRIPT", str(dataset.parent / "script"))
+        .replace("YAML", str(yaml))
     )
     with pytest.raises(MoneError, match=message) as error:
         texts_of(name, tokenizer)

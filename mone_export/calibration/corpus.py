@@ -1,9 +1,9 @@
 """Calibration text: documents tokenised and cut into equal rows.
 
 The rule, so that anybody can repeat it: documents in the order given, each tokenised on its own with the
-tokenizer's special tokens (usually one BOS in front; a chat has those of its template instead), concatenated,
-cut into rows of `seq_len` tokens, the first `n_row` rows taken; an incomplete last row is dropped. Rows are
-full and equal in length, so no padding ever exists.
+tokenizer's special tokens (usually one BOS in front; a chat has those of its template instead; a name of one
+in a text is text), concatenated, cut into rows of `seq_len` tokens, the first `n_row` rows taken; an
+incomplete last row is dropped. Rows are full and equal in length, so no padding ever exists.
 
 With weights, each text is cut into rows of its own by that rule and gives its share of the `n_row`; rows of
 different texts then alternate evenly, so that the first rows are a mix like the whole.
@@ -13,7 +13,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mone_export.artifacts import Corpus
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
+from mone_export.calibration.tokenizing import Encoder
 from mone_export.errors import MoneError
 
 if TYPE_CHECKING:
@@ -61,13 +63,14 @@ def read_corpus(
     if not texts:
         texts = [_Text("built-in", builtin_documents("calibration"))]
     weights = [text.weight for text in texts if text.weight is not None]
+    encoder = Encoder(tokenizer)
     if not weights:
-        return _corpus(texts, tokenizer, n_row=n_row, seq_len=seq_len)
+        return _corpus(texts, encoder, n_row=n_row, seq_len=seq_len)
     if len(weights) < len(texts):
         without = next(text.name for text in texts if text.weight is None)
         raise MoneError(f"{without} has no weight, but others have: give =WEIGHT to every text or to none")
     mixed = [
-        _corpus([text], tokenizer, n_row=share, seq_len=seq_len)
+        _corpus([text], encoder, n_row=share, seq_len=seq_len)
         for text, share in zip(texts, _rows_per_text(texts, weights, n_row), strict=True)
     ]
     return _interleaved(mixed)
@@ -82,7 +85,7 @@ def make_corpus(
     seq_len: int,
 ) -> Corpus:
     """Tokenise documents by the module's rule, reading no more of them than the rows need."""
-    return _corpus([_Text(name, documents)], tokenizer, n_row=n_row, seq_len=seq_len)
+    return _corpus([_Text(name, documents)], Encoder(tokenizer), n_row=n_row, seq_len=seq_len)
 
 
 def head(corpus: Corpus, n_row: int) -> Corpus:
@@ -101,9 +104,7 @@ def fingerprint_rows(tokens: Tensor) -> str:
     return hashlib.sha256(header + tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _corpus(
-    texts: Sequence[_Text], tokenizer: "PreTrainedTokenizerBase", *, n_row: int, seq_len: int
-) -> Corpus:
+def _corpus(texts: Sequence[_Text], encoder: Encoder, *, n_row: int, seq_len: int) -> Corpus:
     """Concatenate the texts' documents and cut them into rows."""
     if n_row < 1 or seq_len < 2:
         raise MoneError(
@@ -115,7 +116,7 @@ def _corpus(
     for number, text in enumerate(texts):
         before = len(ids)
         if before < wanted:
-            _append_ids(ids, text.documents, tokenizer, wanted)
+            _append_ids(ids, text.documents, encoder, wanted)
         label = text.name if text.name not in sources else f"{text.name} ({number + 1})"
         sources[label] = max(min(len(ids), wanted) - before, 0)
     name = ", ".join(text.name for text in texts)
@@ -136,15 +137,22 @@ def _corpus(
     return Corpus(tokens, name, fingerprint_rows(tokens), sources, origin)
 
 
-def _append_ids(
-    ids: list[int], documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", wanted: int
-) -> None:
-    for document in documents:
-        # verbose=False: a document longer than the model's context is expected here, it is cut into rows
-        special = document.kind != "chat"  # a template writes its own
-        ids += tokenizer(document.text, add_special_tokens=special, verbose=False)["input_ids"]
+def _append_ids(ids: list[int], documents: Iterable[Document], encoder: Encoder, wanted: int) -> None:
+    """Append the documents' ids until there are as many as wanted; no more of the documents is read."""
+    for some in _ids(documents, encoder):
+        ids += some
         if len(ids) >= wanted:
             break
+    if isinstance(documents, Generator):
+        documents.close()  # which says what it could not use
+
+
+def _ids(documents: Iterable[Document], encoder: Encoder) -> Iterator[list[int]]:
+    for document in documents:
+        if document.kind == "chat":
+            yield from encoder.chat(document.text, document.control)
+        else:
+            yield from encoder.text(chain([document.text], document.rest))
 
 
 def _interleaved(parts: Sequence[Corpus]) -> Corpus:

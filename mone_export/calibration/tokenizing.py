@@ -1,0 +1,215 @@
+"""How text becomes ids: as llama.cpp's tools read it, so that calibration sees what the file will see.
+
+Names of control tokens that are written in a text stay text (`parse_special` off in llama.cpp): only a chat
+template yields control tokens. A chat is split at those first, and each piece between is tokenised alone.
+Long text is tokenised in windows, so that no more of it is read than the rows need.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mone_export.errors import MoneError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 1 << 16  # characters tokenised at a time
+_CONTEXT = 512  # characters before and after a cut that are tokenised with the text at the cut
+# before the space between two words, or after a line end: tokenizers begin a token there
+_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\n)(?=\S)")
+_NO_TEXT = "\U0010ffff"  # no character: no text holds it
+# where pre-tokenizers and normalisers differ: line ends after punctuation, runs of spaces, digits, accents
+_PROBE = (
+    "  Don't SHOUT, we'll see... I'VE 3 33 333 4444 words; nai\u0308ve cafe\u0301, \ufb01ne \u00bd\n\n\n"
+    "def f(x, y=(1, 2)):\n\n    if x != y:\n\t\treturn {'a': [x]};\n  \n# ======= //// ------\r\n"
+    "Съешь ещё этих булок. 我想在 apple 工作 12345 天~ ទៅ مرحبا \U0001f680 \u2581\u2581 a_b camelCase   \n"
+)
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the model's own tokenizer.
+
+    The ids are those of the folder's tokenizer.json, where there is one: for some `tokenizer_class` values
+    transformers puts another normaliser or pre-tokenizer in the place of the file's.
+
+    Raises `MoneError` when there is no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+        named = ""
+        if (path / "tokenizer.json").is_file() and not _ids_are_the_files(tokenizer, path):
+            named = type(tokenizer).__name__
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises no class of its own for a broken file
+        raise MoneError(
+            f"cannot load the tokenizer in {path}: {first_line(error)}; get its files again"
+        ) from None
+    if named:
+        log.warning(
+            "%s: transformers' %s gives other ids than tokenizer.json itself, which is used for calibration; "
+            "llama.cpp's converter may name the wrong pre-tokenizer in the file",
+            *(path, named),
+        )
+    return tokenizer
+
+
+def _ids_are_the_files(tokenizer: "PreTrainedTokenizerBase", path: Path) -> bool:
+    if not tokenizer.is_fast:
+        return True
+    from tokenizers import Tokenizer
+
+    own = Tokenizer.from_file(str(path / "tokenizer.json"))
+    own.no_truncation()
+    own.no_padding()
+    wanted = own.encode(_PROBE, add_special_tokens=False).ids
+    return bool(tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"] == wanted)
+
+
+class Encoder:
+    """Turns texts into ids as llama.cpp does, a window at a time."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Copy the tokenizer's rules; its settings for padding and truncation stay its own."""
+        self._tokenizer = tokenizer
+        self._plain = _plain_backend(tokenizer) if tokenizer.is_fast else None
+        self._before, self._after = _special_ids(tokenizer)
+        self._added = {token.content: (id_, token) for id_, token in tokenizer.added_tokens_decoder.items()}
+
+    def text(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the ids of a plain text that comes in parts, with the special tokens of a document around it.
+
+        They are the ids of the whole text. A tokenizer that is not of the tokenizers library reads it whole.
+        """
+        yield self._before
+        if self._plain is None:
+            yield self._whole("".join(parts))
+        else:
+            yield from _windows(parts, self._plain)
+        yield self._after
+
+    def chat(self, text: str, control: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        """Yield the ids of a rendered chat whose template wrote control tokens at the places `control`."""
+        at, strips = 0, False
+        for start, end in control:
+            control_id, token = self._added[text[start:end]]
+            piece = text[at:start].lstrip() if strips else text[at:start]
+            yield self._whole(piece.rstrip() if token.lstrip else piece)
+            yield [control_id]
+            at, strips = end, token.rstrip
+        yield self._whole(text[at:].lstrip() if strips else text[at:])
+
+    def _whole(self, text: str) -> list[int]:
+        if not text:
+            return []
+        if self._plain is not None:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(found["input_ids"])
+
+
+def _windows(parts: Iterable[str], tokenizer: "Tokenizer") -> Iterator[list[int]]:
+    """Yield the ids of a text in parts, as if it were tokenised whole.
+
+    Each window is tokenised with some text before and after it, and gives the tokens that begin between two
+    cuts. A cut is a place between words where a token begins, so no token crosses it.
+    """
+    context, text, ended = "", "", False
+    coming = iter(parts)
+    while text or not ended:
+        while not ended and len(text) <= _WINDOW + _CONTEXT:
+            part = next(coming, None)
+            text, ended = text + (part or ""), part is None
+        window = context + text[: _WINDOW + _CONTEXT]
+        encoding = tokenizer.encode(window, add_special_tokens=False)
+        begins = [begin for begin, _ in encoding.offsets]
+        start, end = len(context), len(window)
+        if len(text) > _WINDOW + _CONTEXT:
+            end = _last_cut(window, start, end - _CONTEXT, set(begins))
+        yield [token for token, at in zip(encoding.ids, begins, strict=True) if start <= at < end]
+        context, text = window[:end][-_CONTEXT:], text[end - start :]
+
+
+def _last_cut(window: str, start: int, latest: int, begins: set[int]) -> int:
+    """Return the last place before `latest` between words where a token begins.
+
+    In a text without any, as one of 65,536 letters is, the last place where a token begins.
+    """
+    between = {match.start() for match in _CUT.finditer(window, start + 1, latest)}
+    inside = {at for at in begins if start < at < latest}
+    return max(between & inside or inside, default=latest)
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """Return the names that a text may hold without meaning them: llama.cpp keeps them text as well."""
+    return tuple(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.content and (token.special or _looks_special(token.content))
+    )
+
+
+def _looks_special(name: str) -> bool:
+    """Return whether llama.cpp's converter makes an added token a control token although it is not special.
+
+    Source: `does_token_look_special` in the pinned tree's conversion/base.py.
+    """
+    return (
+        name in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (name.startswith("<|") and name.endswith("|>"))
+        or (name.startswith("<\uff5c") and name.endswith("\uff5c>"))
+        or (name.startswith("<unused") and name.endswith(">"))
+    )
+
+
+def _plain_backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """Return a copy of the tokenizer that reads the names of control tokens as text."""
+    from tokenizers import Tokenizer
+
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    control = set(control_tokens(tokenizer))
+    for token in rules["added_tokens"]:
+        token["special"] = token["content"] in control
+    rules.update(truncation=None, padding=None, post_processor=None)  # which only changes offsets here
+    _forget_pieces(rules, control)
+    plain = Tokenizer.from_str(json.dumps(rules))
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _forget_pieces(rules: dict[str, Any], control: set[str]) -> None:
+    """Change a model that would put a control token together from its characters; ids stay the same.
+
+    SentencePiece never does; the tokenizers library, which knows no kinds of pieces, does where one is in the
+    vocabulary.
+    """
+    model = rules["model"]
+    if model.get("type") == "Unigram":
+        held = {piece for piece, _ in model["vocab"]} & control
+        model["vocab"] = [
+            [_NO_TEXT + piece if piece in held else piece, score] for piece, score in model["vocab"]
+        ]
+        rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] not in held]
+    elif "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
+
+
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after a text: usually one BOS and nothing."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    for before in range(len(whole) - len(bare) + 1):
+        if whole[before : before + len(bare)] == bare:
+            return list(whole[:before]), list(whole[before + len(bare) :])
+    return [], []
