@@ -26,6 +26,7 @@ ScoreName = Literal[
 ]
 NoviceName = Literal["least-squares", "mean", "gate-weighted", "zero", "joint", "none"]
 Allocation = Literal["even", "model", "sensitivity", "search"]
+Mtp = Literal["keep", "drop"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
@@ -47,7 +48,7 @@ class Recipe:
     same number (`even`), by scores that compete over the model (`model`), by how much the model minds an
     error in the layer (`sensitivity`), or by trying it out (`search`). At least `min_kept` stay in a layer
     (None: as many as a token uses). With `guarded`, experts of extreme outputs are never pruned. `seed`
-    serves the score `random`.
+    serves the score `random`. `mtp` says whether blocks that predict further tokens stay in the file.
     """
 
     ratio: float
@@ -58,6 +59,7 @@ class Recipe:
     min_kept: int | None = None
     guarded: bool = True
     seed: int = 0
+    mtp: Mtp = "keep"
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Recipe:
         min_kept: int | None = None,
         guarded: bool = True,
         seed: int = 0,
+        mtp: Mtp | None = None,
     ) -> "Recipe":
         """Return the recipe with what was left open (None) filled in: the defaults depend on the method.
 
@@ -89,6 +92,7 @@ class Recipe:
             min_kept=min_kept,
             guarded=guarded,
             seed=seed,
+            mtp=mtp or ("keep" if with_novices else "drop"),
         )
         _check(recipe, novice)
         return recipe
@@ -123,6 +127,11 @@ def _check(recipe: Recipe, novice: str | None) -> None:
         raise MoneError(
             f"--method {recipe.method} keeps the same number of experts in every layer, --allocate "
             f"{recipe.allocation} does not: leave one of them out"
+        )
+    if recipe.method != "mone" and recipe.mtp == "keep" and recipe.ratio:
+        raise MoneError(
+            f"--mtp keep with --method {recipe.method}: blocks that predict further tokens keep all experts, "
+            "and an ordinary file has one number for all layers: leave one of them out"
         )
     if recipe.method != "mone" and novice:
         raise MoneError(

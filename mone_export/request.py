@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from mone_export.output.writing import OUTTYPES, measure
 from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import kept_per_layer
 from mone_export.pruning.planning import plan_without_scores
-from mone_export.recipe import Recipe
+from mone_export.recipe import Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
 
@@ -49,7 +49,7 @@ class Request:
 
     `model` is a folder, a Hugging Face id or `demo`; of `ratio` and `fit`, a size in bytes, at least one is
     given. `outfile` may be a folder: then the file is named after model, ratio and type. `method`, `score`,
-    `novice`, `allocation`, `min_kept`, `guarded` and `seed` are those of `Recipe.of`. `files`,
+    `novice`, `allocation`, `min_kept`, `guarded`, `seed` and `mtp` are those of `Recipe.of`. `files`,
     `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in `read_corpus`; of the
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
     keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
@@ -86,7 +86,7 @@ class Request:
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
-    mtp: Literal["keep", "drop"] | None = None
+    mtp: Mtp | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -100,6 +100,7 @@ class Request:
             min_kept=self.min_kept,
             guarded=self.guarded,
             seed=self.seed,
+            mtp=self.mtp,
         )
 
     @property
@@ -185,6 +186,10 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
+    if saved is None:  # what was calibrated fits
+        from mone_export.calibration.expected import check_tensors  # builds a model without weights
+
+        check_tensors(source.view, source.config)
     job = replace(_sized(request, source, recipe, progress), saved=saved)
     if not dry:
         _check_paths(job)

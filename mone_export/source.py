@@ -195,7 +195,7 @@ class Checkpoint:
         block = packing(self.config).get("weight_block_size") or (1, 1)
         for name in owner:
             shape = owner[name].get_slice(name).get_shape()
-            if f"{name}_scale_inv" in owner and any(size % b for size, b in zip(shape, block, strict=True)):
+            if f"{name}_scale_inv" in owner and any(size % b for size, b in zip(shape, block, strict=False)):
                 raise MoneError(
                     f"{self.name}: {name} {shape} does not consist of whole blocks of {list(block)} FP8 "
                     "values: transformers would unpack it wrongly; pass the model's BF16 checkpoint"

@@ -175,7 +175,7 @@ def rewrite(path: Path, change: object) -> None:
     [
         {"spec": None},
         {"model_sha256": None},
-        {"version": 3},
+        {"version": 4},
         {"spec": asdict(SPEC) | {"n_wings": 2}},
         "layers.2.out_m2",
         [],
@@ -219,7 +219,7 @@ def test_calibration_that_cannot_be_saved_is_a_moneerror(
     calibration: Calibration, tmp_path: Path, parent: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MoneError, match="another --stats file"):
+    with pytest.raises(MoneError, match="choose another"):
         calibration.save(tmp_path / parent / "model.stats")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

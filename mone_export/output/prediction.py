@@ -6,12 +6,10 @@ for them, and where their experts are as many as its layers' own.
 
 import re
 from pathlib import Path
-from typing import Literal
 
 from mone_export.artifacts import MoeSpec
+from mone_export.recipe import Mtp
 from mone_export.weights import open_weights, prediction_tensors
-
-Mtp = Literal["keep", "drop"]
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|)")
 

@@ -196,8 +196,7 @@ class Edits:
     def apply(self, source: Source, *, outtype: str) -> Conversion:
         """Open the conversion of a model with these edits, novices added."""
         # an ordinary file has one number of experts for all its blocks
-        mtp = "keep" if self.plan.recipe.method == "mone" else "drop"
-        conversion = source.convert(edits=self, outtype=outtype, mtp=mtp)
+        conversion = source.convert(edits=self, outtype=outtype, mtp=self.plan.recipe.mtp)
         if self._recombination:
             self._recombination.check()
         for number, vectors in self._vectors.items():
