@@ -106,7 +106,7 @@ def skeleton(config: Any) -> "PreTrainedModel":
             skeleton: PreTrainedModel = auto_class(config).from_config(config)
     except Exception as error:  # what a model's constructor makes of an odd config is no closed list
         raise MoneError(
-            f"transformers cannot build {arch_of(config)} from this config: {first_line(error)}; compare "
+            f"transformers cannot build {arch_of(config)} as a language model: {first_line(error)}; compare "
             "config.json with the published model's"
         ) from None
     return skeleton

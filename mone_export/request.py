@@ -186,6 +186,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
+    source.check()
     if saved is None:  # what was calibrated fits
         from mone_export.calibration.expected import check_tensors  # builds a model without weights
 
@@ -294,7 +295,6 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
 
     Raises `MoneError` for a model llama.cpp cannot convert, and a size that nothing fits.
     """
-    source.check()
     device = resolve_device(ranks.own_device(request.device))
     if request.fit is None:
         even = plan_without_scores(source.spec, recipe)

@@ -19,7 +19,7 @@ from mone_export.errors import MoneError
 from mone_export.hub import Snapshot, metadata, parse, skeleton_folder, weights
 from mone_export.hub import weight_files as listed_files
 from mone_export.model import check_config, packing, read_config, shape_of
-from mone_export.output.llamacpp import Conversion, projector_command
+from mone_export.output.llamacpp import Conversion, check_convertible, projector_command
 from mone_export.output.naming import name_of
 from mone_export.remote_code import refuse_remote_code
 from mone_export.runtime import Progress
@@ -187,10 +187,11 @@ class Checkpoint:
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def check(self) -> None:
-        """Raise `MoneError` unless all weights are there and transformers unpacks them right; reads headers.
+        """Raise `MoneError` unless llama.cpp converts the model and transformers unpacks it; reads headers.
 
         It takes the size of FP8 blocks from the number of scales, which is wrong where the last block is cut.
         """
+        check_convertible(self.folder)
         owner = self.tensors()
         block = packing(self.config).get("weight_block_size") or (1, 1)
         for name in owner:
@@ -203,6 +204,7 @@ class Checkpoint:
 
     def convert(self, **options: Any) -> Conversion:
         """Open llama.cpp's conversion of the folder; `options` are `Conversion`'s."""
+        check_convertible(self.folder)
         name = self.id or name_of(self.folder)
         return Conversion(self.view, name=name, trust_remote_code=self.trust_remote_code, **options)
 

@@ -191,26 +191,26 @@ BROKEN: dict[str, tuple[Change, str]] = {
         split_weights,
         "lacks 1 of the 2 files of weights that its index lists: get model-00002-of-00002.safetensors",
     ),
-    "an expert missing": (weights(drop_expert), r"Unprocessed experts.*\.\.\.; is the folder complete\?"),
+    "an expert missing": (weights(drop_expert), "does not fit its config.json: .*experts"),
     "a norm missing": (
         weights(lambda tensors: tensors.pop("model.norm.weight")),
-        "lacks 1 of the model's tensors, model.norm.weight among them: get it again",
+        "does not fit its config.json: it lacks model.norm.weight: get all files again",
     ),
     "a norm too short": (
         weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)})),
-        "cannot load the weights",
+        "does not fit its config.json: .*model.norm.weight",
     ),
     "no vocabulary": (
         without("tokenizer.model"),
-        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
+        "(cannot load the tokenizer|llama.cpp cannot convert the tokenizer) .*",
     ),
     "broken vocabulary": (
         lambda folder: (folder / "tokenizer.model").write_bytes(b"hello"),
-        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
+        "(cannot load the tokenizer|llama.cpp cannot convert the tokenizer) .*",
     ),
     "broken tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{"),
-        "cannot (load|read) the tokenizer|llama.cpp cannot convert",
+        "(cannot load the tokenizer|llama.cpp cannot convert the tokenizer) .*",
     ),
 }
 
@@ -294,7 +294,7 @@ def test_option_that_cannot_be_is_one_line(
     [
         (None, "cannot read the calibration text .*No such file or directory; pass a readable file"),
         (b"", "is empty; pass text"),
-        (b"\xff\xfe\x00", "is not UTF-8"),
+        (b"\xff\xfe\x00", "is not UTF-16-LE"),
         (b"three short words", "gives 0 rows of 32 tokens .*add text or lower --ctx-size"),
     ],
 )

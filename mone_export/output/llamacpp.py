@@ -289,6 +289,11 @@ def _check_origin(gguf: ModuleType) -> None:
         )
 
 
+def check_convertible(path: Path) -> None:
+    """Raise `MoneError` where llama.cpp has no converter for the model in a folder; reads its config only."""
+    converter_class(load_converter()[1], path)
+
+
 def converter_class(conversion: Any, path: Path) -> Any:
     """Return llama.cpp's class for the model in a folder; `MoneError` where it has none."""
     hparams = conversion.ModelBase.load_hparams(path, False)
