@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 a problem (one line on stderr says which), 2 usage, 130 interrupted, 143 terminated.
     """
     with steady_output() as output:
-        args = _parse(argv)
+        args = parse(argv)
         display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
         if args.json:
             display = JsonEvents(enabled=not args.quiet)
@@ -105,9 +105,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; `--stock` decides the method where none is named."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
@@ -156,11 +156,12 @@ class _HelpAll(argparse.Action):
     """Prints all options."""
 
     def __call__(self, *_: Any) -> None:
-        _parser(everything=True).print_help()
+        make_parser(everything=True).print_help()
         raise SystemExit(0)
 
 
-def _parser(*, everything: bool = False) -> argparse.ArgumentParser:
+def make_parser(*, everything: bool = False) -> argparse.ArgumentParser:
+    """Return the command's parser, whose help lists the usual options or all of them."""
     parser = argparse.ArgumentParser(
         prog="mone-export",
         usage=None if everything else _USAGE,
@@ -351,7 +352,7 @@ def _add_run_options(group: _Group) -> None:
     )
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request: options have their names."""
     from mone_export.request import Request
 
@@ -362,7 +363,7 @@ def _export(args: argparse.Namespace, display: Display) -> None:
     _quiet_transformers()
     from mone_export.pipeline import export
 
-    report = export(**_options(args), progress=display)
+    report = export(**request_options(args), progress=display)
     display.close()
     if report is None:  # another process has it
         return
@@ -380,7 +381,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     if args.sequential or args.allocation == "search":
         option = "--sequential" if args.sequential else "--allocate search"
         raise MoneError(f"{option} runs the model, --dry-run does not: leave one out")
-    job, chosen = rehearse(**_options(args), progress=display)
+    job, chosen = rehearse(**request_options(args), progress=display)
     display.close()
     saved = job.saved
     parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()

@@ -84,4 +84,4 @@ def _signature() -> inspect.Signature:
     return own.replace(parameters=[*list(own.parameters.values())[:2], *options])
 
 
-setattr(export, "__signature__", _signature())  # noqa: B010  which mypy does not know of
+export.__dict__["__signature__"] = _signature()

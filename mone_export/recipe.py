@@ -5,7 +5,7 @@ Nothing here imports PyTorch, so that the command line can list the names and ch
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 from mone_export.errors import MoneError
 
@@ -39,6 +39,19 @@ OWN_SCORE: Mapping[Method, ScoreName] = {"mone": "error", "drop": "reap", "dern"
 _Name = TypeVar("_Name", bound=str)
 
 
+class Choices(TypedDict, total=False):
+    """What `Recipe.of` takes besides the ratio: fields of a recipe; None leaves one open."""
+
+    method: str | None
+    score: str | None
+    novice: str | None
+    allocation: str | None
+    min_kept: int | None
+    guarded: bool
+    seed: int
+    mtp: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What is done to a model's experts; `Recipe.of` fills in and checks what a user left open.
@@ -62,45 +75,35 @@ class Recipe:
     mtp: Mtp = "keep"
 
     @classmethod
-    def of(
-        cls,
-        ratio: float,
-        *,
-        method: str | None = None,
-        score: str | None = None,
-        novice: str | None = None,
-        allocation: str | None = None,
-        min_kept: int | None = None,
-        guarded: bool = True,
-        seed: int = 0,
-        mtp: Mtp | None = None,
-    ) -> "Recipe":
-        """Return the recipe with what was left open (None) filled in: the defaults depend on the method.
+    def of(cls, ratio: float, **choices: Unpack[Choices]) -> "Recipe":
+        """Return the recipe with what was left open filled in: the defaults depend on the method.
 
         Raises `MoneError` for an unknown name, a value out of range and choices that contradict each other.
         """
-        own_method: Method = _known("--method", method or "mone", METHODS)
-        with_novices = own_method == "mone"
-        recipe = cls(
-            ratio=ratio,
-            method=own_method,
-            score=_known("--score", score or OWN_SCORE[own_method], SCORE_NAMES),
-            novice=_known("--novice", novice or "least-squares", NOVICE_NAMES) if with_novices else "none",
-            allocation=_known(
-                "--allocate", allocation or ("sensitivity" if with_novices else "even"), ALLOCATIONS
-            ),
-            min_kept=min_kept,
-            guarded=guarded,
-            seed=seed,
-            mtp=mtp or ("keep" if with_novices else "drop"),
-        )
-        _check(recipe, novice)
+        given = {name: value for name, value in choices.items() if value is not None}
+        method: Method = _known("--method", given.setdefault("method", "mone"), METHODS)
+        with_novices = method == "mone"
+        if not with_novices and "novice" in given:
+            raise MoneError(
+                f"--novice {given['novice']} with --method {method}, which has no novices: leave one of them "
+                "out"
+            )
+        own: dict[str, Any] = {
+            "score": OWN_SCORE[method],
+            "novice": "least-squares" if with_novices else "none",
+            "allocation": "sensitivity" if with_novices else "even",
+            "mtp": "keep" if with_novices else "drop",
+        }
+        recipe = cls(ratio=ratio, **{**own, **given})
+        _check(recipe)
         return recipe
 
     @property
     def known_novice(self) -> NoviceName:
         """The novice to reckon with while there is no plan, which `joint` novices belong to."""
-        return {"joint": "least-squares", "none": "zero"}.get(self.novice, self.novice)  # type: ignore[return-value]
+        if self.novice == "joint":
+            return "least-squares"
+        return "zero" if self.novice == "none" else self.novice
 
     @property
     def needs_statistics(self) -> bool:
@@ -108,13 +111,18 @@ class Recipe:
         return self.ratio > 0 and not (self.method == "drop" and self.score in ("aimer", "random"))
 
 
-def _known(option: str, name: str, names: tuple[_Name, ...]) -> _Name:
-    if name not in names:
-        raise MoneError(f"unknown {option} {name}: choose from {', '.join(names)}")
-    return names[names.index(name)]
+def _known(option: str, name: object, names: tuple[_Name, ...]) -> _Name:
+    for known in names:
+        if known == name:
+            return known
+    raise MoneError(f"unknown {option} {name}: choose from {', '.join(names)}")
 
 
-def _check(recipe: Recipe, novice: str | None) -> None:
+def _check(recipe: Recipe) -> None:
+    _known("--score", recipe.score, SCORE_NAMES)
+    if recipe.method == "mone":
+        _known("--novice", recipe.novice, NOVICE_NAMES)
+    _known("--allocate", recipe.allocation, ALLOCATIONS)
     if not 0 <= recipe.ratio < 1:
         raise MoneError(
             f"--ratio {recipe.ratio:g} is out of range: it is the share of experts to prune, 0 <= ratio < 1"
@@ -132,8 +140,4 @@ def _check(recipe: Recipe, novice: str | None) -> None:
         raise MoneError(
             f"--mtp keep with --method {recipe.method}: blocks that predict further tokens keep all experts, "
             "and an ordinary file has one number for all layers: leave one of them out"
-        )
-    if recipe.method != "mone" and novice:
-        raise MoneError(
-            f"--novice {novice} with --method {recipe.method}, which has no novices: leave one of them out"
         )

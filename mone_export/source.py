@@ -95,7 +95,7 @@ class Source(Protocol):
 class Checkpoint:
     """A folder in Hugging Face's form: config.json, safetensors files, a tokenizer.
 
-    `id` is the model's on Hugging Face and `revision` the commit, both empty for a folder of the user's own.
+    `model_id` is the model's on Hugging Face, `revision` the commit; both are empty for a user's own folder.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Checkpoint:
         folder: Path,
         *,
         name: str = "",
-        id: str = "",  # noqa: A002  what Hugging Face calls it
+        model_id: str = "",
         revision: str = "",
         trust_remote_code: bool = False,
     ) -> None:
         """Take a folder; nothing is read yet."""
         self.folder = folder  # as much of it as has been asked for
         self.name = name or folder.resolve().name
-        self.id, self.revision = id, revision
+        self.id, self.revision = model_id, revision
         self.trust_remote_code = trust_remote_code
         self._view: tempfile.TemporaryDirectory[str] | None = None
         self._saved: Calibration | None = None
@@ -227,7 +227,7 @@ class Download(Checkpoint):
         super().__init__(
             folder,
             name=snapshot.id.rpartition("/")[2],
-            id=snapshot.id,
+            model_id=snapshot.id,
             revision=snapshot.revision,
             trust_remote_code=trust_remote_code,
         )

@@ -507,7 +507,7 @@ def test_dry_run_of_an_impossible_ratio_is_one_line(export: Callable[..., Outcom
     ],
 )
 def test_stock_decides_the_method_where_none_is_named(arguments: list[str], method: str) -> None:
-    assert (cli._parse(["folder", "--ratio", "0.5", "-o", "x", *arguments]).method or "mone") == method
+    assert (cli.parse(["folder", "--ratio", "0.5", "-o", "x", *arguments]).method or "mone") == method
 
 
 def test_stock_contradicts_novices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -602,15 +602,15 @@ def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch
 def test_choices_are_the_registries() -> None:
     assert {*SCORES, "random", "aimer"} == {*SCORE_NAMES}
     assert {*NOVICES, "joint"} == {*NOVICE_NAMES}
-    named = re.findall(r"\w+", cli._parser().format_help().partition("TYPE  ")[2].partition("...")[0])
+    named = re.findall(r"\w+", cli.make_parser().format_help().partition("TYPE  ")[2].partition("...")[0])
     assert "f32" in named
     assert set(named) <= set(OUTTYPES)
 
 
 def test_defaults_are_those_of_the_function() -> None:
     given = {"model": "folder", "outfile": Path("x"), "ratio": 0.5}
-    args = cli._parse(["folder", "--ratio", "0.5", "-o", "x"])
-    request = Request(**cli._options(args))
+    args = cli.parse(["folder", "--ratio", "0.5", "-o", "x"])
+    request = Request(**cli.request_options(args))
     assert replace(request, files=(), datasets=()) == Request(**given)
     assert not request.files and not request.datasets
 
@@ -673,16 +673,16 @@ def test_an_output_folder_gets_a_file_named_after_the_request(
 
 
 def test_a_share_may_be_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._parse(["folder", "--ratio", "37.5%", "-o", "x"]).ratio == 0.375
+    assert cli.parse(["folder", "--ratio", "37.5%", "-o", "x"]).ratio == 0.375
     with pytest.raises(SystemExit):
-        cli._parse(["folder", "--ratio", "half", "-o", "x"])
+        cli.parse(["folder", "--ratio", "half", "-o", "x"])
     assert "half is no share: write 0.5 or 50%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [".", "", "G", "1..5G"])
 def test_no_size_is_no_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli._parse(["folder", "--fit", size, "-o", "x"])
+        cli.parse(["folder", "--fit", size, "-o", "x"])
     assert stop.value.code == 2 and "is no size: write 12G" in capsys.readouterr().err
 
 
@@ -706,7 +706,7 @@ def test_help_lists_what_most_need_and_help_all_the_rest(capsys: pytest.CaptureF
 
 def test_options_are_not_abbreviated() -> None:
     with pytest.raises(SystemExit):
-        cli._parse(["folder", "--ratio", "0.5", "-o", "x", "--nov", "mean"])
+        cli.parse(["folder", "--ratio", "0.5", "-o", "x", "--nov", "mean"])
 
 
 CONTRADICTIONS = [
