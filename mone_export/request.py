@@ -21,7 +21,7 @@ from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.model import Dtype, Stream, resolve_device
 from mone_export.output.quantizing import IMATRIX_TYPES
-from mone_export.output.writing import OUTTYPES, measure
+from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import kept_per_layer
 from mone_export.pruning.planning import plan_without_scores
@@ -125,7 +125,7 @@ class Job:
     """A request that has passed every cheap check, and what the checks found; nothing in it is open any more.
 
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
-    `size_unpruned` are bytes of the file, `size_between` of the one it is quantised from; `saved` are
+    `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
     statistics made before; `corpus` is None where no text is needed; `spare` [n, seq_len] are rows that no
     calibration sees.
     """
@@ -297,11 +297,10 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
     """
     device = resolve_device(ranks.own_device(request.device))
     if request.fit is None:
-        even = plan_without_scores(source.spec, recipe)
-        size, between = measure(source, even, outtype=request.outtype)
-        whole = plan_without_scores(source.spec, replace(recipe, ratio=0.0))
-        size_unpruned, _ = measure(source, whole, outtype=request.outtype)
-        return Job(request, source, recipe, request.outtype, size, between, size_unpruned, device)
+        outtype = request.outtype
+        layout = layouts(source, plan_without_scores(source.spec, recipe), (outtype,))[outtype]
+        whole = layout.size_with_all(source.spec)
+        return Job(request, source, recipe, outtype, layout.size, layout.size_between, whole, device)
     found = candidates(
         source,
         recipe,

@@ -765,7 +765,7 @@ def test_an_unexpected_error_is_one_line_and_one_event(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero\nand more")
 
-    monkeypatch.setattr("mone_export.request.measure", fail)
+    monkeypatch.setattr("mone_export.request.layouts", fail)
     export().is_one_line(r"unexpected ZeroDivisionError: division by zero \(-v shows where\)")
     outcome = export("--json")
     (event,) = map(json.loads, outcome.out.splitlines())

@@ -94,13 +94,15 @@ def measure(model: "str | Path | Source", plan: Plan, *, outtype: str = "auto") 
 class Layout:
     """A file before it is written: the bytes of its head, and each tensor's shape (numpy's order) and type.
 
-    `types_between` are those of the file llama-quantize makes it from, empty where there is none.
+    `types_between` are those of the file llama-quantize makes it from, empty where there is none; `added` are
+    the tensors that only a pruned file has.
     """
 
     head_size: int
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
     types_between: Mapping[str, str] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -123,6 +125,21 @@ class Layout:
             if part == "experts" and layer in n_kept:
                 shapes[name] = (n_kept[layer], *shape[1:])
         return replace(self, shapes=shapes)
+
+    def size_with_all(self, spec: MoeSpec) -> int:
+        """Return about how many bytes the file would have with all experts: the tensors are exact.
+
+        The head is taken to be as long; it is some bytes longer where experts are pruned.
+        """
+        whole = {name: shape for name, shape in self.shapes.items() if name not in self.added}
+        for name, shape in whole.items():
+            layer, part = part_of(name) or (-1, None)
+            if part and layer in spec.moe_layers:
+                axis = 1 if part == "router" and shape[0] == 1 else 0
+                whole[name] = (*shape[:axis], spec.n_expert, *shape[axis + 1 :])
+        return self.head_size + sum(
+            padded_bytes(whole[name], kind) for name, kind in self.types.items() if name in whole
+        )
 
     def _size(self, types: Mapping[str, str]) -> int:
         return self.head_size + sum(padded_bytes(self.shapes[name], kind) for name, kind in types.items())
@@ -153,7 +170,8 @@ def layouts(
             conversion = edits.apply(source, outtype=base_type)
             size = conversion.write_head(head, _loading_keys(conversion, plan) | keys)
             conversion.close()
-            base = Layout(head.stat().st_size, conversion.shapes, conversion.types)
+            head_size = head.stat().st_size
+            base = Layout(head_size, conversion.shapes, conversion.types, added=frozenset(edits.added))
             if base_type in outtypes:
                 found[base_type] = base
             with head.open("r+b") as file:
@@ -180,6 +198,7 @@ class Edits:
         self._pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
         with_novices = plan.recipe.method == "mone"
         self._vectors = {layer: stand_ins[layer] for layer in self._pruned} if with_novices else {}
+        self.added: list[str] = []  # tensors that are not the model's own
         self._scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
         self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
 
@@ -242,10 +261,14 @@ class Edits:
             rows[len(layer.kept) :] = vectors[gone]
             if number in self._scales:
                 rows[len(layer.kept) :] *= self._scales[number][gone, None]
-            conversion.add_tensor(novice_tensor(number), rows)
+            self._add(conversion, novice_tensor(number), rows)
         if self.plan.spec.n_group > 1:
             slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)[:, None]
-            conversion.add_tensor(slot_tensor(number), slots)
+            self._add(conversion, slot_tensor(number), slots)
+
+    def _add(self, conversion: Conversion, name: str, tensor: Tensor) -> None:
+        conversion.add_tensor(name, tensor)
+        self.added.append(name)
 
 
 def _stand_ins(
