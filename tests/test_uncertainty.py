@@ -68,7 +68,7 @@ def test_weights_of_merged_files_do_not_make_an_expert_known() -> None:
 
 
 def test_the_counts_of_the_layers_allow_for_it_too() -> None:
-    """Two layers alike, but that one holds half as many tokens: it gets the place that is left over."""
+    """Two layers alike, except that one saw a hundredth of the tokens: the place left over is its."""
     few, many = layer(), layer(times=100)
     found = calibration(many, few)
     curves = error_curves(found, score(found), "least-squares")

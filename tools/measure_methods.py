@@ -194,9 +194,8 @@ def rare_rows(model: Any, n_row: int) -> Any:
 
 def _rows(model: Any, documents: Any, name: str, n_row: int) -> Any:
     from mone_export.calibration.corpus import make_corpus
-    from mone_export.source import load_tokenizer
 
-    return make_corpus(documents, load_tokenizer(model.path), name=name, n_row=n_row, seq_len=SEQ_LEN)
+    return make_corpus(documents, model.source.tokenizer(), name=name, n_row=n_row, seq_len=SEQ_LEN)
 
 
 @contextmanager
