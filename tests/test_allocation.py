@@ -14,6 +14,7 @@ from mone_export.pruning.allocation import error_curves, search, sensitivities, 
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.pruning.uncertainty import possible_use
 
 CALIBRATION = Calibration(SPEC, "", "", "", 40, {1: LAYER.stats()})
 
@@ -24,13 +25,13 @@ def curve(*drops: float) -> Tensor:
 
 
 def test_curve_is_the_relative_error_of_each_plan() -> None:
-    scores = score(CALIBRATION)
+    """Each expert's counts as often as `possible_use` allows for."""
+    scores, stats = score(CALIBRATION), CALIBRATION.layers[1]
     found = error_curves(CALIBRATION, scores, "mean")[1]
     for n_pruned in range(N_EXPERT - 1):
         pruned = plan(scores, ratio=n_pruned / N_EXPERT, min_kept=1, allocation="even").layers[0].pruned
-        assert found[N_EXPERT - n_pruned].item() == pytest.approx(
-            relative_error(CALIBRATION.layers[1], pruned, "mean"), abs=1e-12
-        )
+        errors = (float(possible_use(stats)[e]) * relative_error(stats, [e], "mean") for e in pruned)
+        assert found[N_EXPERT - n_pruned].item() == pytest.approx(sum(errors), abs=1e-12)
 
 
 def test_places_go_to_the_largest_gain() -> None:

@@ -23,8 +23,8 @@ ORDER = (
     *("calibration.streaming", "calibration.expected", "calibration.loading", "calibration.stability"),
     "calibration.passes",
     *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
-    *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.scoring", "pruning.allocation"),
-    *("pruning.planning", "pruning.dern"),
+    *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
+    *("pruning.allocation", "pruning.planning", "pruning.dern"),
     *("output.quantizing", "output.recombining", "output.provenance", "output.writing", "output.rounding"),
     *("fitting", "request", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )

@@ -18,6 +18,7 @@ from mone_export.errors import MoneError
 from mone_export.model import expert_modules
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation
+from mone_export.pruning.uncertainty import MARGIN
 
 
 def deviation(layer: Layer, e: int) -> float:
@@ -34,10 +35,14 @@ def deviation(layer: Layer, e: int) -> float:
 
 
 def error_left(layer: Layer, e: int) -> float:
-    """The least of sum g^2 ||f - N||^2 over all N, per token of the layer, by solving for N."""
+    """The least of sum g^2 ||f - N||^2 over all N, per token of the layer, by solving for N.
+
+    Each of the expert's n tokens counts as often as it does if (sqrt(n) + MARGIN)^2 of them come.
+    """
     g, f = layer.gates[e], layer.outputs[e]
     novice = torch.linalg.lstsq(g[:, None], g[:, None] * f).solution
-    return float((g[:, None] * (f - novice)).square().sum()) / N_TOKEN
+    times = (math.sqrt(len(g)) + MARGIN) ** 2 / len(g)
+    return times * float((g[:, None] * (f - novice)).square().sum()) / N_TOKEN
 
 
 def norms(layer: Layer, e: int) -> list[float]:

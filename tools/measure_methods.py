@@ -2,8 +2,10 @@
 
 Nothing is written: novices answer inside the loaded model, and a model of fewer experts is built from its
 weights. Every variant is compared with the unpruned model token by token (KL divergence, top-1 agreement) on
-three texts that neither training nor calibration has seen: `choose`, of the calibration's kind, on which a
-default may be chosen; `like`, of that kind too, and `unlike`, of another, on which it is judged.
+four texts that neither training nor calibration has seen: `choose`, of the calibration's kind, on which a
+default may be chosen; `like`, of that kind too, `unlike`, of another, and `rare`, which hardly any
+calibration holds (`rare_text`), on which it is judged. A few variants are measured after a shorter
+calibration too.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +37,14 @@ class Variant(NamedTuple):
 
 
 PAPER = Variant("mone", "mone", "mean")
+# measured always, and after every length of calibration: the default, and what must not be better elsewhere
+ALWAYS = (
+    PAPER,
+    Variant("mone", "error", "least-squares", "sensitivity"),
+    Variant("mone", "reap", "least-squares", "sensitivity"),
+    Variant("mone", "reap", "least-squares"),
+    Variant("drop", "reap"),
+)
 # what a default is chosen among, and what others propose
 CONTENDERS = (
     *(Variant("mone", "mone", name) for name in ("zero", "mean", "least-squares", "joint")),
@@ -71,7 +82,7 @@ def measure_methods(args: argparse.Namespace) -> Json:
 
     torch.set_num_threads(args.threads)
     settings = {
-        "calibration_tokens": args.rows * SEQ_LEN,
+        "calibration_tokens": [n_row * SEQ_LEN for n_row in args.rows],
         "evaluation_tokens": args.eval_rows * SEQ_LEN,
         "samples": args.samples,
     }
@@ -86,7 +97,7 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
     """Return the runs of the file to add to, but for those that are measured again."""
     if not args.add:
         return []
-    names = _variants(args)
+    names = _variants(args, max(args.rows))
     before = json.loads(args.add.read_text())
     if any(before["settings"][key] != value for key, value in settings.items()):
         raise SystemExit(f"{args.add} was measured with other settings: {before['settings']}")
@@ -98,10 +109,10 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
     ]
 
 
-def _variants(args: argparse.Namespace) -> Sequence[Variant]:
-    """Return what to measure; the paper's combination always, in whose multiples the others are told."""
-    chosen = (variant for kind in args.kinds for variant in VARIANTS[kind])
-    return tuple(dict.fromkeys((PAPER, *chosen)))
+def _variants(args: argparse.Namespace, n_row: int) -> Sequence[Variant]:
+    """Return what to measure after a calibration of `n_row` rows: all that is asked for after the longest."""
+    kinds = args.kinds if n_row == max(args.rows) else ()
+    return tuple(dict.fromkeys((*ALWAYS, *(variant for kind in kinds for variant in VARIANTS[kind]))))
 
 
 def variant_of(run: Json) -> Variant:
@@ -126,11 +137,7 @@ def trained(name: str, *, minutes: float) -> Path:
 
 
 def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
-    from mone_export.calibration.corpus import head
     from mone_export.calibration.loading import load
-    from mone_export.calibration.passes import calibrate
-    from mone_export.deciding import with_sensitivity
-    from mone_export.request import SPARE_ROWS
 
     model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
     like, unlike = MODELS[name]
@@ -139,65 +146,88 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
         "like": rows_of(model, "held-out", like, args.eval_rows, first=1, step=2),
         "unlike": rows_of(model, "held-out", unlike, args.eval_rows),
     }
+    texts["rare"] = rare_rows(model, args.eval_rows)
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
     yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
-    for sample in range(args.samples):
-        n_row = args.rows + SPARE_ROWS
-        whole = rows_of(model, "calibration", like, n_row, first=sample, step=args.samples)
-        corpus, spare = head(whole, args.rows), whole.tokens[args.rows :]
-        calibration = with_sensitivity(model, corpus, calibrate(model, corpus, model_sha256=""))
+    for sample, corpus, spare, calibration in _calibrations(model, like, args):
+        n_row = len(corpus.tokens)
         for ratio in args.ratios:
-            for variant in _variants(args):
+            for variant in _variants(args, n_row):
                 with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
                     result = _compare(module, texts, wanted)
-                run = {"model": name, "ratio": ratio, "sample": sample} | variant._asdict() | result
+                run = {"model": name, "ratio": ratio, "sample": sample, "calibration_tokens": n_row * SEQ_LEN}
+                run |= variant._asdict() | result
                 print(run, file=sys.stderr, flush=True)
                 yield run
 
 
+def _calibrations(model: Any, kind: str, args: argparse.Namespace) -> Iterator[tuple[int, Any, Any, Any]]:
+    """Yield (sample, corpus, rows to search on, calibration); a short corpus begins a long one."""
+    from mone_export.calibration.corpus import head
+    from mone_export.calibration.passes import calibrate
+    from mone_export.request import SPARE_ROWS
+    from mone_export.statistics import with_sensitivity
+
+    longest = max(args.rows)
+    for sample in range(args.samples):
+        whole = rows_of(model, "calibration", kind, longest + SPARE_ROWS, first=sample, step=args.samples)
+        for n_row in args.rows:
+            corpus = head(whole, n_row)
+            calibration = with_sensitivity(model, corpus, calibrate(model, corpus, model_sha256=""))
+            yield sample, corpus, whole.tokens[longest:], calibration
+
+
 def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, step: int = 1) -> Any:
     """Return rows of every `step`-th built-in document of a kind, from the `first` on."""
-    from mone_export.calibration.corpus import make_corpus
     from mone_export.calibration.documents import builtin_documents
-    from mone_export.source import load_tokenizer
 
     documents = (document for document in builtin_documents(split) if document.kind == kind)
-    own = islice(documents, first, None, step)
-    return make_corpus(own, load_tokenizer(model.path), name=kind, n_row=n_row, seq_len=SEQ_LEN)
+    return _rows(model, islice(documents, first, None, step), kind, n_row)
+
+
+def rare_rows(model: Any, n_row: int) -> Any:
+    """Return rows of the third kind of text."""
+    from rare_text import rare_documents
+
+    return _rows(model, rare_documents(0), "rare", n_row)
+
+
+def _rows(model: Any, documents: Any, name: str, n_row: int) -> Any:
+    from mone_export.calibration.corpus import make_corpus
+
+    return make_corpus(documents, model.source.tokenizer(), name=name, n_row=n_row, seq_len=SEQ_LEN)
 
 
 @contextmanager
 def pruned(
     model: Any, calibration: Any, corpus: Any, spare: Any, variant: Variant, ratio: float, *, seed: int
 ) -> Iterator[Any]:
-    """Yield the model as a variant leaves it."""
+    """Yield the model as a variant leaves it; super experts are not guarded."""
     from mone_export.calibration.loading import loaded_experts
-    from mone_export.calibration.masking import masked, measure_residuals, recalibrate
-    from mone_export.deciding import search_counts, shared_out
+    from mone_export.calibration.masking import Divergence, masked, measure_residuals, recalibrate
+    from mone_export.deciding import Trial
+    from mone_export.pruning.allocation import allocate
     from mone_export.pruning.novices import joint_novices, novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
 
-    scores = (
-        score_weights(model.spec, loaded_experts(model))
-        if variant.score == "aimer"
-        else score(calibration, variant.score, seed=seed)
-    )
-    counts = None
-    if variant.way == "search":
-        counts = search_counts(model, spare, calibration, scores, novice=variant.novice, ratio=ratio)
-    elif variant.way:
-        counts = shared_out(calibration, scores, novice=variant.novice, ratio=ratio)
+    recipe = recipe_of(variant, ratio, seed=seed)
+    if variant.score == "aimer":
+        scores = replace(score_weights(model.spec, loaded_experts(model)), calibration=calibration)
+    else:
+        scores = score(calibration, variant.score, guarded=False, seed=seed)
+    trial = Trial(Divergence(model, spare), scores, recipe) if recipe.allocation == "search" else None
+    counts = allocate(scores, recipe, trial=trial)
     if variant.way == "sequential":
         calibration = recalibrate(
             model,
             corpus,
             calibration,
-            lambda so_far: plan(score(so_far, variant.score), ratio=ratio, counts=counts),
+            lambda so_far: plan(score(so_far, variant.score, guarded=False), counts, recipe=recipe),
             lambda stats: novices(stats, variant.novice),
         )
-        scores = score(calibration, variant.score)
-    chosen = plan(scores, ratio=ratio, method=variant.method, counts=counts)
+        scores = score(calibration, variant.score, guarded=False)
+    chosen = plan(scores, counts, recipe=recipe)
     if variant.method != "mone":
         yield with_fewer_experts(model.module, calibration, chosen)
         return
@@ -210,6 +240,23 @@ def pruned(
         vectors = {layer: novices(stats, variant.novice) for layer, stats in calibration.layers.items()}
     with masked(model.module, {layer.layer: layer.pruned for layer in chosen.layers}, vectors):
         yield model.module
+
+
+def recipe_of(variant: Variant, ratio: float, *, seed: int) -> Any:
+    """Return the recipe of a variant; `sequential` starts from counts by sensitivity."""
+    from mone_export.recipe import Recipe
+
+    allocation = {"": "even", "sequential": "sensitivity"}.get(variant.way, variant.way)
+    novice = None if variant.novice == "none" else variant.novice
+    return Recipe.of(
+        ratio,
+        method=variant.method,
+        score=variant.score,
+        novice=novice,
+        allocation=allocation,
+        guarded=False,
+        seed=seed,
+    )
 
 
 def with_fewer_experts(module: Any, calibration: Any, chosen: Any) -> Any:
@@ -230,7 +277,7 @@ def with_fewer_experts(module: Any, calibration: Any, chosen: Any) -> Any:
         if state[name].shape != value.shape:
             state[name] = state[name][kept[int(name.split(".")[2])]]
     smaller.load_state_dict(state)
-    if chosen.method == "dern":
+    if chosen.recipe.method == "dern":
         before, after = (dict(expert_modules(each)) for each in (module, smaller))
         for layer in chosen.layers:
             old, new = before[layer.layer], after[layer.layer]

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from readme_tables import runs_after
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASUREMENTS, PLOTS = ROOT / "docs" / "measurements", ROOT / "docs" / "plots"
@@ -51,7 +52,7 @@ def draw_methods(data: dict[str, Any]) -> Any:
     for panel, model, text in cells(panels, models):
         for line, (label, colour, marker) in LINES.items():
             values: dict[float, list[float]] = {}
-            for run in data["runs"]:
+            for run in runs_after(data):
                 own = tuple(run.get(key, "") for key in ("method", "score", "novice", "way"))
                 if run["model"] == model and own == line:
                     values.setdefault(run["ratio"], []).append(run[text]["kl"])

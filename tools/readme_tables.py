@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,11 @@ def methods_table(data: Json) -> Iterable[Row]:
     """Yield KL divergences per variant, best first, each also as a multiple of the paper's combination."""
     ratios = sorted({run["ratio"] for run in data["runs"] if run["ratio"]})
     cells: dict[tuple[str, ...], dict[tuple[float, str], list[float]]] = {}
-    for run in data["runs"]:
-        if run["ratio"]:
-            method = f"{run['method']}, {run['way']}" if run.get("way") else run["method"]
-            row = cells.setdefault((run["model"], method, run["score"], run["novice"]), {})
-            for text in ("like", "unlike"):
-                row.setdefault((run["ratio"], text), []).append(run[text]["kl"])
+    for run in runs_after(data):
+        method = f"{run['method']}, {run['way']}" if run.get("way") else run["method"]
+        row = cells.setdefault((run["model"], method, run["score"], run["novice"]), {})
+        for text in ("like", "unlike"):
+            row.setdefault((run["ratio"], text), []).append(run[text]["kl"])
     columns = [(ratio, text) for ratio in ratios for text in ("like", "unlike")]
     yield "model", "method", "score", "novice", *(f"{ratio:.0%}, {text}" for ratio, text in columns)
     order = (0.5, "like") if (0.5, "like") in columns else columns[0]
@@ -255,13 +255,45 @@ def methods_against(data: Json) -> Iterable[Row]:
                 yield model, f"{ratio:.0%}", text, _mean(by_way, model, ratio, text), *cells
 
 
-def _by_way(data: Json) -> ByWay:
-    """Return the runs by (model, ratio, way), and in each by calibration sample."""
+THIRD = {
+    ("mone", "reap", "least-squares", "sensitivity"): "--score reap",
+    ("mone", "reap", "least-squares", ""): "--score reap --allocate even",
+    ("drop", "reap", "none", ""): "REAP (--stock)",
+}
+
+
+def methods_third(data: Json) -> Iterable[Row]:
+    """Yield the default's divergences on three kinds of text by length of calibration, and REAP's."""
+    ratios = sorted({run["ratio"] for run in data["runs"] if run["ratio"]})
+    yield "model", "calibration", "experts pruned", "text", "**default**: KL divergence", *THIRD.values()
+    for model in data["settings"]["models"]:
+        for n_token in data["settings"]["calibration_tokens"]:
+            by_way = _by_way(data, n_token)
+            for ratio, text in product(ratios, ("like", "unlike", "rare")):
+                cells = (_times(by_way, model, ratio, text, way) for way in THIRD)
+                own = [run[text]["kl"] for run in by_way[model, ratio, DEFAULT].values()]
+                mean = f"{statistics.mean(own):.2g}"
+                yield model, f"{n_token} tokens", f"{ratio:.0%}", text, mean, *cells
+
+
+def runs_after(data: Json, n_token: int | None = None) -> list[Json]:
+    """Return the runs with pruned experts after a calibration of so many tokens (default: the longest)."""
+    n_token = n_token or _lengths(data)[-1]
+    return [run for run in data["runs"] if run["ratio"] and run.get("calibration_tokens", n_token) == n_token]
+
+
+def _lengths(data: Json) -> list[int]:
+    """Return the lengths of calibration in tokens, ascending."""
+    lengths = data["settings"]["calibration_tokens"]
+    return sorted(lengths) if isinstance(lengths, list) else [lengths]
+
+
+def _by_way(data: Json, n_token: int | None = None) -> ByWay:
+    """Return the runs of `runs_after` by (model, ratio, way), and in each by calibration sample."""
     found: ByWay = {}
-    for run in data["runs"]:
-        if run["ratio"]:
-            way = (run["method"], run["score"], run["novice"], run.get("way", ""))
-            found.setdefault((run["model"], run["ratio"], way), {})[run["sample"]] = run
+    for run in runs_after(data, n_token):
+        way = (run["method"], run["score"], run["novice"], run.get("way", ""))
+        found.setdefault((run["model"], run["ratio"], way), {})[run["sample"]] = run
     return found
 
 
@@ -290,14 +322,14 @@ def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
 def methods_note(data: Json) -> str:
     """Say what was run."""
     settings = data["settings"]
+    lengths = " or ".join(map(str, _lengths(data)))
     kinds = "; ".join(
         f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
         for name, kinds in settings["models"].items()
     )
     return (
         "KL divergence from the unpruned model in nats per token, mean over "
-        f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens ± their "
-        "standard deviation, on "
+        f"{settings['samples']} calibration samples of {lengths} tokens ± their standard deviation, on "
         f"{settings['evaluation_tokens']} held-out tokens of each kind; x: times as much on the same sample "
         "as the default in the short table, as the paper's combination in the long one, median (smallest to "
         f"largest). Float32 in PyTorch. {kinds}."
@@ -493,6 +525,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods": methods_table,
     "methods/short": methods_short,
     "methods/against": methods_against,
+    "methods/third": methods_third,
     "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,

@@ -31,6 +31,7 @@ from mone_export.artifacts import Calibration, MoeSpec, Scores
 from mone_export.errors import MoneError
 from mone_export.pruning.damage import error_left
 from mone_export.pruning.novices import novices
+from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import NoviceName, Recipe
 
 log = logging.getLogger(__name__)
@@ -132,12 +133,14 @@ def sensitivities(damage: Mapping[int, float], errors: Mapping[int, float]) -> d
 def error_curves(calibration: Calibration, scores: Scores, novice: NoviceName) -> dict[int, Tensor]:
     """Return each layer's error when it keeps its best r experts, float64 [n_expert + 1], by r.
 
-    The error is relative to the layer's output, times the layer's sensitivity where the calibration has it.
+    The error is the one that `possible_use` allows for, as in the score `error`. It is relative to the
+    layer's output, times the layer's sensitivity where the calibration has it.
     """
     curves = {}
     for layer, values in zip(scores.spec.moe_layers, scores.values, strict=True):
         stats = calibration.layers[layer]
-        left = error_left(stats, novices(stats, novice))[torch.argsort(values, descending=True, stable=True)]
+        error = error_left(stats, novices(stats, novice)) * possible_use(stats)
+        left = error[torch.argsort(values, descending=True, stable=True)]
         total = stats.gated2_norm_sq_sum.sum().clamp(min=torch.finfo(torch.float64).tiny)
         lost = torch.cat([left.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
         curves[layer] = lost / total * calibration.sensitivity.get(layer, 1.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Scores
 from mone_export.errors import MoneError
 from mone_export.pruning.guard import guard
+from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import SCORE_NAMES, ScoreName
 
 _CHUNK = 2**20  # weights that are taken at once, 8 MB in float64
@@ -112,11 +113,15 @@ def _mone_paper(stats: ExpertStats) -> Tensor:
 
 
 def _error(stats: ExpertStats) -> Tensor:
-    """Squared error per token that the `least-squares` novice leaves, sum g^2 ||f - N||^2 / T."""
+    """Squared error per token that the `least-squares` novice may leave, sum g^2 ||f - N||^2 / T.
+
+    Times what `possible_use` says: an expert seen in few tokens may be used more often elsewhere.
+    """
     explained = stats.gated2_out_sum.square().sum(1) / stats.gate_sq_sum.clamp(
         min=torch.finfo(torch.float64).tiny
     )
-    return (stats.gated2_norm_sq_sum - explained).clamp(min=0) / max(stats.n_token, 1)
+    error = (stats.gated2_norm_sq_sum - explained).clamp(min=0) / max(stats.n_token, 1)
+    return error * possible_use(stats)
 
 
 SCORES: dict[ScoreName, Score] = {
