@@ -22,7 +22,7 @@ check-vulkan: $(READY)
 	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
 
 check-cuda: $(READY)
-	$(VENV)/bin/python tools/check_cuda.py
+	$(VENV)/bin/python tools/patches/check_cuda.py
 
 check-arm64: $(READY)
 	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || \

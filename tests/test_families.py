@@ -1,6 +1,6 @@
 """Every family of `families.py`: the file in llama.cpp against the definition in PyTorch.
 
-`--families-json=FILE` keeps the measurements; `tools/families_table.py` makes docs/families.md of them.
+`--families-json=FILE` keeps the measurements; `tools/pages/families_table.py` makes docs/families.md of them.
 """
 
 import json

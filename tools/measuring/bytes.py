@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from measure_methods import MODELS, rows_of, trained
 from measuring import Json, ask_perplexity, programs, scratch
+from measuring.methods import MODELS, rows_of, trained
 
 TEXTS = ("like", "unlike")
 FRACTIONS = (

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from measuring import Json, scratch
-from random_model import save_random_model
+from models.random_model import save_random_model
 
 MEMORY_SHAPE = {"n_layer": 2, "n_expert": 128, "top_k": 8, "hidden": 1024, "expert": 1024}
 BAR_FACTOR, BAR_EXTRA = 1.5, 500_000_000

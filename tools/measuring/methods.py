@@ -119,7 +119,7 @@ def trained(name: str, *, minutes: float) -> Path:
     family, _, text = name.rpartition("-")
     folder = runtime.cache_dir() / "models" / name
     if not (folder / "training.json").exists():
-        tool = Path(__file__).with_name("train_demo.py")
+        tool = Path(__file__).parents[1] / "models" / "train_demo.py"
         command = [sys.executable, str(tool), "--out", str(folder), "--family", family, "--text", text]
         subprocess.run([*command, "--minutes", str(minutes)], check=True)
     return folder

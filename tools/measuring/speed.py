@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from measuring import Json, pairwise, programs, scratch, spread
-from random_gguf import BLOCK_TYPES, SHAPES, Form, Shape, write_model
-from routed_share import routed_share
 
+from measuring import Json, pairwise, programs, scratch, spread
+from measuring.routed_share import routed_share
+from models.random_gguf import BLOCK_TYPES, SHAPES, Form, Shape, write_model
 from mone_export import runtime
 from mone_export.runtime.toolchain import gpu_identity
 

@@ -2,18 +2,18 @@
 """Write docs/families.md from docs/measurements/families.json, which the tests write:
 
 pytest -m families --families-json=docs/measurements/families.json
-python tools/families_table.py
+python tools/pages/families_table.py
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 HEAD = """# Model families
 
-Written by `tools/families_table.py` from what `pytest -m families` measured; not to be edited.
+Written by `tools/pages/families_table.py` from what `pytest -m families` measured; not to be edited.
 
 One small random model of each family (4 layers, 16 experts, 4 used; its routing features on, selection
 biases random) is calibrated, exported unpruned and with half of its experts replaced, and run in the patched

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the tables of README.md and docs/*.md from docs/measurements/*.json.
 
-    python tools/readme_tables.py            rewrite what stands between the markers
-    python tools/readme_tables.py --check    change nothing; fail where a file differs
+    python tools/pages/readme_tables.py            rewrite what stands between the markers
+    python tools/pages/readme_tables.py --check    change nothing; fail where a file differs
 
 `<!-- table:NAME -->` ... `<!-- /table -->` holds the table of docs/measurements/NAME.json, `table:NAME/VIEW`
 another table of the same numbers. No number of ours is typed by hand.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 Json = dict[str, Any]
