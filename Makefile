@@ -1,6 +1,6 @@
 # make demo | test | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
-# spares the download of the CUDA libraries.
+# saves the download of the CUDA libraries.
 PYTHON  ?= python3
 BACKEND ?= cpu
 VENV    := .venv

@@ -181,10 +181,10 @@ class Residual:
         """Return the residual of both token sets together."""
         return Residual(self.gram + other.gram, self.cross + other.cross, self.norm_sq + other.norm_sq)
 
-    def error(self, vectors: Tensor) -> float:
-        """Return sum_t ||r_t - sum_e g_te N_e||^2 for novices N [M, d]."""
+    def error(self, novices: Tensor) -> float:
+        """Return sum_t ||r_t - sum_e g_te N_e||^2 for `novices` N [M, d]."""
         return float(
-            self.norm_sq - 2 * (vectors * self.cross).sum() + (vectors * (self.gram @ vectors)).sum()
+            self.norm_sq - 2 * (novices * self.cross).sum() + (novices * (self.gram @ novices)).sum()
         )
 
 

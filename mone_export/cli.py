@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mone_export.artifacts import Candidate, MoeSpec, Part, Report
 
 _DESCRIPTION = (
-    "Prune the experts a mixture-of-experts model can spare, put a constant vector (a novice) in the place "
+    "Prune the experts a mixture-of-experts model needs least, put a constant vector (a novice) in the place "
     "of each, and write a GGUF for llama.cpp."
 )
 _EPILOG = """examples:

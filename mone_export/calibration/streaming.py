@@ -82,7 +82,7 @@ class LayerFiles:
     def each(self, first: int = 0) -> Iterator[int]:
         """Yield layer numbers from `first`, each loaded; the next one is read meanwhile."""
         numbers = range(first, len(self.layers))
-        with _settled_objects(), ThreadPoolExecutor(max_workers=1) as reader:
+        with _without_old_objects(), ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.load, first) if numbers else None
             gone: Future[None] | None = None
             for number in numbers:
@@ -131,7 +131,7 @@ class LayerFiles:
 
 
 @contextmanager
-def _settled_objects() -> Iterator[None]:
+def _without_old_objects() -> Iterator[None]:
     """Let Python's collector, which runs after every layer, skip the objects that are there already."""
     gc.freeze()
     try:

@@ -130,7 +130,7 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     from mone_export.calibration.loading import load
     from mone_export.calibration.passes import calibrate
     from mone_export.deciding import with_sensitivity
-    from mone_export.request import SPARE_ROWS
+    from mone_export.request import HELD_OUT_ROWS
 
     model = load(trained(name, minutes=args.minutes), device="cpu", dtype="float32")
     like, unlike = MODELS[name]
@@ -142,13 +142,13 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
     yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
     for sample in range(args.samples):
-        n_row = args.rows + SPARE_ROWS
+        n_row = args.rows + HELD_OUT_ROWS
         whole = rows_of(model, "calibration", like, n_row, first=sample, step=args.samples)
-        corpus, spare = head(whole, args.rows), whole.tokens[args.rows :]
+        corpus, held_out = head(whole, args.rows), whole.tokens[args.rows :]
         calibration = with_sensitivity(model, corpus, calibrate(model, corpus, model_sha256=""))
         for ratio in args.ratios:
             for variant in _variants(args):
-                with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
+                with pruned(model, calibration, corpus, held_out, variant, ratio, seed=sample) as module:
                     result = _compare(module, texts, wanted)
                 run = {"model": name, "ratio": ratio, "sample": sample} | variant._asdict() | result
                 print(run, file=sys.stderr, flush=True)
@@ -168,7 +168,7 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
 
 @contextmanager
 def pruned(
-    model: Any, calibration: Any, corpus: Any, spare: Any, variant: Variant, ratio: float, *, seed: int
+    model: Any, calibration: Any, corpus: Any, held_out: Any, variant: Variant, ratio: float, *, seed: int
 ) -> Iterator[Any]:
     """Yield the model as a variant leaves it."""
     from mone_export.calibration.loading import loaded_experts
@@ -185,7 +185,7 @@ def pruned(
     )
     counts = None
     if variant.way == "search":
-        counts = search_counts(model, spare, calibration, scores, novice=variant.novice, ratio=ratio)
+        counts = search_counts(model, held_out, calibration, scores, novice=variant.novice, ratio=ratio)
     elif variant.way:
         counts = shared_out(calibration, scores, novice=variant.novice, ratio=ratio)
     if variant.way == "sequential":

@@ -196,7 +196,7 @@ class Packer:
     def __init__(
         self, documents: list[Document], tokenizer: PreTrainedTokenizerBase, *, prose_share: float, seed: int
     ) -> None:
-        """Tokenise the documents, each with the BOS that the tokenizer puts in front and an EOS behind."""
+        """Tokenise the documents, each with the BOS that the tokenizer puts in front and an EOS after it."""
         self._random = random.Random(seed)
         self._sha256 = hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()
         self._ids: dict[str, list[list[int]]] = {"python": [], "prose": []}

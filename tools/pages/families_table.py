@@ -20,7 +20,7 @@ biases random) is calibrated, exported unpruned and with half of its experts rep
 llama.cpp. NMSE: squared difference to the logits of the definition in plain PyTorch, over their squared norm,
 100 tokens, float32. A family works when the pruned file is no worse than twice the unpruned one, or 1e-6.
 Selection bias: added to the scores for choosing experts, not to their weights. Groups: a token's experts
-come from so many of so many groups. MTP block: behind the last layer, for predicting further tokens; rows
+come from so many of so many groups. MTP block: after the last layer, for predicting further tokens; rows
 without an entry were tested without one.
 """
 

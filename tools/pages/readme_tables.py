@@ -370,7 +370,7 @@ def bytes_note(data: Json) -> str:
     return (
         "KL divergence from the unpruned model in nats per token, mean over "
         f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens (range), on "
-        f"{settings['evaluation_tokens']} held-out tokens; behind it the type, and the share of the experts "
+        f"{settings['evaluation_tokens']} held-out tokens; after it the type, and the share of the experts "
         "pruned. Sizes relative to the unpruned file in the checkpoint's own type. The estimate that --fit "
         f"chooses by and the divergence on like text: {correlation}; the choice has "
         f"{statistics.median(lost):.2f} times the best candidate's divergence (median over sizes, "
