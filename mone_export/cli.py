@@ -409,17 +409,15 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
         print(
-            f"layers   keep {kept} of {job.source.spec.n_expert} experts on average, each how many is known "
-            "after a calibration, or with saved --stats"
+            f"layers   keep {kept} of {job.source.spec.n_expert} experts on average; which layer how many is "
+            "known after a calibration, or with saved --stats"
         )
     _print_text(parts)
     _print_candidates(job.candidates)
     if decided:
         _print_sizes(job.size_unpruned, job.size, about=not counted)
     else:
-        print(
-            "note     which of these does the least harm is known after a calibration, or with saved --stats"
-        )
+        print("note     which of these does least harm is known after a calibration, or with saved --stats")
 
 
 def _ratio(text: str) -> float:

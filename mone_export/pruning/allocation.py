@@ -69,7 +69,7 @@ def possible(recipe: Recipe, calibration: Calibration | None) -> Recipe:
         return recipe
     log.warning(
         "these statistics lack the layers' sensitivities, so every layer keeps the same number of experts: "
-        "calibrate anew for better counts"
+        "calibrate again for better counts"
     )
     return replace(recipe, allocation="even")
 
