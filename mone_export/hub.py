@@ -2,7 +2,7 @@
 
 huggingface_hub does the transfers, into its own cache: what is there already, whole files, is not asked for
 again, and with HF_HUB_OFFLINE nothing is. A connection that breaks off in the middle of a file is taken up
-again where it broke; a file whose download is killed begins anew.
+again where it broke; a file whose download is killed begins again.
 """
 
 import json

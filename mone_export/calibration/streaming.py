@@ -3,7 +3,7 @@
 No family's forward pass is written again here. To run layer i, the model's own forward pass runs while all
 its other decoder layers answer at once: those before i with what layer i - 1 gave for these rows, those
 after it with what layer i gives now. So every layer gets the masks, the position embeddings and the rest
-that its model makes for it; making them anew for every layer costs next to nothing. Only what decoder layers
+that its model makes for it; making them again for every layer costs next to nothing. Only what decoder layers
 hand to each other is kept between layers, row by row, so that it can be cut into other batches, written to
 disk, and taken up again by another process.
 

@@ -1,8 +1,9 @@
 """Novices: the constant vectors that answer in place of pruned experts.
 
 One pure function each from a layer's statistics to a vector per expert, [n_expert, d] float64; a novice is
-the output the runtime still multiplies by the router's weight. Add one by writing its function, its line
-in `NOVICES` and its name in `recipe.NoviceName`. `joint` novices need a second pass over the text, once the plan is known (`joint_novices`).
+the output the runtime still multiplies by the router's weight. Add one by writing its function, its line in
+`NOVICES` and its name in `recipe.NoviceName`. `joint` novices need a second pass over the text, once the plan
+is known (`joint_novices`).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Scores: one pure function each from a layer's statistics to one number per expert; larger means keep.
 
-Add one by writing its function, its line in `SCORES` and its name in `recipe.ScoreName`; the command line and the
-tests follow.
+Add one by writing its function, its line in `SCORES` and its name in `recipe.ScoreName`; the command line and
+the tests follow.
 Formulas: MoNE (arXiv 2507.00390), REAP (arXiv 2510.13999), MAN/MSAN (arXiv 2606.15716).
 An expert never seen (`count` 0) scores minus infinity: it is pruned first, as nothing shows that it is used.
 """
