@@ -261,7 +261,7 @@ def _add_pruning_options(group: _Group) -> None:
         "--allocate",
         dest="allocation",
         choices=ALLOCATIONS,
-        help="how many experts each layer keeps: more where the model minds errors more (sensitivity, the "
+        help="how many experts each layer keeps: more where errors do more harm (sensitivity, the "
         "default), the same number (even, the default with drop and dern), the best of the whole model by "
         "relative score (model), or by trying (search: starts at sensitivity)",
     )

@@ -121,7 +121,7 @@ def headers(
 
 @contextmanager
 def skeleton_folder(snapshot: Snapshot, progress: Progress | None = None) -> Iterator[Path]:
-    """Yield a folder that is the model in all but the values of its weights, and takes next to no disk.
+    """Yield a folder that is the model in all except the values of its weights, and takes next to no disk.
 
     Its weight files have the true headers and holes for the data, which read as zeros: for everything that
     needs names, shapes and types only. Where all weights are here it is the snapshot's own folder.

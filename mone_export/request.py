@@ -173,7 +173,7 @@ class Job:
 
 
 def prepare(request: Request, *, dry: bool = False, progress: Progress | None = None) -> Job:
-    """Check a request, and read all that it needs but the weights; `MoneError` for what cannot be done.
+    """Check a request, and read all that it needs except the weights; `MoneError` for what cannot be done.
 
     A `dry` run needs no place for an output.
     """

@@ -1,6 +1,6 @@
 """damage_by_layer(): how much the model's output changes when experts of one layer are pruned, for each.
 
-The statistics say how far a layer's output strays, not how much the model minds. So a little text runs
+The statistics say how far a layer's output strays, not how much harm that does. So a little text runs
 through the model once whole and once for each layer with novices in that layer alone, and the last hidden
 states are compared. A run starts where it begins to differ, from what the unpruned model hands to its layer:
 all runs go through the layers together, so that streamed layers come once, and n layers cost the work of n/2
