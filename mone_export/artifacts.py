@@ -57,7 +57,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertStats:
-    """What calibration measured in one layer. M experts, outputs of width d; all float64 except `count` (int64).
+    """What calibration measured in one layer: M experts, outputs of width d; float64 except `count` (int64).
 
     For a token routed to expert e, `f` is the expert's output [d] and `g` the weight that multiplies it.
     `count` is always what was really seen. Every other sum, and the mean, takes each token as often as its

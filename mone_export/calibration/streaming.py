@@ -52,7 +52,7 @@ class LayerFiles:
     def __init__(
         self, path: Path, module: PreTrainedModel, *, device: str, dtype: torch.dtype, quantizer: Any = None
     ) -> None:
-        """Take a model built on the meta device; read its embeddings and all else except the decoder layers."""
+        """Take a model built on the meta device; read all of it except the decoder layers."""
         self._path, self._module = path, module
         self._weights = open_weights(path)
         self._places = _places(path)
