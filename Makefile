@@ -1,6 +1,6 @@
 # make demo | test | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
-# spares the download of the CUDA libraries.
+# saves the download of the CUDA libraries.
 PYTHON  ?= python3
 BACKEND ?= cpu
 VENV    := .venv
@@ -22,7 +22,7 @@ check-vulkan: $(READY)
 	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
 
 check-cuda: $(READY)
-	$(VENV)/bin/python tools/check_cuda.py
+	$(VENV)/bin/python tools/patches/check_cuda.py
 
 check-arm64: $(READY)
 	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || \

@@ -126,10 +126,10 @@ REFUSED: Mapping[str, str] = {
     "Qwen4ExpForConditionalGeneration": (
         "llama.cpp computes other logits for it than transformers, unpruned as well"
     ),
-    "DbrxForCausalLM": "its experts are not behind transformers' experts interface",
-    "JetMoeForCausalLM": "its experts are not behind transformers' experts interface",
-    "LongcatFlashForCausalLM": "its experts are not behind transformers' experts interface",
-    "Step3p7ForConditionalGeneration": "its experts are not behind transformers' experts interface",
+    "DbrxForCausalLM": "its experts do not use transformers' experts interface",
+    "JetMoeForCausalLM": "its experts do not use transformers' experts interface",
+    "LongcatFlashForCausalLM": "its experts do not use transformers' experts interface",
+    "Step3p7ForConditionalGeneration": "its experts do not use transformers' experts interface",
 }
 
 

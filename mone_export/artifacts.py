@@ -57,7 +57,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertStats:
-    """What calibration measured in one layer. M experts, outputs of width d; all float64 but `count` (int64).
+    """What calibration measured in one layer: M experts, outputs of width d; float64 except `count` (int64).
 
     For a token routed to expert e, `f` is the expert's output [d] and `g` the weight that multiplies it.
     `count` is always what was really seen. Every other sum, and the mean, takes each token as often as its
@@ -119,7 +119,7 @@ class ExpertStats:
         )
 
     def reweighted(self, times: float) -> "ExpertStats":
-        """Return the statistics as they are when each token counts `times` times: all sums but `count`.
+        """Return the statistics as they are when each token counts `times` times: all sums except `count`.
 
         `n_token`, `count`, `out_mean` and `max_abs` stay: they say what was seen, or do not depend on it.
         """
@@ -181,10 +181,10 @@ class Residual:
         """Return the residual of both token sets together."""
         return Residual(self.gram + other.gram, self.cross + other.cross, self.norm_sq + other.norm_sq)
 
-    def error(self, vectors: Tensor) -> float:
-        """Return sum_t ||r_t - sum_e g_te N_e||^2 for novices N [M, d]."""
+    def error(self, novices: Tensor) -> float:
+        """Return sum_t ||r_t - sum_e g_te N_e||^2 for `novices` N [M, d]."""
         return float(
-            self.norm_sq - 2 * (vectors * self.cross).sum() + (vectors * (self.gram @ vectors)).sum()
+            self.norm_sq - 2 * (novices * self.cross).sum() + (novices * (self.gram @ novices)).sum()
         )
 
 
@@ -194,8 +194,8 @@ class Calibration:
 
     `parts` names the text: one part, or several where files were merged. `config` is the part of the model's
     config that decides what it computes, and `made_with` says by what it was computed (`dtype`, `device`,
-    versions); both are empty in files of earlier versions. `sensitivity` says for each layer how much the
-    model minds an error in it, as `pruning.allocation` defines it; empty where that was not measured.
+    versions); both are empty in files of earlier versions. `sensitivity` says for each layer how much
+    harm an error in it does, as `pruning.allocation` defines it; empty where that was not measured.
     """
 
     spec: MoeSpec

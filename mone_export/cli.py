@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mone_export.artifacts import Candidate, MoeSpec, Part, Report
 
 _DESCRIPTION = (
-    "Prune the experts a mixture-of-experts model can spare, put a constant vector (a novice) in the place "
+    "Prune the experts a mixture-of-experts model needs least, put a constant vector (a novice) in the place "
     "of each, and write a GGUF for llama.cpp."
 )
 _EPILOG = """examples:
@@ -261,7 +261,7 @@ def _add_pruning_options(group: _Group) -> None:
         "--allocate",
         dest="allocation",
         choices=ALLOCATIONS,
-        help="how many experts each layer keeps: more where the model minds errors more (sensitivity, the "
+        help="how many experts each layer keeps: more where errors do more harm (sensitivity, the "
         "default), the same number (even, the default with drop and dern), the best of the whole model by "
         "relative score (model), or by trying (search: starts at sensitivity)",
     )
@@ -409,17 +409,15 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
         print(
-            f"layers   keep {kept} of {job.source.spec.n_expert} experts on average, each how many is known "
-            "after a calibration, or with saved --stats"
+            f"layers   keep {kept} of {job.source.spec.n_expert} experts on average; which layer how many is "
+            "known after a calibration, or with saved --stats"
         )
     _print_text(parts)
     _print_candidates(job.candidates)
     if decided:
         _print_sizes(job.size_unpruned, job.size, about=not counted)
     else:
-        print(
-            "note     which of these does the least harm is known after a calibration, or with saved --stats"
-        )
+        print("note     which of these does least harm is known after a calibration, or with saved --stats")
 
 
 def _ratio(text: str) -> float:

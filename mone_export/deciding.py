@@ -47,7 +47,7 @@ def scored(job: Job, calibration: Calibration | None) -> Scores:
     return score(calibration, recipe.score, guarded=recipe.guarded, seed=recipe.seed)
 
 
-def settled(job: Job, scores: Scores) -> Job:
+def with_best_candidate(job: Job, scores: Scores) -> Job:
     """Choose among a job's candidates by their estimated errors, and fix ratio and type; the best first."""
     if len(job.candidates) < 2 or scores.calibration is None:
         return job
@@ -113,7 +113,7 @@ def after_pruned(
     )
 
 
-def joint_vectors(
+def fitted_novices(
     job: Job, calibration: Calibration, chosen: Plan, *, progress: Progress | None = None
 ) -> dict[int, Tensor]:
     """Return novices [n_expert, d] per layer that make up for a plan's pruned experts together."""
@@ -135,8 +135,8 @@ def _searched(job: Job, scores: Scores, progress: Progress | None) -> Counts:
     """Return the counts per layer that do the model the least harm found, on rows no calibration saw."""
     from mone_export.calibration.masking import Divergence
 
-    assert job.spare is not None and scores.calibration is not None
-    divergence = Divergence(job.load_model(stream="off"), job.spare)
+    assert job.held_out is not None and scores.calibration is not None
+    divergence = Divergence(job.load_model(stream="off"), job.held_out)
     return allocate(scores, job.recipe, trial=Trial(divergence, scores, job.recipe, progress))
 
 
@@ -149,7 +149,7 @@ class Trial:
         """Take the model's divergence on some rows, and what else the plans depend on."""
         assert scores.calibration is not None
         self._divergence, self._scores, self._recipe = divergence, scores, recipe
-        self._vectors: Mapping[int, Tensor] = {
+        self._novices: Mapping[int, Tensor] = {
             layer: novices(stats, recipe.known_novice) for layer, stats in scores.calibration.layers.items()
         }
         self._progress = progress
@@ -161,7 +161,7 @@ class Trial:
         if self._progress:
             self._progress(self._n_done, 0, "searching the counts of the layers")
         chosen = plan(self._scores, counts, recipe=self._recipe)
-        return self._divergence({layer.layer: layer.pruned for layer in chosen.layers}, self._vectors)
+        return self._divergence({layer.layer: layer.pruned for layer in chosen.layers}, self._novices)
 
 
 def _corpus(job: Job, calibration: Calibration) -> Corpus:

@@ -2,7 +2,7 @@
 
 huggingface_hub does the transfers, into its own cache: what is there already, whole files, is not asked for
 again, and with HF_HUB_OFFLINE nothing is. A connection that breaks off in the middle of a file is taken up
-again where it broke; a file whose download is killed begins anew.
+again where it broke; a file whose download is killed begins again.
 """
 
 import json
@@ -121,7 +121,7 @@ def headers(
 
 @contextmanager
 def skeleton_folder(snapshot: Snapshot, progress: Progress | None = None) -> Iterator[Path]:
-    """Yield a folder that is the model in all but the values of its weights, and takes next to no disk.
+    """Yield a folder that is the model in all except the values of its weights, and takes next to no disk.
 
     Its weight files have the true headers and holes for the data, which read as zeros: for everything that
     needs names, shapes and types only. Where all weights are here it is the snapshot's own folder.

@@ -41,7 +41,7 @@ _UNPACKED = ("mxfp4", "fp8")
 def shape_of(config: Any) -> MoeSpec:
     """Return the mixture-of-experts shape of the model that a config (transformers') describes.
 
-    Raises `MoneError` for a model without routed experts, and for experts that are not behind transformers'
+    Raises `MoneError` for a model without routed experts, and for experts that do not use transformers'
     experts interface.
     """
     arch, text_config = arch_of(config), config.get_text_config()
@@ -51,7 +51,7 @@ def shape_of(config: Any) -> MoeSpec:
         raise MoneError(f"{arch} has layers with several expert stacks: such models are not supported")
     if not experts:
         hint = (
-            "its experts are not behind transformers' experts interface"
+            "its experts do not use transformers' experts interface"
             if any("expert" in key for key in text_config.to_dict())
             else "only models with routed experts can be pruned"
         )
@@ -122,7 +122,7 @@ def expert_modules(module: nn.Module) -> Iterator[tuple[int, Any]]:
 
 
 def _mark(module: Any) -> None:
-    """Mark experts that are not behind the interface, but laid out like those, as its decorator would."""
+    """Mark experts that do not use the interface, but are laid out like those, as its decorator would."""
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     first, down = (
         stack if isinstance(stack, nn.Parameter) and stack.dim() == 3 else None for stack in stacks

@@ -10,7 +10,7 @@ from typing import Any
 
 from mone_export.artifacts import Plan, Report
 from mone_export.calibration import ranks
-from mone_export.deciding import after_pruned, decided, file_size, joint_vectors, scored, settled
+from mone_export.deciding import after_pruned, decided, file_size, fitted_novices, scored, with_best_candidate
 from mone_export.output.writing import write
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.reporting import Clock, report
@@ -36,19 +36,19 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     if ranks.rank() > 0:
         return None
     scores = scored(job, calibration)
-    job = settled(job, scores)
+    job = with_best_candidate(job, scores)
     chosen = decided(job, scores, progress=progress)
     clock.lap("plan")
-    vectors = None
+    joint = None
     if calibration and job.request.sequential:
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)
         chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
         clock.lap("layer by layer")
     if calibration and job.recipe.novice == "joint":
-        vectors = joint_vectors(job, calibration, chosen, progress=progress)
+        joint = fitted_novices(job, calibration, chosen, progress=progress)
         clock.lap("joint novices")
     size = write(
-        job.source, calibration, chosen, job.outfile, vectors=vectors, outtype=job.outtype, progress=progress
+        job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.outtype, progress=progress
     )
     clock.lap("writing")
     return report(job, calibration, stability, chosen, size=size, clock=clock)
@@ -66,7 +66,7 @@ def rehearse(
     if not job.saved or not job.needs_statistics:
         return job, plan_without_scores(job.source.spec, job.recipe)
     scores = scored(job, job.saved)
-    job = settled(job, scores)
+    job = with_best_candidate(job, scores)
     chosen = decided(job, scores)
     return replace(job, size=file_size(job, chosen)), chosen
 

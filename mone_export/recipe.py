@@ -58,9 +58,9 @@ class Recipe:
 
     `ratio` is the share of the experts to prune, 0 <= ratio < 1, over all layers together. `score` ranks the
     experts of a layer, `novice` stands in for a pruned one, `allocation` says how many each layer keeps: the
-    same number (`even`), by scores that compete over the model (`model`), by how much the model minds an
-    error in the layer (`sensitivity`), or by trying it out (`search`). At least `min_kept` stay in a layer
-    (None: as many as a token uses). With `guarded`, experts of extreme outputs are never pruned. `seed`
+    same number (`even`), by scores that compete over the model (`model`), by how much harm an error in the
+    layer does (`sensitivity`), or by trying it out (`search`). At least `min_kept` stay in a layer (None: as
+    many as a token uses). With `guarded`, experts of extreme outputs are never pruned. `seed`
     serves the score `random`. `mtp` says whether blocks that predict further tokens stay in the file.
     """
 

@@ -32,7 +32,7 @@ from mone_export.source import DEMO, Source, open_source
 if TYPE_CHECKING:
     from mone_export.calibration.loading import Model
 
-SPARE_ROWS = 8  # of text that no calibration sees, to try counts on
+HELD_OUT_ROWS = 8  # of text that no calibration sees, to try counts on
 DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
 PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
 NO_EARLY_END = (
@@ -126,8 +126,8 @@ class Job:
 
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
     `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
-    statistics made before; `corpus` is None where no text is needed; `spare` [n, seq_len] are rows that no
-    calibration sees.
+    statistics made before; `corpus` is None where no text is needed; `held_out` [n, seq_len] are rows
+    that no calibration sees.
     """
 
     request: Request
@@ -141,7 +141,7 @@ class Job:
     saved: Calibration | None = None
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
-    spare: Tensor | None = None
+    held_out: Tensor | None = None
 
     @property
     def outfile(self) -> Path:
@@ -173,7 +173,7 @@ class Job:
 
 
 def prepare(request: Request, *, dry: bool = False, progress: Progress | None = None) -> Job:
-    """Check a request, and read all that it needs but the weights; `MoneError` for what cannot be done.
+    """Check a request, and read all that it needs except the weights; `MoneError` for what cannot be done.
 
     A `dry` run needs no place for an output.
     """
@@ -382,8 +382,8 @@ def _with_text(job: Job) -> Job:
         datasets=request.datasets,
         field=request.field,
         seed=request.seed,
-        n_row=n_row + (SPARE_ROWS if searches else 0),
+        n_row=n_row + (HELD_OUT_ROWS if searches else 0),
         seq_len=seq_len,
     )
     _check_text(job, whole)
-    return replace(job, corpus=head(whole, n_row), spare=whole.tokens[n_row:] if searches else None)
+    return replace(job, corpus=head(whole, n_row), held_out=whole.tokens[n_row:] if searches else None)

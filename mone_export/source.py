@@ -133,7 +133,7 @@ class Checkpoint:
 
     @cached_property
     def spec(self) -> MoeSpec:
-        """The mixture-of-experts shape; statistics of the same config know it, which spares building it."""
+        """The mixture-of-experts shape; statistics of the same config know it, too."""
         config = self.config
         if self._saved and self._saved.config == self.computing_config:
             return self._saved.spec

@@ -165,10 +165,10 @@ def with_sensitivity(
 
     halved = plan(score(calibration, "mone", guarded=False), ratio=0.5, min_kept=1, allocation="even")
     pruned = {layer.layer: layer.pruned for layer in halved.layers}
-    vectors = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
+    means = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
     errors = {layer: relative_error(calibration.layers[layer], pruned[layer], "mean") for layer in pruned}
     try:
-        damage = damage_by_layer(model, corpus.tokens, pruned, vectors, progress=progress)
+        damage = damage_by_layer(model, corpus.tokens, pruned, means, progress=progress)
     except (RuntimeError, MoneError) as error:  # out of memory is one
         log.warning("how much the layers matter could not be measured (%s)", first_line(error))
         return calibration

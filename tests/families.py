@@ -127,7 +127,7 @@ class Row:
     projector: bool = True  # the converter knows the names that transformers gives the vision part
     transposed: bool = False  # experts' matrices stand the other way round in published checkpoints
     packed: str = ""  # how the checkpoint is quantised
-    # with a block behind the last layer that predicts further tokens: a layer with the next number, or `mtp`
+    # with a block after the last layer that predicts further tokens: a layer with the next number, or `mtp`
     mtp: Literal["", "layer", "mtp"] = ""
     mtp_kept: bool = True  # by llama.cpp's converter
     variant: str = ""
@@ -746,13 +746,19 @@ ROWS: tuple[Row, ...] = (
             }
         },
     ),
-    Row("DbrxForCausalLM", "dbrx", "softmax, norm", {}, refused="not behind transformers' experts interface"),
+    Row(
+        "DbrxForCausalLM",
+        "dbrx",
+        "softmax, norm",
+        {},
+        refused="do not use transformers' experts interface",
+    ),
     Row(
         "JetMoeForCausalLM",
         "jetmoe",
         "top-k, softmax",
         {},
-        refused="not behind transformers' experts interface",
+        refused="do not use transformers' experts interface",
     ),
     Row(
         "LongcatFlashForCausalLM",
@@ -760,7 +766,7 @@ ROWS: tuple[Row, ...] = (
         "softmax",
         {},
         bias=True,
-        refused="not behind transformers' experts interface",
+        refused="do not use transformers' experts interface",
     ),
     Row(
         "Step3p7ForConditionalGeneration",
@@ -769,7 +775,7 @@ ROWS: tuple[Row, ...] = (
         {},
         bias=True,
         shared="yes",
-        refused="not behind transformers' experts interface",
+        refused="do not use transformers' experts interface",
     ),
     Row(
         "PhimoeForCausalLM",

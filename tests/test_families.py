@@ -1,6 +1,6 @@
 """Every family of `families.py`: the file in llama.cpp against the definition in PyTorch.
 
-`--families-json=FILE` keeps the measurements; `tools/families_table.py` makes docs/families.md of them.
+`--families-json=FILE` keeps the measurements; `tools/pages/families_table.py` makes docs/families.md of them.
 """
 
 import json
@@ -381,7 +381,7 @@ def test_text_model_needs_no_projector(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in EXPORTED if row.mtp], ids=name)
-def test_blocks_behind_the_last_layer_stay_whole(
+def test_blocks_after_the_last_layer_stay_whole(
     row: Row, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_family(row, tmp_path / "model")
@@ -391,8 +391,11 @@ def test_blocks_behind_the_last_layer_stay_whole(
     reader = GGUFReader(tmp_path / "model.gguf")
     arch = reader.fields["general.architecture"].contents()
     kept = reader.fields[f"{arch}.expert_kept_count"].contents()
-    behind = [0] if row.mtp_kept else []
-    assert kept == [*(N_EXPERT // 2 if layer in spec.moe_layers else 0 for layer in range(N_LAYER)), *behind]
+    blocks = [0] if row.mtp_kept else []
+    assert kept == [
+        *(N_EXPERT // 2 if layer in spec.moe_layers else 0 for layer in range(N_LAYER)),
+        *blocks,
+    ]
     shapes = {tensor.name: tensor.data.shape for tensor in reader.tensors}
     assert ("leaves out the blocks for multi-token prediction" in caplog.text) == (not row.mtp_kept)
     assert (f"blk.{N_LAYER}.nextn.eh_proj.weight" in shapes) == row.mtp_kept

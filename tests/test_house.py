@@ -116,3 +116,24 @@ def test_no_file_holds_a_path_of_one_machine(tracked: list[Path]) -> None:
         for match in machine.finditer(path.read_text(encoding="utf-8", errors="replace"))
     ]
     assert not found
+
+
+def test_pages_lead_to_files_that_exist(tracked: list[Path]) -> None:
+    """Links, and mentions of tools and of Python files of the package with their folder."""
+    missing = []
+    for page in (path for path in tracked if path.suffix == ".md" and path.is_relative_to(ROOT)):
+        text = page.read_text(encoding="utf-8")
+        named = {page.parent / link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)}
+        named |= {ROOT / name for name in re.findall(r"\b(?:tools|mone_export)/[\w/]+\.(?:py|sh)\b", text)}
+        missing += [f"{page.relative_to(ROOT)}: {path}" for path in named if not path.exists()]
+    assert not missing
+
+
+def test_the_readmes_tree_is_the_tree(tracked: list[Path]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## File tree")[2].split("```")[1]
+    names = {path.name for path in tracked} | {"cli*.py"}
+    assert set(re.findall(r"[\w*]+\.(?:py|sh)\b", tree)) <= names
+    folders = {path.parent.relative_to(ROOT) for path in tracked} - {Path()}
+    wanted = {folder.parts[-1] for folder in folders if len(folder.parts) <= 2 and folder.parts[0] != "tests"}
+    assert not [name for name in wanted if not name.startswith(".") and f"{name}/" not in tree]

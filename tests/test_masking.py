@@ -56,13 +56,13 @@ def test_masked_model_is_the_definition(model: PreTrainedModel) -> None:
     assert (found - before).abs().max() > 0.1
 
 
-def test_layers_behind_masked_ones_can_be_observed(model: PreTrainedModel) -> None:
+def test_layers_after_masked_ones_can_be_observed(model: PreTrainedModel) -> None:
     vectors = {0: torch.randn(16, 64)}
     with observe(model) as plain:
         logits(model)
-    with masked(model, {0: (1, 5, 6)}, vectors), observe(model) as behind:
+    with masked(model, {0: (1, 5, 6)}, vectors), observe(model) as after:
         logits(model)
-    assert not torch.equal(behind[1].gate_sum, plain[1].gate_sum)
+    assert not torch.equal(after[1].gate_sum, plain[1].gate_sum)
     install(model, {0: {e: vectors[0][e] for e in (1, 5, 6)}})
     gates = []
     hook = dict(model.named_modules())["model.layers.1.mlp.experts"].register_forward_pre_hook(
@@ -70,11 +70,11 @@ def test_layers_behind_masked_ones_can_be_observed(model: PreTrainedModel) -> No
     )
     logits(model)
     hook.remove()
-    assert behind[1].gate_sum.sum().item() == pytest.approx(float(gates[0].sum()), rel=1e-5)
+    assert after[1].gate_sum.sum().item() == pytest.approx(float(gates[0].sum()), rel=1e-5)
 
 
 def test_observers_and_novices_stand_in_either_order_where_the_input_is_weighted(tmp_path: Path) -> None:
-    """Of a family whose experts are not behind transformers' interface: both take `module.forward`."""
+    """Of a family whose experts are outside transformers' interface: both take `module.forward`."""
     row = next(row for row in ROWS if row.hf_class == "Llama4ForCausalLM")
     module = load_module(save_family(row, tmp_path / "model"), device="cpu", dtype=torch.float32)
     layer, experts = next(iter(expert_modules(module)))
@@ -137,7 +137,7 @@ def test_divergence_is_the_mean_over_the_compared_positions(demo: Model) -> None
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])
-def test_each_layer_is_measured_behind_the_pruned_ones(demo: Model, text: Path, stream: Stream) -> None:
+def test_each_layer_is_measured_after_the_pruned_ones(demo: Model, text: Path, stream: Stream) -> None:
     corpus = read_corpus([text], demo.source.tokenizer(), n_row=2, seq_len=128)
     plain = calibrate(demo, corpus, model_sha256="")
 

@@ -29,7 +29,7 @@ N_VOCAB = 200
 FIELDS = [field.name for field in fields(ExpertStats)]
 
 
-APART = "Llama4ForCausalLM"  # its experts are not behind transformers' interface, and get weighted rows
+APART = "Llama4ForCausalLM"  # its experts are outside transformers' interface, and get weighted rows
 
 
 def fresh(family: str) -> PreTrainedModel:

@@ -61,6 +61,6 @@ def test_no_call_of_the_converter_trusts_a_model_by_itself() -> None:
 
 @pytest.mark.slow
 def test_series_applies_and_exports_to_the_same_bytes() -> None:
-    command = [sys.executable, "tools/llamacpp.py", "check"]
+    command = [sys.executable, "tools/patches/llamacpp.py", "check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

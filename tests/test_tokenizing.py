@@ -74,7 +74,7 @@ def prefixed(folder: Path) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(rules))
 
 
-# the pre-tokenizer of Qwen2 and, but for the digits, of Llama 3
+# the pre-tokenizer of Qwen2 and, except for the digits, of Llama 3
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

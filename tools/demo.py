@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from measuring import ask_perplexity
-
 from mone_export import runtime
 from mone_export.calibration.documents import builtin_documents
 from mone_export.cli import main as mone_export

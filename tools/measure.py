@@ -11,8 +11,8 @@
     python tools/measure.py large        a 6 GB model in less memory than that; estimates
 
 Competitors take turns inside every round, and ratios are taken round by round: neighbours on the machine slow
-both sides alike. CPU time stands beside wall time for the same reason. `tools/readme_tables.py` puts the
-results into the README.
+both sides alike. CPU time stands beside wall time for the same reason. `tools/pages/readme_tables.py` puts
+the results into the README and docs/.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import readme_tables  # noqa: E402  (neighbours, which import the checkout's own package)
-from measure_bytes import FRACTIONS, measure_bytes  # noqa: E402
-from measure_calibrate import measure_calibrate  # noqa: E402
-from measure_large import measure_large  # noqa: E402
-from measure_memory import measure_memory  # noqa: E402
-from measure_methods import MODELS, VARIANTS, measure_methods  # noqa: E402
-from measure_quality import measure_quality  # noqa: E402
-from measure_server import measure_server  # noqa: E402
-from measure_speed import add_options as add_speed_options  # noqa: E402
-from measuring import environment  # noqa: E402
+from measuring import environment  # noqa: E402  (neighbours, which import the checkout's own package)
+from measuring.bytes import FRACTIONS, measure_bytes  # noqa: E402
+from measuring.calibrate import measure_calibrate  # noqa: E402
+from measuring.large import measure_large  # noqa: E402
+from measuring.memory import measure_memory  # noqa: E402
+from measuring.methods import MODELS, VARIANTS, measure_methods  # noqa: E402
+from measuring.quality import measure_quality  # noqa: E402
+from measuring.server import measure_server  # noqa: E402
+from measuring.speed import add_options as add_speed_options  # noqa: E402
+from pages import readme_tables  # noqa: E402
 
 OUT = ROOT / "docs" / "measurements"
 
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
     large = commands.add_parser("large", parents=[common], help="a model larger than the memory")
     large.add_argument(
-        "--model", type=Path, help="what tools/random_model.py wrote (default: made and removed)"
+        "--model", type=Path, help="what tools/models/random_model.py wrote (default: made and removed)"
     )
     large.set_defaults(measure=measure_large)
     return parser

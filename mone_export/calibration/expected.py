@@ -104,8 +104,8 @@ def difference(module: PreTrainedModel, tensors: Mapping[str, Tensor], quantizer
     known = dict(module.state_dict())
     alike = _Alike(tensors, known)
     found = compare(module, {name: tensors[name] for name in tensors if alike.is_first(name)}, quantizer)
-    spared, ignored = leaves_out(module, found)
-    missing = {name for name in found.missing_keys - spared if alike.is_first(name)}
+    allowed, ignored = leaves_out(module, found)
+    missing = {name for name in found.missing_keys - allowed if alike.is_first(name)}
     # a class leaves out whole layers by number, whatever a model of its kind has there: no scale with them
     unread = {name for name in found.unexpected_keys | ignored if name not in ignored or _SCALE.search(name)}
     shapes = {(name, tuple(a), tuple(b)) for name, a, b in found.mismatched_keys}

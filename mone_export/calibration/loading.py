@@ -30,7 +30,7 @@ from mone_export.source import Source, open_source
 
 log = logging.getLogger(__name__)
 
-_SPARE = 1.3  # what a model in memory needs beside its weights: statistics, a batch on its way
+_WITH_WORK = 1.3  # times its weights: what a model in memory takes with statistics and a batch
 _LAYERS = 5  # a streamed one: a layer, the next one, copies while experts are stacked, statistics
 
 
@@ -103,7 +103,7 @@ def choose(
         wanted = [torch.float32, own]
     chosen = None
     for each in wanted if stream != "on" else ():
-        if chosen is None and size * each.itemsize * _SPARE < room * (0.6 if each != wanted[-1] else 1):
+        if chosen is None and size * each.itemsize * _WITH_WORK < room * (0.6 if each != wanted[-1] else 1):
             chosen = each, False
     if chosen is None and stream == "off":
         chosen = wanted[-1], False

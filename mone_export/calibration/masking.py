@@ -24,11 +24,11 @@ from mone_export.runtime import Progress
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, pruned: Mapping[int, Sequence[int]], vectors: Mapping[int, Tensor]
+    model: PreTrainedModel, pruned: Mapping[int, Sequence[int]], novices: Mapping[int, Tensor]
 ) -> Iterator[None]:
-    """Let `vectors[layer]` [n_expert, d] answer for the experts `pruned[layer]` inside the block."""
+    """Let `novices[layer]` [n_expert, d] answer for the experts `pruned[layer]` inside the block."""
     forwards = {
-        experts: Masked(experts, pruned[layer], vectors[layer])
+        experts: Masked(experts, pruned[layer], novices[layer])
         for layer, experts in expert_modules(model)
         if len(pruned.get(layer, ()))
     }
@@ -39,10 +39,10 @@ def masked(
 class Masked:
     """The forward of an experts module in which novices stand in for the pruned experts."""
 
-    def __init__(self, experts: Any, pruned: Sequence[int], vectors: Tensor) -> None:
-        """Prune the experts `pruned`; the novices are those rows of `vectors` [n_expert, d]."""
+    def __init__(self, experts: Any, pruned: Sequence[int], novices: Tensor) -> None:
+        """Prune the experts `pruned`; their rows of `novices` [n_expert, d] answer."""
         self._experts, self._pruned = experts, pruned
-        self._novices = vectors.to(experts.down_proj)
+        self._novices = novices.to(experts.down_proj)
 
     def __call__(self, hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Compute hidden [n_token, d] with the experts' ids and weights, [n_token, top_k] each.
@@ -82,21 +82,21 @@ def recalibrate(
     corpus: Corpus,
     calibration: Calibration,
     decide: Callable[[Calibration], Plan],
-    stand_in: Callable[[ExpertStats], Tensor],
+    novices_of: Callable[[ExpertStats], Tensor],
     *,
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure each layer anew behind the layers before it as they are after pruning, in their order.
+    """Measure each layer again after the layers before it have been pruned, in their order.
 
-    `decide` gives the plan that statistics lead to, each layer by itself, `stand_in` a layer's novices. All
-    text runs through a layer twice, first whole, to be measured, then pruned, for the layers behind it.
+    `decide` gives the plan that statistics lead to, each layer by itself, `novices_of` a layer's novices. All
+    text runs through a layer twice, first whole, to be measured, then pruned, for the layers after it.
     """
 
     def pruned(layer: int, stats: ExpertStats) -> AbstractContextManager[None]:
         so_far = replace(calibration, layers={**calibration.layers, layer: stats})
         experts = next(part.pruned for part in decide(so_far).layers if part.layer == layer)
-        return masked(model.module, {layer: experts}, {layer: stand_in(stats)})
+        return masked(model.module, {layer: experts}, {layer: novices_of(stats)})
 
     with torch.inference_mode(), observe(model.module) as layers:
         Pass(model, corpus.tokens, memory=memory, progress=progress).run(layers, hand_on=pruned)
@@ -114,9 +114,9 @@ class Divergence:
         self._positions = torch.linspace(0, last, min(n_position, last + 1)).long().unique()
         self._wanted = self._log_probabilities()
 
-    def __call__(self, pruned: Mapping[int, Sequence[int]], vectors: Mapping[int, Tensor]) -> float:
-        """Return the mean KL(unpruned || pruned) in nats with `vectors` in place of `pruned` experts."""
-        with masked(self._model, pruned, vectors):
+    def __call__(self, pruned: Mapping[int, Sequence[int]], novices: Mapping[int, Tensor]) -> float:
+        """Return the mean KL(unpruned || pruned) in nats with `novices` in place of `pruned` experts."""
+        with masked(self._model, pruned, novices):
             found = self._log_probabilities()
         return float((self._wanted.exp() * (self._wanted - found)).sum(-1).double().mean())
 

@@ -76,7 +76,7 @@ def _check_mergeable(files: Mapping[str, Calibration]) -> None:
         if keys := differing(calibration.config, first.config):
             raise MoneError(
                 f"{first_name} and {name} were made with other values of {', '.join(keys)} in config.json: "
-                "calibrate anew with one of them"
+                "calibrate again with one of them"
             )
         what = differing(calibration.made_with, first.made_with)
         if calibration.made_with and first.made_with and what:

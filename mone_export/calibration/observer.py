@@ -1,9 +1,9 @@
-"""The reading seam: sees every expert's output in any model behind transformers' experts interface.
+"""The reading seam: sees every expert's output in any model with transformers' experts interface.
 
 While a model is observed, its experts run under a name of our own: a forward that makes the same calls as
 transformers' `grouped_mm` implementation (the default), and looks at the rows between the down projection and
 the weighting. Nothing here knows a family, and the model's output stays equal bit for bit. Experts that are
-laid out in the same way without being behind the interface get such a forward for themselves; where a model
+laid out in the same way outside the interface get such a forward for themselves; where a model
 weights what goes into them, the weight of their output is 1.
 
 What transformers keeps under our name is a function without any state. What it finds goes to the sinks that

@@ -39,7 +39,7 @@ TOKENS_PER_BATCH = 4096
 SECONDS_PER_STEP = 60.0  # how much work a model in memory may lose
 
 Layers = dict[int, Any]
-"""What observers of the model have found, by layer, and never in place: it can be taken back."""
+"""What observers of the model have found, by layer: replaced, never changed, so earlier ones stay."""
 HandOn = Callable[[int, ExpertStats], AbstractContextManager[None]]
 """From a layer and its statistics: in this context the layer computes what it hands on to the next."""
 

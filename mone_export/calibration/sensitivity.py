@@ -1,10 +1,10 @@
-"""damage_by_layer(): what the model makes of it when experts of one layer are pruned, for each layer.
+"""damage_by_layer(): how much the model's output changes when experts of one layer are pruned, for each.
 
-The statistics say how far a layer's output strays, not how much the model minds. So a little text runs
+The statistics say how far a layer's output strays, not how much harm that does. So a little text runs
 through the model once whole and once for each layer with novices in that layer alone, and the last hidden
 states are compared. A run starts where it begins to differ, from what the unpruned model hands to its layer:
 all runs go through the layers together, so that streamed layers come once, and n layers cost the work of n/2
-runs of the model. Hidden states, not logits: that spares the product with the vocabulary, and decides as well
+runs of the model. Hidden states, not logits: that saves the product with the vocabulary, and decides as well
 (docs/methods.md).
 """
 
@@ -29,13 +29,13 @@ def damage_by_layer(
     model: Model,
     tokens: Tensor,
     pruned: Mapping[int, Sequence[int]],
-    vectors: Mapping[int, Tensor],
+    novices: Mapping[int, Tensor],
     *,
     progress: Progress | None = None,
 ) -> dict[int, float]:
     """Return, for each layer of `pruned`, the mean of ||h' - h||^2 / ||h||^2 over some tokens.
 
-    h is a token's last hidden state in the unpruned model, h' the one with `vectors[layer]` [n_expert, d] in
+    h is a token's last hidden state in the unpruned model, h' the one with `novices[layer]` [n_expert, d] in
     place of the experts `pruned[layer]`. Of `tokens`, int64 [n_row, seq_len], up to `N_ROW` evenly spaced
     rows take part with their first tokens, `N_TOKEN` or so few that this takes at most half the work of one
     pass over all; as many rows at once as the device's memory allows. Between layers one state per token is
@@ -44,7 +44,7 @@ def damage_by_layer(
     rows = torch.linspace(0, len(tokens) - 1, min(N_ROW, len(tokens))).long()
     n_layer = len(decoder_of(model))
     most = max(16, tokens.numel() // n_layer // N_ROW)  # half the work of all the text
-    probe = _Probe(model, tokens[rows, : min(N_TOKEN, most)], pruned, vectors)
+    probe = _Probe(model, tokens[rows, : min(N_TOKEN, most)], pruned, novices)
     with torch.inference_mode():
         for number in model.files.each() if model.files else range(n_layer):
             probe.run_layer(number)
@@ -61,10 +61,10 @@ class _Probe:
         model: Model,
         tokens: Tensor,
         pruned: Mapping[int, Sequence[int]],
-        vectors: Mapping[int, Tensor],
+        novices: Mapping[int, Tensor],
     ) -> None:
         """Take what `damage_by_layer` takes, with the tokens that take part."""
-        self._model, self._tokens, self._pruned, self._vectors = model, tokens, pruned, vectors
+        self._model, self._tokens, self._pruned, self._novices = model, tokens, pruned, novices
         self._decoder = decoder_of(model)
         self._batches = Batches(model, tokens)
         self._states = {_UNPRUNED: RowStates()}  # by the layer that is pruned
@@ -77,7 +77,7 @@ class _Probe:
             self._states[number] = self._states[_UNPRUNED].copy()
         with only_layer(self._decoder, number) as turn:
             for which in self._states:
-                with self._novices(which) if which == number else nullcontext():
+                with self._pruned_in(which) if which == number else nullcontext():
                     for _ in self._batches.run(partial(self._forward, number, which, turn), {}):
                         pass
 
@@ -105,8 +105,8 @@ class _Probe:
             else:
                 self._changes.setdefault(which, {})[row] = _change(self._last[row], hidden)
 
-    def _novices(self, layer: int) -> AbstractContextManager[None]:
-        return masked(self._model.module, {layer: self._pruned[layer]}, {layer: self._vectors[layer]})
+    def _pruned_in(self, layer: int) -> AbstractContextManager[None]:
+        return masked(self._model.module, {layer: self._pruned[layer]}, {layer: self._novices[layer]})
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:

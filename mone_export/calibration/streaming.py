@@ -3,7 +3,7 @@
 No family's forward pass is written again here. To run layer i, the model's own forward pass runs while all
 its other decoder layers answer at once: those before i with what layer i - 1 gave for these rows, those
 after it with what layer i gives now. So every layer gets the masks, the position embeddings and the rest
-that its model makes for it; making them anew for every layer costs next to nothing. Only what decoder layers
+that its model makes for it; making them again for every layer costs next to nothing. Only what decoder layers
 hand to each other is kept between layers, row by row, so that it can be cut into other batches, written to
 disk, and taken up again by another process.
 
@@ -52,7 +52,7 @@ class LayerFiles:
     def __init__(
         self, path: Path, module: PreTrainedModel, *, device: str, dtype: torch.dtype, quantizer: Any = None
     ) -> None:
-        """Take a model built on the meta device; read its embeddings and all else but the decoder layers."""
+        """Take a model built on the meta device; read all of it except the decoder layers."""
         self._path, self._module = path, module
         self._weights = open_weights(path)
         self._places = _places(path)
@@ -82,7 +82,7 @@ class LayerFiles:
     def each(self, first: int = 0) -> Iterator[int]:
         """Yield layer numbers from `first`, each loaded; the next one is read meanwhile."""
         numbers = range(first, len(self.layers))
-        with _settled_objects(), ThreadPoolExecutor(max_workers=1) as reader:
+        with _without_old_objects(), ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self.load, first) if numbers else None
             gone: Future[None] | None = None
             for number in numbers:
@@ -131,7 +131,7 @@ class LayerFiles:
 
 
 @contextmanager
-def _settled_objects() -> Iterator[None]:
+def _without_old_objects() -> Iterator[None]:
     """Let Python's collector, which runs after every layer, skip the objects that are there already."""
     gc.freeze()
     try:

@@ -158,7 +158,7 @@ class Conversion:
         return int(writer.fout[0].tell() + sum(padded))
 
     def write_tensors(self, progress: Progress | None = None) -> None:
-        """Write all tensor data behind the head, one tensor at a time, and close the file."""
+        """Write all tensor data after the head, one tensor at a time, and close the file."""
         writer = self._model.gguf_writer
         tensors, file = writer.tensors[0], writer.fout[0]
         total = sum(info.nbytes for info in tensors.values())

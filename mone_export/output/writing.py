@@ -34,7 +34,7 @@ from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
 from mone_export.paths import replacing
-from mone_export.pruning.novices import novices
+from mone_export.pruning.novices import novices as novices_of
 from mone_export.runtime import Progress
 from mone_export.source import Source, open_source
 
@@ -49,26 +49,26 @@ def write(
     plan: Plan,
     outfile: str | Path,
     *,
-    vectors: Mapping[int, Tensor] | None = None,
+    novices: Mapping[int, Tensor] | None = None,
     outtype: str = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
-    The plan's recipe says what stands in for pruned experts; `vectors` gives the stand-ins, [n_expert, d] per
-    layer, where the statistics alone do not. `calibration` may be None where the plan needs no statistics.
+    The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
+    where the statistics alone do not. `calibration` may be None where the plan needs no statistics.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
     source, target = open_source(model), Path(outfile)
     source.fetch(progress=progress)
-    stand_ins: dict[int, Tensor] = {}
+    stored: dict[int, Tensor] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
-        stand_ins = _stand_ins(calibration, plan, vectors)
+        stored = _stored(calibration, plan, novices)
         importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
-    edits = Edits(plan, stand_ins, importance)
+    edits = Edits(plan, stored, importance)
     text = None
     if calibration and plan.recipe.needs_statistics:
         text = calibration.corpus_sha256, calibration.n_token
@@ -189,7 +189,7 @@ def layouts(
 class Edits:
     """What becomes of each tensor of a model, by its GGUF name: what `Conversion` asks about every one."""
 
-    def __init__(self, plan: Plan, stand_ins: Mapping[int, Tensor], importance: Mapping[int, Tensor]) -> None:
+    def __init__(self, plan: Plan, stored: Mapping[int, Tensor], importance: Mapping[int, Tensor]) -> None:
         """Take a plan, and the novices [n_expert, d] of its layers where its method has some.
 
         `importance` [n_expert] weighs the experts of each layer where new ones are made of them.
@@ -197,7 +197,7 @@ class Edits:
         self.plan = plan
         self._pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
         with_novices = plan.recipe.method == "mone"
-        self._vectors = {layer: stand_ins[layer] for layer in self._pruned} if with_novices else {}
+        self._novices = {layer: stored[layer] for layer in self._pruned} if with_novices else {}
         self.added: list[str] = []  # tensors that are not the model's own
         self._scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
         self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
@@ -218,8 +218,8 @@ class Edits:
         conversion = source.convert(edits=self, outtype=outtype, mtp=self.plan.recipe.mtp)
         if self._recombination:
             self._recombination.check()
-        for number, vectors in self._vectors.items():
-            self._add_novices(conversion, number, vectors)
+        for number, novices in self._novices.items():
+            self._add_novices(conversion, number, novices)
         _check_complete(conversion, self.plan)
         return conversion
 
@@ -237,13 +237,13 @@ class Edits:
             return tensor
         if self._recombination and part != "router":
             raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
-        if layer not in self._vectors:
+        if layer not in self._novices:
             return _pick(tensor, self._pruned[layer].kept, self.plan.spec.n_expert)
         if part == "scale":
             self._scales[layer] = _scale(name, tensor)
         if part == "router" and self.plan.spec.n_group > 1:
             return tensor
-        return _edit_part(part, tensor, self._pruned[layer], self._vectors[layer])
+        return _edit_part(part, tensor, self._pruned[layer], self._novices[layer])
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""
@@ -252,13 +252,13 @@ class Edits:
             return self._recombination.rewrite(layer, matrix_of(name), read)
         return [partial(read, expert) for expert in range(self.plan.spec.n_expert)]
 
-    def _add_novices(self, conversion: Conversion, number: int, vectors: Tensor) -> None:
+    def _add_novices(self, conversion: Conversion, number: int, novices: Tensor) -> None:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
         if novice_tensor(number) not in conversion.shapes:
             gone = list(layer.pruned)
-            rows = torch.zeros_like(vectors)
-            rows[len(layer.kept) :] = vectors[gone]
+            rows = torch.zeros_like(novices)
+            rows[len(layer.kept) :] = novices[gone]
             if number in self._scales:
                 rows[len(layer.kept) :] *= self._scales[number][gone, None]
             self._add(conversion, novice_tensor(number), rows)
@@ -271,16 +271,16 @@ class Edits:
         self.added.append(name)
 
 
-def _stand_ins(
-    calibration: Calibration, plan: Plan, vectors: Mapping[int, Tensor] | None
-) -> dict[int, Tensor]:
+def _stored(calibration: Calibration, plan: Plan, novices: Mapping[int, Tensor] | None) -> dict[int, Tensor]:
     """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d]."""
     found = {}
     for layer in plan.layers if plan.recipe.method == "mone" else ():
         if not layer.pruned:
             continue
         given = (
-            vectors[layer.layer] if vectors else novices(calibration.layers[layer.layer], plan.recipe.novice)
+            novices[layer.layer]
+            if novices
+            else novices_of(calibration.layers[layer.layer], plan.recipe.novice)
         )
         found[layer.layer] = given.float()
         if not torch.isfinite(found[layer.layer]).all():
@@ -314,14 +314,14 @@ def _convert(
         conversion.close()
 
 
-def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, vectors: Tensor) -> Tensor:
+def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, novices: Tensor) -> Tensor:
     """Bring a tensor with an expert axis into the layer's order; pruned experts get novices or zeros."""
     if part == "router":
         return _pick(tensor, layer.order, len(layer.order))
     own = tensor[list(layer.kept)]
     rows = torch.zeros(len(layer.pruned), *tensor.shape[1:])
     if part == "down bias":
-        rows = vectors[list(layer.pruned)]
+        rows = novices[list(layer.pruned)]
     elif part == "scale":
         rows = torch.ones(len(layer.pruned))
     return torch.cat([own, type(tensor).from_eager(rows)])  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@
 all layers, each relative to its layer's mean, since outputs grow with depth.
 
 A layer's relative output error as a function of the experts it keeps follows from the statistics. It compares
-experts within a layer well, and layers badly: it does not know how much the model minds an error in one. That
+experts within a layer well, and layers badly: it does not know how much harm an error in one does. That
 the calibration measured, as the layer's sensitivity (`sensitivities`); weighted by it, the errors of all
 layers are small together when `share_out` gives the places away (`sensitivity`). `search` takes that as its
 start and asks the loaded model, with novices in place (`calibration.masking`), for the KL divergence on rows
@@ -70,7 +70,7 @@ def possible(recipe: Recipe, calibration: Calibration | None) -> Recipe:
         return recipe
     log.warning(
         "these statistics lack the layers' sensitivities, so every layer keeps the same number of experts: "
-        "calibrate anew for better counts"
+        "calibrate again for better counts"
     )
     return replace(recipe, allocation="even")
 

@@ -10,7 +10,7 @@ from mone_export.recipe import NoviceName
 
 
 def error_left(stats: ExpertStats, vectors: Tensor) -> Tensor:
-    """Return each expert's squared error as the layer sees it if `vectors` [M, d] stood in, float64 [M].
+    """Return each expert's squared error as the layer sees it with `vectors` [M, d] as novices, float64 [M].
 
     That is sum_t g^2 ||f - N||^2 = sum g^2 ||f||^2 - 2 N . sum g^2 f + ||N||^2 sum g^2.
     """

@@ -1,8 +1,9 @@
-"""Novices: the constant vector that stands in for each pruned expert.
+"""Novices: the constant vectors that answer in place of pruned experts.
 
 One pure function each from a layer's statistics to a vector per expert, [n_expert, d] float64; a novice is
-the output the runtime still multiplies by the router's weight. Add one by writing its function and its line
-in `NOVICES`. `joint` novices need a second pass over the text, once the plan is known (`joint_novices`).
+the output the runtime still multiplies by the router's weight. Add one by writing its function, its line in
+`NOVICES` and its name in `recipe.NoviceName`. `joint` novices need a second pass over the text, once the plan
+is known (`joint_novices`).
 """
 
 from collections.abc import Callable
@@ -17,14 +18,14 @@ from mone_export.recipe import NoviceName
 
 
 class Novice(NamedTuple):
-    """A function that gives every expert's stand-in, [n_expert, d] float64, and where it comes from."""
+    """A function that gives every expert's novice, [n_expert, d] float64, and where it comes from."""
 
     function: Callable[[ExpertStats], Tensor]
     source: str
 
 
 def novices(stats: ExpertStats, name: NoviceName = "least-squares") -> Tensor:
-    """Return the stand-in of every expert of a layer, float64 [n_expert, d].
+    """Return the novice of every expert of a layer, float64 [n_expert, d].
 
     An expert that calibration never saw has no mean: it gets the layer's gate-weighted mean over all experts.
     """

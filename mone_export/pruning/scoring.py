@@ -1,8 +1,9 @@
 """Scores: one pure function each from a layer's statistics to one number per expert; larger means keep.
 
-Add one by writing its function and its line in `SCORES`; the command line and the tests follow.
+Add one by writing its function, its line in `SCORES` and its name in `recipe.ScoreName`; the command line and
+the tests follow.
 Formulas: MoNE (arXiv 2507.00390), REAP (arXiv 2510.13999), MAN/MSAN (arXiv 2606.15716).
-An expert never seen (`count` 0) scores minus infinity: it is pruned first, for want of any evidence of use.
+An expert never seen (`count` 0) scores minus infinity: it is pruned first, as nothing shows that it is used.
 """
 
 from collections.abc import Callable, Iterable

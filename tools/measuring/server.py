@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from measuring import Json, programs, scratch
-from random_gguf import SHAPES, write_model
+from models.random_gguf import SHAPES, write_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from programs import running_server  # noqa: E402  (as the tests run it)

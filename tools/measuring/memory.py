@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from measuring import Json, scratch
-from random_model import save_random_model
+from models.random_model import save_random_model
 
 MEMORY_SHAPE = {"n_layer": 2, "n_expert": 128, "top_k": 8, "hidden": 1024, "expert": 1024}
 BAR_FACTOR, BAR_EXTRA = 1.5, 500_000_000
@@ -48,6 +48,7 @@ def write_and_sample(folder: Path, outtype: str) -> Json:
     from mone_export.artifacts import Calibration, ExpertStats
     from mone_export.output.writing import write
     from mone_export.pruning.planning import plan_without_scores
+    from mone_export.recipe import Recipe
     from mone_export.source import inspect
 
     path = folder / "model"
@@ -61,12 +62,13 @@ def write_and_sample(folder: Path, outtype: str) -> Json:
         n_token=0,
         layers=dict.fromkeys(spec.moe_layers, stats),
     )
+    chosen = plan_without_scores(spec, Recipe.of(0.25))
     torch.set_num_threads(1)
     before = anonymous_bytes()
     outfile = folder / "out.gguf"
     start = time.perf_counter()
     with peak_memory() as peak:
-        size = write(path, calibration, plan_without_scores(spec, ratio=0.25), outfile, outtype=outtype)
+        size = write(path, calibration, chosen, outfile, outtype=outtype)
     seconds = time.perf_counter() - start
     outfile.unlink()
     return {"before": before, "peak": peak[0], "size": size, "seconds": round(seconds, 2)}

@@ -3,7 +3,7 @@
 The package carries a model so that its first command works offline, and so that pruning can be judged on
 experts that really specialise, which random weights never do. Two CPU cores and an hour are enough:
 
-    python tools/train_demo.py --out mone_export/demo --minutes 55
+    python tools/models/train_demo.py --out mone_export/demo --minutes 55
 
 The learning rate follows the clock, so the run ends annealed whatever the speed of the machine. Everything
 that the tool measured goes into `training.json`; the model card is generated from it.
@@ -196,7 +196,7 @@ class Packer:
     def __init__(
         self, documents: list[Document], tokenizer: PreTrainedTokenizerBase, *, prose_share: float, seed: int
     ) -> None:
-        """Tokenise the documents, each with the BOS that the tokenizer puts in front and an EOS behind."""
+        """Tokenise the documents, each with the BOS that the tokenizer puts in front and an EOS after it."""
         self._random = random.Random(seed)
         self._sha256 = hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()
         self._ids: dict[str, list[list[int]]] = {"python": [], "prose": []}
@@ -492,7 +492,7 @@ Use is measured on the held-out text, both kinds weighing the same: {1 / N_EXPER
 an expert with a Python share of 50% does not care (experts with less than a tenth of equal use are left out
 there). `training.json` has every expert.
 
-Written by `tools/train_demo.py`; do not edit.
+Written by `tools/models/train_demo.py`; do not edit.
 """
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a random BF16 Qwen3-MoE of any size, layer by layer: it never is in memory as a whole.
 
-python tools/random_model.py FOLDER --layers 64 --experts 64 --used 2 --hidden 640 --expert-size 384
+python tools/models/random_model.py FOLDER --layers 64 --experts 64 --used 2 --hidden 640 --expert-size 384
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mone_export import runtime  # noqa: E402
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from measuring import Json, scratch
-from random_model import SIX_GB, save_random_model
+from models.random_model import SIX_GB, save_random_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 N_TOKEN = 32 * 512
 QWEN = {
     "head_dim": 128,

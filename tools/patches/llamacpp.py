@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Maintain the patches to llama.cpp: work on them as commits, keep them as files.
 
-    python tools/llamacpp.py apply          make build/llama.cpp: the pinned release, the series as commits
-    python tools/llamacpp.py export         write those commits to patches/
-    python tools/llamacpp.py check          patches/ applies to the pinned release and exports to itself
-    python tools/llamacpp.py bump RELEASE   move the pin to another release of llama-cpp-python
+    python tools/patches/llamacpp.py apply   make build/llama.cpp: the pinned release, the series as commits
+    python tools/patches/llamacpp.py export  write those commits to patches/
+    python tools/patches/llamacpp.py check   patches/ applies to the pinned release and exports to itself
+    python tools/patches/llamacpp.py bump RELEASE   move the pin to another release of llama-cpp-python
 
 The pinned release carries the tag `upstream`; each commit after it is a patch. Users need none of this: they
 have `mone-llama`.
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mone_export import runtime  # noqa: E402  (the checkout's own package, installed or not)
@@ -69,7 +69,7 @@ def apply(args: argparse.Namespace) -> int:
     _refuse_existing(args.folder)
     _commit_release(args.folder, Upstream.load(PATCHES / "UPSTREAM"))
     _am(args.folder, read_series(PATCHES))
-    print(f"{args.folder}: edit, commit, then `python tools/llamacpp.py export`")
+    print(f"{args.folder}: edit, commit, then `python tools/patches/llamacpp.py export`")
     return 0
 
 
@@ -116,8 +116,8 @@ def bump(args: argparse.Namespace) -> int:
     except MoneError as error:
         print(f"{error}\nmend the conflict in {args.folder}, then:", file=sys.stderr)
         print(f"  git -C {args.folder} add --all && git -C {args.folder} am --continue", file=sys.stderr)
-        print(f"  python tools/llamacpp.py export {args.folder}", file=sys.stderr)
-        print("  python tools/llamacpp.py check && make test", file=sys.stderr)
+        print(f"  python tools/patches/llamacpp.py export {args.folder}", file=sys.stderr)
+        print("  python tools/patches/llamacpp.py check && make test", file=sys.stderr)
         return 1
     return export(args) or _build_and_test()
 

@@ -2,25 +2,25 @@
 """Write docs/families.md from docs/measurements/families.json, which the tests write:
 
 pytest -m families --families-json=docs/measurements/families.json
-python tools/families_table.py
+python tools/pages/families_table.py
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 HEAD = """# Model families
 
-Written by `tools/families_table.py` from what `pytest -m families` measured; not to be edited.
+Written by `tools/pages/families_table.py` from what `pytest -m families` measured; not to be edited.
 
 One small random model of each family (4 layers, 16 experts, 4 used; its routing features on, selection
 biases random) is calibrated, exported unpruned and with half of its experts replaced, and run in the patched
 llama.cpp. NMSE: squared difference to the logits of the definition in plain PyTorch, over their squared norm,
 100 tokens, float32. A family works when the pruned file is no worse than twice the unpruned one, or 1e-6.
 Selection bias: added to the scores for choosing experts, not to their weights. Groups: a token's experts
-come from so many of so many groups. MTP block: behind the last layer, for predicting further tokens; rows
+come from so many of so many groups. MTP block: after the last layer, for predicting further tokens; rows
 without an entry were tested without one.
 """
 

@@ -130,7 +130,7 @@ def trained(name: str, *, minutes: float) -> Path:
     family, _, text = name.rpartition("-")
     folder = runtime.cache_dir() / "models" / name
     if not (folder / "training.json").exists():
-        tool = Path(__file__).with_name("train_demo.py")
+        tool = Path(__file__).parents[1] / "models" / "train_demo.py"
         command = [sys.executable, str(tool), "--out", str(folder), "--family", family, "--text", text]
         subprocess.run([*command, "--minutes", str(minutes)], check=True)
     return folder
@@ -149,11 +149,11 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     texts["rare"] = rare_rows(model, args.eval_rows)
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
     yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
-    for sample, corpus, spare, calibration in _calibrations(model, like, args):
+    for sample, corpus, held_out, calibration in _calibrations(model, like, args):
         n_row = len(corpus.tokens)
         for ratio in args.ratios:
             for variant in _variants(args, n_row):
-                with pruned(model, calibration, corpus, spare, variant, ratio, seed=sample) as module:
+                with pruned(model, calibration, corpus, held_out, variant, ratio, seed=sample) as module:
                     result = _compare(module, texts, wanted)
                 run = {"model": name, "ratio": ratio, "sample": sample, "calibration_tokens": n_row * SEQ_LEN}
                 run |= variant._asdict() | result
@@ -165,12 +165,12 @@ def _calibrations(model: Any, kind: str, args: argparse.Namespace) -> Iterator[t
     """Yield (sample, corpus, rows to search on, calibration); a short corpus begins a long one."""
     from mone_export.calibration.corpus import head
     from mone_export.calibration.passes import calibrate
-    from mone_export.request import SPARE_ROWS
+    from mone_export.request import HELD_OUT_ROWS
     from mone_export.statistics import with_sensitivity
 
     longest = max(args.rows)
     for sample in range(args.samples):
-        whole = rows_of(model, "calibration", kind, longest + SPARE_ROWS, first=sample, step=args.samples)
+        whole = rows_of(model, "calibration", kind, longest + HELD_OUT_ROWS, first=sample, step=args.samples)
         for n_row in args.rows:
             corpus = head(whole, n_row)
             calibration = with_sensitivity(model, corpus, calibrate(model, corpus, model_sha256=""))
@@ -187,7 +187,7 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
 
 def rare_rows(model: Any, n_row: int) -> Any:
     """Return rows of the third kind of text."""
-    from rare_text import rare_documents
+    from measuring.rare_text import rare_documents
 
     return _rows(model, rare_documents(0), "rare", n_row)
 
@@ -200,7 +200,7 @@ def _rows(model: Any, documents: Any, name: str, n_row: int) -> Any:
 
 @contextmanager
 def pruned(
-    model: Any, calibration: Any, corpus: Any, spare: Any, variant: Variant, ratio: float, *, seed: int
+    model: Any, calibration: Any, corpus: Any, held_out: Any, variant: Variant, ratio: float, *, seed: int
 ) -> Iterator[Any]:
     """Yield the model as a variant leaves it; super experts are not guarded."""
     from mone_export.calibration.loading import loaded_experts
@@ -216,7 +216,7 @@ def pruned(
         scores = replace(score_weights(model.spec, loaded_experts(model)), calibration=calibration)
     else:
         scores = score(calibration, variant.score, guarded=False, seed=seed)
-    trial = Trial(Divergence(model, spare), scores, recipe) if recipe.allocation == "search" else None
+    trial = Trial(Divergence(model, held_out), scores, recipe) if recipe.allocation == "search" else None
     counts = allocate(scores, recipe, trial=trial)
     if variant.way == "sequential":
         calibration = recalibrate(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from measuring import Json, pairwise, programs, scratch, spread
-from random_gguf import BLOCK_TYPES, SHAPES, Form, Shape, write_model
-from routed_share import routed_share
 
+from measuring import Json, pairwise, programs, scratch, spread
+from measuring.routed_share import routed_share
+from models.random_gguf import BLOCK_TYPES, SHAPES, Form, Shape, write_model
 from mone_export import runtime
 from mone_export.runtime.toolchain import gpu_identity
 
@@ -81,7 +81,7 @@ def measure_case(shape: Shape, weights: str, folders: dict[bool, Path], args: ar
         }
         runs: list[Json] = []
         for number in range(args.rounds):
-            # every other round backwards, so that none always runs behind the same neighbour
+            # every other round backwards, so that none always runs after the same neighbour
             order = competitors if number % 2 == 0 else competitors[::-1]
             for item in order:
                 timed = bench(folders[item.stock] / "llama-bench", files[item], args)
@@ -108,7 +108,7 @@ def summarise(runs: Sequence[Json], share: Json, test: str, ratios: Sequence[flo
     for number in sorted({run["round"] for run in rows}):
         times = {run["name"]: run for run in rows if run["round"] == number}
         for ratio in ratios:
-            spared = 1 - share[Competitor("novices", ratio).name][test]
+            not_routed = 1 - share[Competitor("novices", ratio).name][test]
             for name, probe, slots in (
                 (f"ideal {ratio:.0%}", Competitor("skipped", 0.5).name, 1 - probe_share),
                 (f"ideal by use {ratio:.0%}", "half-used", 0.5),
@@ -116,7 +116,7 @@ def summarise(runs: Sequence[Json], share: Json, test: str, ratios: Sequence[flo
                 row: Json = {"round": number, "name": name}
                 for key in ("wall_ms", "cpu_ms"):
                     full = times["full"][key]
-                    row[key] = full - spared * (full - times[probe][key]) / slots
+                    row[key] = full - not_routed * (full - times[probe][key]) / slots
                 rows.append(row)
     pairs = [("full", "full on stock")]
     for ratio in ratios:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile what the patches change of the CUDA backend for each architecture, without a warning; needs no GPU.
 
-    python tools/check_cuda.py [FILE.cu ...]      default: every .cu file that the patches reach
+    python tools/patches/check_cuda.py [FILE.cu ...]      default: every .cu file that the patches reach
 
 Needs nvcc, 12.8 or newer. The headers of cuBLAS come with the CUDA toolkit, else from PyPI's nvidia-cublas (a
 large download, made once; only the headers are kept, in the cache).
@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mone_export import runtime  # noqa: E402  (the checkout's own package, installed or not)

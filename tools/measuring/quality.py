@@ -11,7 +11,6 @@ N_RANDOM = 3
 
 def measure_quality(args: argparse.Namespace) -> Json:
     """Perplexity of the unpruned model and of exports, all F32, from one calibration; and their sizes."""
-
     from mone_export.source import open_source
 
     bin_dir = programs(args)

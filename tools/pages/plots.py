@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw docs/plots/*.svg from docs/measurements/*.json.
 
-    python tools/plots.py       needs matplotlib: pip install -e '.[plots]'
+    python tools/pages/plots.py       needs matplotlib: pip install -e '.[plots]'
 
 The same numbers as in the tables of docs/methods.md: KL divergence over the share pruned, and over the size.
 """
@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from readme_tables import runs_after
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS, PLOTS = ROOT / "docs" / "measurements", ROOT / "docs" / "plots"
 TEXTS = ("like", "unlike")
 

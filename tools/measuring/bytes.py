@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from measure_methods import MODELS, rows_of, trained
 from measuring import Json, ask_perplexity, programs, scratch
+from measuring.methods import MODELS, rows_of, trained
 
 TEXTS = ("like", "unlike")
 FRACTIONS = (
@@ -41,10 +41,8 @@ def measure_bytes(args: argparse.Namespace) -> Json:
 
 def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
     from mone_export.calibration.loading import load
-    from mone_export.calibration.passes import calibrate
-    from mone_export.deciding import with_sensitivity
     from mone_export.pipeline import export
-    from mone_export.weights import fingerprint
+    from mone_export.statistics import calibrate
 
     path = trained(name, minutes=args.minutes)
     read_sentencepiece(path)
@@ -57,8 +55,7 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
             corpus = rows_of(
                 model, "calibration", MODELS[name][0], args.rows, first=sample, step=args.samples
             )
-            calibration = calibrate(model, corpus, model_sha256=fingerprint(path))
-            with_sensitivity(model, corpus, calibration).save(file)
+            calibrate(model, corpus).save(file)
         size = export(str(path), ratio=0, outfile=base, stats=stats[0]).size
         texts = {
             text: write_text(folder / text, kind) for text, kind in zip(TEXTS, MODELS[name], strict=True)
