@@ -34,6 +34,36 @@ _TOP_K_KEYS = (
     "top_k_experts",
     "moe_k",
 )
+# of values in config.json that transformers does not check itself: what they have to be
+_FORMS: Mapping[str, tuple[type, str]] = {
+    "model_type": (str, "a name"),
+    "architectures": (list, "a list"),
+    "dtype": (str, "a name"),
+    "torch_dtype": (str, "a name"),
+    "auto_map": (dict, "an object"),
+    "text_config": (dict, "an object"),
+    "rope_parameters": (dict, "an object"),
+    "quantization_config": (dict, "an object"),
+}
+# and the least they may be
+_LEAST: Mapping[str, float] = {
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "decoder_sparse_step": 1,
+    "vocab_size": 1,
+    "max_position_embeddings": 1,
+    "sliding_window": 1,
+    "num_experts": 1,
+    "num_local_experts": 1,
+    "n_routed_experts": 1,
+    "intermediate_size": 0,
+    "moe_intermediate_size": 0,
+    "rms_norm_eps": 0,
+    "rope_theta": 1,
+}
 # quantised checkpoints that transformers unpacks on any device, and llama.cpp's converter as well
 _UNPACKED = ("mxfp4", "fp8")
 
@@ -51,7 +81,7 @@ def shape_of(config: Any) -> MoeSpec:
         raise MoneError(f"{arch} has layers with several expert stacks: such models are not supported")
     if not experts:
         hint = (
-            "its experts do not use transformers' experts interface"
+            "config.json makes all layers dense, or the experts do not use transformers' interface"
             if any("expert" in key for key in text_config.to_dict())
             else "only models with routed experts can be pruned"
         )
@@ -105,11 +135,20 @@ def skeleton(config: Any) -> "PreTrainedModel":
         with torch.device("meta"):
             skeleton: PreTrainedModel = auto_class(config).from_config(config)
     except Exception as error:  # what a model's constructor makes of an odd config is no closed list
-        raise MoneError(
-            f"transformers cannot build {arch_of(config)} as a language model: {first_line(error)}; compare "
-            "config.json with the published model's"
-        ) from None
+        raise misfit("build", config, error) from None
     return skeleton
+
+
+def misfit(what: str, config: Any, error: BaseException) -> MoneError:
+    """Return the error for a model that transformers cannot `build` or `run` as its config says."""
+    text_config = (
+        config if isinstance(getattr(config, "text_config", None), dict) else config.get_text_config()
+    )
+    empty = ", ".join(key for key, value in text_config.to_diff_dict().items() if value is None)
+    return MoneError(
+        f"transformers cannot {what} {arch_of(config)} by its config.json: {first_line(error)}; compare it "
+        f"with the published model's{f' (null here: {empty})' if empty else ''}"
+    )
 
 
 def expert_modules(module: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -145,9 +184,10 @@ def resolve_device(device: str) -> str:
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return transformers' config of a model folder."""
+    """Return transformers' config of a model folder; raises `MoneError` for one of unexpected form."""
     if not (path / "config.json").is_file():
         raise MoneError(f"{path} has no config.json: pass the folder of a Hugging Face model")
+    _check_form(path / "config.json")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers checks configs with classes of its own and of others
@@ -155,6 +195,43 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             f"transformers cannot read {path / 'config.json'}: {first_line(error)}; pass the folder of "
             "a model that this version of transformers knows"
         ) from None
+
+
+def _check_form(file: Path) -> None:
+    """Refuse values that transformers takes, and fails with later, naming another cause or none."""
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MoneError(
+            f"cannot read {file}: {first_line(error)}; pass the folder of a model of Hugging Face's form"
+        ) from None
+    if not isinstance(stated, dict):
+        raise MoneError(f"{file} holds no JSON object: pass the folder of a model of Hugging Face's form")
+    parts = (stated, stated.get("text_config"))
+    for part in (part for part in parts if isinstance(part, dict)):
+        for key, value in part.items():
+            if wrong := _wrong(key, value, part):
+                raise MoneError(
+                    f"{file} says {key} = {json.dumps(value)[:80]}, where {wrong} belongs: compare it with "
+                    "the published model's"
+                )
+
+
+def _wrong(key: str, value: Any, part: Mapping[str, Any]) -> str:
+    """Return what belongs in the place of a value of a config, "" where the value will do."""
+    if value is not None and key in _FORMS and not isinstance(value, _FORMS[key][0]):
+        return _FORMS[key][1]
+    if key == "architectures" and not all(isinstance(name, str) for name in value or ()):
+        return "a list of names"
+    if key == "quantization_config" and value == {}:
+        return "a quant_method, or null,"
+    if key == "rope_parameters" and value is not None:
+        theta = value.get("rope_theta", 1.0)
+        return "" if isinstance(theta, int | float) and theta > 0 else "a rope_theta above 0"
+    if key not in _LEAST or not isinstance(value, int | float) or value >= _LEAST[key]:
+        return ""
+    unused = key == "sliding_window" and part.get("use_sliding_window") is False
+    return "" if unused else f"at least {_LEAST[key]:g}"
 
 
 def packing(config: Any) -> dict[str, Any]:

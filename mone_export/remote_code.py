@@ -39,7 +39,7 @@ def _named(file: Path, loader: str) -> str | None:
     """Return the class that a config names for a loader of transformers."""
     try:
         classes = json.loads(file.read_text(encoding="utf-8"))["auto_map"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if isinstance(classes, dict):
         classes = classes.get(loader)

@@ -128,8 +128,8 @@ class Checkpoint:
     @cached_property
     def _stated(self) -> Mapping[str, Any]:
         """What config.json says."""
-        found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return found
 
     @cached_property
     def spec(self) -> MoeSpec:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability, d
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head
 from mone_export.calibration.stability import Watch
-from mone_export.calibration.work_folder import WorkFolder, begun
+from mone_export.calibration.work_folder import WorkFolder, alone_in, begun
 from mone_export.errors import MoneError, first_line
 from mone_export.model import Dtype, Stream
 from mone_export.pruning.allocation import sensitivities
@@ -52,7 +53,9 @@ def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration 
     """
     if not job.needs_statistics:
         return None, None
-    with ranks.joined():
+    workdir = job.request.workdir
+    alone = alone_in(Path(workdir) / f"rank-{ranks.rank()}") if workdir else nullcontext()
+    with alone, ranks.joined():
         model_sha256 = ranks.from_first(
             job.source.fingerprint(progress=progress) if ranks.rank() == 0 else ""
         )

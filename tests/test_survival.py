@@ -55,6 +55,7 @@ def test_twenty_kills_one_result(stream: str, small: Path, text: Path, tmp_path:
                     kills.append(name)
         assert {file.name for file in work.rglob("*") if file.is_file()} == {
             "job.json",
+            "lock",
             "statistics.safetensors",
         }
         return (work / "statistics.safetensors").read_bytes(), outfile.read_bytes()

@@ -31,6 +31,7 @@ from mone_export.calibration.streaming import RowStates, Turn, decoder_layers, o
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
+from mone_export.model import misfit
 from mone_export.runtime import Progress
 
 log = logging.getLogger(__name__)
@@ -278,10 +279,14 @@ def _forward_rows(run: Pass, rows: range) -> None:
 def forward(model: Model, tokens: Tensor, rows: range) -> Tensor:
     """Run rows through the model's body, and return its last hidden states [n_row, seq_len, d].
 
-    Logits of a large vocabulary would cost more memory than the body.
+    Logits of a large vocabulary would cost more memory than the body. Raises `MoneError` where transformers'
+    code of the model stumbles over its config.
     """
     input_ids = tokens[rows.start : rows.stop].to(model.module.device)
-    hidden: Tensor = model.module.base_model(input_ids=input_ids, use_cache=False)[0]
+    try:
+        hidden: Tensor = model.module.base_model(input_ids=input_ids, use_cache=False)[0]
+    except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+        raise misfit("run", model.module.config, error) from None
     return hidden
 
 

@@ -3,6 +3,7 @@
     job.json            what is calibrated: model, text, and the options that change the sums
     <step>.safetensors  the statistics of a step: layer <step> - 1 of a streamed model, or all layers after
                         the first <step> rows of one in memory
+    lock                held by the process at work, so that no two share the folder
     states/             what a streamed model's layers have handed on (`streaming.RowStates`)
 
 A step's file appears, complete, by a rename; whatever it does not yet speak for is computed again.
@@ -11,11 +12,13 @@ A step's file appears, complete, by a rename; whatever it does not yet speak for
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mone_export.artifacts import ExpertStats, load_layers, save_layers
 from mone_export.errors import MoneError
+from mone_export.locks import NoLocksError, locked
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,23 @@ class WorkFolder:
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{step}.safetensors"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a work folder, made if need be, for the length of the block.
+
+    Raises `MoneError` where one is at work in it. On a file system without locks nobody is kept out.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "lock"))
+        except NoLocksError as error:
+            log.warning("%s; until then run one export at a time with this --workdir", error)
+        except OSError as error:
+            raise MoneError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
+        yield
 
 
 def begun(folder: Path) -> dict[str, str | int]:

@@ -302,8 +302,8 @@ def converter_class(conversion: Any, path: Path) -> Any:
         return conversion.get_model_class(name)
     except (NotImplementedError, ValueError, KeyError) as error:
         raise MoneError(
-            f"llama.cpp has no converter for the model in {path}: {first_line(error)} "
-            "Only models that llama.cpp can run can be exported"
+            f"llama.cpp has no converter for the model in {path}: {first_line(error).rstrip('.!')}; "
+            "only models that llama.cpp can run can be exported"
         ) from None
 
 
