@@ -146,7 +146,8 @@ def misfit(what: str, config: Any, error: BaseException) -> MoneError:
     )
     empty = ", ".join(key for key, value in text_config.to_diff_dict().items() if value is None)
     return MoneError(
-        f"transformers cannot {what} {arch_of(config)} by its config.json: {first_line(error)}; compare it "
+        f"transformers cannot {what} {arch_of(config)} as a language model by its config.json: "
+        f"{first_line(error)}; compare it "
         f"with the published model's{f' (null here: {empty})' if empty else ''}"
     )
 
@@ -231,6 +232,7 @@ def _wrong(key: str, value: Any, part: Mapping[str, Any]) -> str:
     if key not in _LEAST or not isinstance(value, int | float) or value >= _LEAST[key]:
         return ""
     unused = key == "sliding_window" and part.get("use_sliding_window") is False
+    unused |= key == "head_dim" and "qk_rope_head_dim" in part  # which then says it
     return "" if unused else f"at least {_LEAST[key]:g}"
 
 

@@ -159,7 +159,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         of_type(
             "flex_olmo", num_experts=8, num_experts_per_tok=2, num_key_value_heads=4, norm_topk_prob=False
         ),
-        "llama.cpp has no converter for the model .*FlexOlmo.* Only models that llama.cpp can run",
+        "llama.cpp has no converter for the model .*FlexOlmo.* only models that llama.cpp can run",
     ),
     "groups by their best expert": (
         of_type("deepseek_v2", n_group=2, topk_method="group_limited_greedy", norm_topk_prob=False),

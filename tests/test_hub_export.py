@@ -1,4 +1,4 @@
-"""`mone-export org/model`: the whole road by id, from a stand-in of the Hub; each process has its own cache."""
+"""`mone-export org/model`: the whole road by id, from a stand-in of the Hub; each process has a cache."""
 
 import os
 import re
