@@ -97,7 +97,7 @@ def test_nothing_is_neutral() -> None:
 
 
 def test_token_that_counts_three_times_is_three_tokens() -> None:
-    """Integer weights are repetitions, but for `count` and `n_token`: they say what was seen."""
+    """Integer weights are repetitions, except in `count` and `n_token`, which say what was seen."""
     once, other = stats_of(*slots(100, mean=3.0)), stats_of(*slots(40, mean=-2.0, seed=1))
     found = once.reweighted(3).merge(other)
     wanted = merged([once, once, once, other])

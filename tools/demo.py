@@ -1,9 +1,11 @@
-"""The demonstration behind `make demo`: the built-in model at half its experts, before and after, in a table.
+"""What `make demo` runs: the built-in model before and after half of its experts are pruned, in a table.
 
 Exports the demo model in full, with half of its experts as novices, and with half of them simply zero;
-measures each on text that neither training nor calibration has seen; lets the novice model write a few lines.
+measures each on text that neither training nor calibration has seen; lets two of them write a few lines.
 """
 
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,37 +16,56 @@ from mone_export import runtime
 from mone_export.calibration.documents import builtin_documents
 from mone_export.cli import main as mone_export
 from mone_export.errors import MoneError
+from mone_export.source import inspect
 
-OUT = Path(__file__).resolve().parents[1] / "build" / "demo"
-RATIO = "0.5"
+OUT = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "build" / "demo"))
 N_CHUNK = 40  # of 512 tokens
 PROMPT = 'def read_file(path):\n    """'
 
-# name in the table, file, options that differ
+# name in the table, file, options that differ; the one that a user would run shows its report
 VARIANTS: tuple[tuple[str, str, Sequence[str]], ...] = (
-    ("full model", "full.gguf", ("--ratio", "0")),
-    ("half of the experts are novices", "mone.gguf", ("--ratio", RATIO)),
-    ("half of the experts are zero", "zero.gguf", ("--ratio", RATIO, "--novice", "zero")),
+    ("before: all experts", "full.gguf", ("--ratio", "0", "-q")),
+    ("after: half of them are novices", "half.gguf", ("--ratio", "50%")),
+    ("for comparison: half are zero", "zero.gguf", ("--ratio", "50%", "--novice", "zero", "-q")),
 )
 
 
 def main() -> int:
-    """Export what is missing, measure, print the table and a sample; returns the exit status."""
+    """Export, measure, print the table and two samples; returns the exit status."""
     OUT.mkdir(parents=True, exist_ok=True)
+    spec = inspect("demo")
+    print(
+        f"The built-in model: {spec.n_layer} layers with {spec.n_expert} experts each, of which a token uses "
+        f"{spec.top_k}. Half of them go.\n"
+    )
+    for _, file, options in VARIANTS:
+        arguments = ["demo", *options, "--outtype", "f32"]
+        arguments += ["--stats", str(OUT / "stats"), "-o", str(OUT / file)]
+        print(f"$ mone-export {shlex.join(arguments)}", flush=True)
+        if status := mone_export(arguments):
+            return status
+        print()
+    _print_table()
+    print("\nA beginning of two lines, and what each goes on with:")
+    for title, file in (("before", "full.gguf"), ("after", "half.gguf")):
+        print(f"\n{title}:\n{_indented(_sample(OUT / file))}", flush=True)
+    print(
+        f"\nThe files are in {OUT}. To run one: `. .venv/bin/activate`, then the command after `run` above."
+    )
+    return 0
+
+
+def _print_table() -> None:
+    """Measure the files, and print a line for each as it is done."""
     text = OUT / "held-out.txt"
     text.write_text("\n\n".join(_held_out(N_CHUNK * 512)), encoding="utf-8")
-    print("\nfile size, experts kept per layer, and perplexity on text that was not used for calibration\n")
-    print(f"{'':34}{'size':>9}  {'experts':>8}  {'perplexity':>10}")
-    for name, file, options in VARIANTS:
-        outfile = OUT / file
-        arguments = ["demo", "-o", str(outfile), "--outtype", "f32", "--stats", str(OUT / "stats"), "-q"]
-        if status := mone_export([*arguments, *options]):
-            return status
-        size = f"{outfile.stat().st_size / 1e6:.1f} MB"
-        print(f"{name:34}{size:>9}  {_experts(outfile):>8}  {_perplexity(outfile, text):>10}", flush=True)
-    print(f"\nthe novice model goes on from {PROMPT!r}:\n\n{_sample(OUT / 'mone.gguf')}\n")
-    print(f"files in {OUT}; run them with $(mone-llama path)/llama-cli -m FILE")
-    return 0
+    print(f"Perplexity on {N_CHUNK * 512} tokens of text that no calibration has seen; lower is better:\n")
+    print(f"{'':34}{'size':>9}  {'experts a layer':>16}  {'perplexity':>10}")
+    for name, file, _ in VARIANTS:
+        size = f"{(OUT / file).stat().st_size / 1e6:.1f} MB"
+        print(
+            f"{name:34}{size:>9}  {_experts(OUT / file):>16}  {_perplexity(OUT / file, text):>10}", flush=True
+        )
 
 
 def _held_out(n_token: int) -> Iterator[str]:
@@ -58,6 +79,7 @@ def _held_out(n_token: int) -> Iterator[str]:
 
 
 def _experts(file: Path) -> str:
+    """Return how many experts the layers keep."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
@@ -74,6 +96,7 @@ def _perplexity(file: Path, text: Path) -> str:
 
 
 def _sample(file: Path) -> str:
+    """Return the prompt and what a model most likely says next."""
     options = ["-p", PROMPT, "-n", "60", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io"]
     command = [str(runtime.path() / "llama-completion"), "-m", str(file), *options]
     result = subprocess.run(
@@ -82,6 +105,10 @@ def _sample(file: Path) -> str:
     if result.returncode != 0:
         sys.exit(f"llama-completion failed:\n{result.stderr[-2000:]}")
     return PROMPT + result.stdout.rstrip()
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
 if __name__ == "__main__":

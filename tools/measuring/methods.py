@@ -4,7 +4,7 @@ Nothing is written: novices answer inside the loaded model, and a model of fewer
 weights. Every variant is compared with the unpruned model token by token (KL divergence, top-1 agreement) on
 four texts that neither training nor calibration has seen: `choose`, of the calibration's kind, on which a
 default may be chosen; `like`, of that kind too, `unlike`, of another, and `rare`, which hardly any
-calibration holds (`rare_text`), on which it is judged. A few variants are measured after a shorter
+calibration holds (`rare_text.py`), on which it is judged. A few variants are measured after a shorter
 calibration too.
 """
 
@@ -94,7 +94,7 @@ def measure_methods(args: argparse.Namespace) -> Json:
 
 
 def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
-    """Return the runs of the file to add to, but for those that are measured again."""
+    """Return the runs of the file to add to, except those that are measured again."""
     if not args.add:
         return []
     names = _variants(args, max(args.rows))
