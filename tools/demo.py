@@ -49,9 +49,7 @@ def main() -> int:
     print("\nA beginning of two lines, and what each goes on with:")
     for title, file in (("before", "full.gguf"), ("after", "half.gguf")):
         print(f"\n{title}:\n{_indented(_sample(OUT / file))}", flush=True)
-    print(
-        f"\nThe files are in {OUT}. To run one: `. .venv/bin/activate`, then the command after `run` above."
-    )
+    print(f"\nThe files are in {OUT}. To run one: activate .venv, then use the `run` line above.")
     return 0
 
 
