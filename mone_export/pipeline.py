@@ -1,4 +1,4 @@
-"""export(): the whole road in one function. Read this file first.
+"""export(): all stages in one function. Read this file first.
 
 Everything that can fail cheaply fails before anything expensive starts (`request.prepare`).
 """

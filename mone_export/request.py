@@ -252,7 +252,7 @@ def _check_early_end(request: Request, recipe: Recipe) -> None:
 
 
 def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
-    """Refuse what this model or this road has no use for."""
+    """Refuse what cannot be done with this model."""
     if outtype in IMATRIX_TYPES:
         raise MoneError(
             f"--outtype {outtype} needs an importance matrix of the pruned model: export --outtype f16 "

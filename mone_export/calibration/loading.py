@@ -36,7 +36,7 @@ _LAYERS = 5  # a streamed one: a layer, the next one, copies while experts are s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A model to calibrate: the one value of the road that is never saved.
+    """A model to calibrate: the one value between stages that is never saved.
 
     `files` is None when all weights are in memory, else what brings each decoder layer in its turn.
     """
