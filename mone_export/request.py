@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Candidate, Corpus
+from mone_export.artifacts import Calibration, Candidate, Corpus, differing
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
@@ -201,10 +201,15 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
 
 
 def _saved(request: Request, source: Source) -> Calibration | None:
-    """Return the statistics that a request takes up; they know the model's shape."""
+    """Return the statistics that a request takes up, of this config; they know the model's shape."""
     stats = request.stats_file
     saved = Calibration.load(stats) if stats is not None and stats.exists() else None
     source.known_from(saved)
+    if saved and (keys := differing(saved.config, source.computing_config)):
+        raise MoneError(
+            f"{stats} was made with another config.json, different in {', '.join(keys[:5])}: choose another "
+            "--stats file, or restore the config"
+        )
     if saved and saved.spec != source.spec:
         raise MoneError(f"{stats} was made from another model: choose another --stats file")
     return saved

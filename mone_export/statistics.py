@@ -181,8 +181,7 @@ def with_sensitivity(
 def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus | None) -> None:
     """Insist that saved statistics are of this model, and of this text if one is given; say of what they are.
 
-    Raises `MoneError` with what differs: both fingerprints, or the keys of the config, or the precision.
-    Other versions and another device are warned of.
+    Raises `MoneError` with what differs: both fingerprints, or the precision. Other versions are warned of.
     """
     stats, text_sha256 = job.request.stats_file, saved.corpus_sha256
     remedy = "choose another --stats file, or the same model, text, --chunks and --ctx-size"
@@ -195,12 +194,6 @@ def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus
                 f"{stats} was made from another {what} (SHA-256 {found[:16]}, this one is {wanted[:16]}): "
                 f"{remedy}"
             )
-    config = job.source.computing_config
-    if keys := differing(saved.config, config):
-        raise MoneError(
-            f"{stats} was made with another config.json, different in {', '.join(keys[:5])}: choose another "
-            "--stats file, or restore the config"
-        )
     dtype = saved.made_with.get("dtype", job.request.dtype)
     if job.request.dtype not in ("auto", dtype):
         raise MoneError(

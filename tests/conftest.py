@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import Command
 from tiny import save_small
 
 # the models are so small that threads would mostly wait for each other
@@ -27,3 +28,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Mixtral with a small vocabulary; not to be changed."""
     return save_small(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def command(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command on the small model and the text."""
+    return Command(small, text, capsys)
+
+
+@pytest.fixture
+def stats(command: Command, tmp_path: Path) -> Path:
+    """Statistics of the small model and the text."""
+    path = tmp_path / "kept" / "stats"
+    path.parent.mkdir()
+    command("--stats", path, "-o", path.with_name("first.gguf"), "--allocate", "sensitivity").is_fine()
+    return path

@@ -313,3 +313,24 @@ def test_broken_tokenizer_gives_a_file_or_one_line(
         assert re.search("token|template", err.replace(str(tmp_path), "")), err
     else:
         assert gguf_file.read(file).keys["tokenizer.ggml.model"][1] == "llama"
+
+
+def test_ids_beyond_the_embeddings_are_refused(
+    models: dict[str, Path], tmp_path: Path, export: Callable[[Path], tuple[int, str, Path]]
+) -> None:
+    folder = tmp_path / "model"
+    random_model("MixtralForCausalLM", N_VOCAB - 100).save_pretrained(folder)
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(models["mixtral"] / file, folder)
+    status, err, _ = export(folder)
+    assert status == 1
+    assert re.search(r"token (3\d\d), the model has embeddings for 300|llama.cpp cannot convert", err), err
+
+
+def test_rows_beyond_the_window_are_warned_of(
+    models: dict[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_value(tmp_path / "model", models, ("mixtral", "max_position_embeddings", 16))
+    arguments = [str(folder), "--ratio", "0.5", "-f", str(text), "--chunks", "1", "-c", "32", "--dry-run"]
+    assert cli.main(arguments) == 0
+    assert "rows of 32 tokens are longer than the model's window of 16: -c 16" in capsys.readouterr().err

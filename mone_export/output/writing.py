@@ -7,8 +7,9 @@ from an intermediate file beside the output.
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -164,8 +165,8 @@ def layouts(
     found: dict[str, Layout] = {}
     base_types = [outtype if outtype in CONVERTER_TYPES else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
-        with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
-            head = Path(folder) / "head.gguf"
+        with _temporary_folder() as folder:
+            head = folder / "head.gguf"
             edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
             conversion = edits.apply(source, outtype=base_type)
             size = conversion.write_head(head, _loading_keys(conversion, plan) | keys)
@@ -174,9 +175,10 @@ def layouts(
             base = Layout(head_size, conversion.shapes, conversion.types, added=frozenset(edits.added))
             if base_type in outtypes:
                 found[base_type] = base
-            with head.open("r+b") as file:
-                file.truncate(size)
             quantized = set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ()
+            if quantized:
+                with head.open("r+b") as file:
+                    file.truncate(size)
             with ThreadPoolExecutor() as pool:
                 asked = pool.map(partial(quantized_types, head), () if types else quantized)
                 known = types or dict(zip(quantized, asked, strict=True))
@@ -184,6 +186,18 @@ def layouts(
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
                 found[outtype] = replace(base, types=own, types_between=base.types)
     return found
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Make a folder for the block; `MoneError` where the block cannot write to it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise MoneError(
+            f"cannot write temporary files ({error.strerror}): free some space there, or set TMPDIR"
+        ) from None
 
 
 class Edits:
@@ -306,9 +320,10 @@ def _convert(
     try:
         conversion.write_head(part, _loading_keys(conversion, edits.plan) | keys)
         conversion.write_tensors(progress)
-    except OSError as error:
+    except OSError as error:  # numpy's says no reason
         raise MoneError(
-            f"cannot write {part}: {error.strerror}; free some space or choose another -o"
+            f"cannot write {part.name} in {part.parent.parent}: "
+            f"{error.strerror or 'No space left on device'}; free some space or choose another -o"
         ) from None
     finally:
         conversion.close()
