@@ -127,7 +127,7 @@ OTHER_WORDS = {
     "rope_parameters": "NoneType|'mystery'",
     "quantization_config": "quantised by",
     "architectures": "no converter for the model",
-    "model_type": "model type|Qwen3MoeForCausalLM|MixtralForCausalLM by its config.json",
+    "model_type": "model type|Qwen3MoeForCausalLM|cannot build MixtralForCausalLM",
     "eos_token_id": "special token type eos",
     "pad_token_id": "special token type pad|Padding_idx",
     "text_config": "'dict' object has no attribute",
