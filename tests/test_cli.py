@@ -441,7 +441,8 @@ def test_dry_run_refuses_statistics_of_a_model_of_another_shape(
     export: Callable[..., Outcome], stats: Path, tmp_path: Path
 ) -> None:
     other = save_small(tmp_path / "other", num_local_experts=8, num_experts_per_tok=2)
-    export("--stats", stats, "--dry-run", model=other).is_one_line("s was made with another config.json, different in num_experts")
+    outcome = export("--stats", stats, "--dry-run", model=other)
+    outcome.is_one_line("s was made with another config.json, different in num_experts")
 
 
 def test_saved_statistics_give_the_same_file(
