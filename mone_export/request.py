@@ -19,7 +19,6 @@ from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
-from mone_export.model import Dtype, Stream, resolve_device
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
@@ -28,6 +27,7 @@ from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
+from mone_export.source.shape import Dtype, Stream, resolve_device
 
 if TYPE_CHECKING:
     from mone_export.calibration.loading import Model

@@ -22,7 +22,6 @@ from mone_export.calibration.corpus import head
 from mone_export.calibration.stability import Watch
 from mone_export.calibration.work_folder import WorkFolder, alone_in, begun
 from mone_export.errors import MoneError, first_line
-from mone_export.model import Dtype, Stream
 from mone_export.pruning.allocation import sensitivities
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.novices import novices
@@ -30,6 +29,7 @@ from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.request import NO_EARLY_END, Job
 from mone_export.runtime import Progress
+from mone_export.source.shape import Dtype, Stream
 
 if TYPE_CHECKING:
     from mone_export.calibration.loading import Model

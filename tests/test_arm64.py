@@ -14,7 +14,8 @@ import pytest
 
 from mone_export import runtime
 from mone_export.pipeline import export
-from mone_export.source import load_tokenizer, open_source
+from mone_export.source import open_source
+from mone_export.source.tokenizing import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 

@@ -345,14 +345,16 @@ def test_too_little_disk_is_one_line_before_any_work(
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr("mone_export.source.fingerprint", None)  # would be the first reading of weights
+    monkeypatch.setattr(
+        "mone_export.source.checkpoint.fingerprint", None
+    )  # would be the first reading of weights
     export().is_one_line(r"has 0\.00 GB free, the export needs 0\.00 GB: free some space, choose another -o")
 
 
 def test_statistics_in_an_impossible_place_are_refused_before_any_work(
     export: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mone_export.source.fingerprint", None)
+    monkeypatch.setattr("mone_export.source.checkpoint.fingerprint", None)
     export("--stats", tmp_path / "missing" / "s").is_one_line("missing does not exist: .*another --stats")
 
 
@@ -594,7 +596,7 @@ def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mone_export.output.llamacpp.Conversion.write_tensors", interrupt)
+    monkeypatch.setattr("mone_export.source.llamacpp.Conversion.write_tensors", interrupt)
     outcome = export()
     assert outcome.status == 130 and not outcome.left
     assert outcome.err == "mone-export: interrupted; nothing was written\n"
@@ -728,7 +730,7 @@ CONTRADICTIONS = [
 def test_contradictions_are_refused_before_any_work(
     export: Callable[..., Outcome], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mone_export.source.fingerprint", None)
+    monkeypatch.setattr("mone_export.source.checkpoint.fingerprint", None)
     export(*arguments).is_one_line(message)
 
 
@@ -778,7 +780,7 @@ def test_termination_unwinds_like_an_interruption(small: Path, text: Path, tmp_p
     code = """
 import os, signal, sys, time
 from mone_export import cli
-from mone_export.output.llamacpp import Conversion
+from mone_export.source.llamacpp import Conversion
 def wait(*_, **__):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)

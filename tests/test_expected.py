@@ -19,8 +19,8 @@ from transformers import OlmoeForCausalLM
 from mone_export.calibration.expected import check_tensors
 from mone_export.calibration.loading import load
 from mone_export.errors import MoneError
-from mone_export.model import read_config
 from mone_export.source import open_source
+from mone_export.source.shape import read_config
 
 EXPORTED = [row for row in ROWS if row.refused is None]
 N_EXPERT, N_LAYER = 16, 3

@@ -35,9 +35,7 @@ from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules
 from mone_export.output import llamacpp
-from mone_export.output.llamacpp import Conversion, projector_command
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
 from mone_export.pruning.novices import novices
@@ -46,6 +44,8 @@ from mone_export.pruning.scoring import score
 from mone_export.recipe import Recipe
 from mone_export.request import Request, prepare
 from mone_export.source import inspect, open_source
+from mone_export.source.llamacpp import Conversion, projector_command
+from mone_export.source.shape import expert_modules
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream, pytest.mark.families]
 

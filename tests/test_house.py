@@ -14,18 +14,16 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory"),
-    *("runtime", "hub", "remote_code"),
-    *("recipe", "artifacts", "architectures", "model", "weights"),
-    *("output.gguf_format", "output.naming", "output.prediction", "output.opened", "output.llamacpp"),
-    *("calibration.tokenizing", "source", "calibration.chats", "calibration.documents"),
-    *("calibration.corpus", "calibration.observer", "calibration.ranks", "calibration.work_folder"),
-    *("calibration.streaming", "calibration.expected", "calibration.loading", "calibration.stability"),
-    "calibration.passes",
+    *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory", "runtime"),
+    *("recipe", "artifacts", "architectures", "source"),
+    *("calibration.chats", "calibration.documents", "calibration.corpus", "calibration.observer"),
+    *("calibration.ranks", "calibration.work_folder", "calibration.streaming", "calibration.expected"),
+    *("calibration.loading", "calibration.stability", "calibration.passes"),
     *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
     *("pruning.allocation", "pruning.planning", "pruning.dern"),
-    *("output.quantizing", "output.recombining", "output.provenance", "output.writing", "output.rounding"),
+    *("output.gguf_format", "output.quantizing", "output.recombining", "output.provenance"),
+    *("output.writing", "output.rounding"),
     *("fitting", "request", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output")
@@ -33,7 +31,7 @@ TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    """Yield (module, file), module without the package's name; `runtime` and `demo` count as one each."""
+    """Yield (module, file); `runtime`, `source` and `demo` count as one module each."""
     for file in sorted(PACKAGE.rglob("*.py")):
         module = _module(".".join(file.relative_to(PACKAGE).with_suffix("").parts))
         if module is not None:
@@ -91,7 +89,7 @@ def test_only_the_commands_print() -> None:
 def test_llama_cpps_code_is_imported_in_one_place() -> None:
     foreign = re.compile(r"^\s*(import|from) (gguf|conversion)\b", re.MULTILINE)
     found = {module for module, file in sources() if foreign.search(file.read_text(encoding="utf-8"))}
-    assert found <= {"output.llamacpp", "runtime"}
+    assert found <= {"source", "runtime"}
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from hub_server import TOKEN, HubServer, hub_server
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mone_export import hub
 from mone_export.errors import MoneError
+from mone_export.source import hub
 
 ID = "someone/tiny-MoE"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -26,7 +26,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 # prints what it found as JSON, or a MoneError's text; anything else is a traceback
 DRIVER = """
 import json, os, sys
-from mone_export import hub
+from mone_export.source import hub
 from mone_export.errors import MoneError
 steps = []
 try:
@@ -336,7 +336,7 @@ def test_space_is_checked_before_a_download(server: HubServer, model: Path, tmp_
     code = """
 import shutil, sys
 from types import SimpleNamespace
-from mone_export import hub
+from mone_export.source import hub
 snapshot = hub.metadata(sys.argv[1])
 shutil.disk_usage = lambda _folder: SimpleNamespace(free=1000)
 try:
@@ -360,7 +360,7 @@ def test_headers_come_by_range_and_make_a_hollow_model(
     server.add(ID, model)
     code = """
 import sys, shutil
-from mone_export import hub
+from mone_export.source import hub
 snapshot = hub.metadata(sys.argv[1])
 with hub.skeleton_folder(snapshot) as folder:
     shutil.copytree(folder, sys.argv[2])
@@ -393,7 +393,7 @@ def test_skeleton_serves_checks_and_converter(server: HubServer, small: Path, tm
     code = """
 import sys
 from pathlib import Path
-from mone_export import hub
+from mone_export.source import hub
 from mone_export.output.writing import measure
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe

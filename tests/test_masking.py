@@ -20,11 +20,11 @@ from mone_export.calibration.masking import Divergence, masked, measure_residual
 from mone_export.calibration.observer import expert_stats, observe
 from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
-from mone_export.model import Stream, expert_modules
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.source import open_source
+from mone_export.source.shape import Stream, expert_modules
 
 PRUNED = {0: (1, 5, 6), 2: (0, 15)}
 TOKENS = torch.randint(3, 400, (2, 50), generator=torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ from mone_export.calibration.observer import (
     observe,
     one_by_one,
 )
-from mone_export.model import expert_modules
+from mone_export.source.shape import expert_modules
 
 N_VOCAB = 200
 FIELDS = [field.name for field in fields(ExpertStats)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from command import Command, names
 
-from mone_export.output.llamacpp import Conversion
+from mone_export.source.llamacpp import Conversion
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])

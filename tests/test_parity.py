@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from mone_export import runtime
 from mone_export.artifacts import Calibration
-from mone_export.model import expert_modules
 from mone_export.pipeline import export
 from mone_export.pruning.dern import recombine
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.recipe import OWN_SCORE
 from mone_export.source import inspect, open_source
+from mone_export.source.shape import expert_modules
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 

@@ -15,10 +15,10 @@ from tiny import random_model
 from mone_export.artifacts import Calibration
 from mone_export.calibration.observer import expert_stats
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation
 from mone_export.pruning.uncertainty import MARGIN
+from mone_export.source.shape import expert_modules
 
 
 def deviation(layer: Layer, e: int) -> float:

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mone_export.calibration.corpus import make_corpus, read_corpus
 from mone_export.calibration.documents import Document
-from mone_export.calibration.tokenizing import Encoder, control_tokens, load_tokenizer
 from mone_export.errors import MoneError
+from mone_export.source.tokenizing import Encoder, control_tokens, load_tokenizer
 
 CONTROL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
 SOURCES = "\n".join(

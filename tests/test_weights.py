@@ -15,12 +15,12 @@ from mone_export.artifacts import Calibration, Corpus
 from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.hub import INDEX, SINGLE
 from mone_export.output.writing import write
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.source import open_source
-from mone_export.weights import fingerprint, left_out, weight_files
+from mone_export.source.hub import INDEX, SINGLE
+from mone_export.source.weights import fingerprint, left_out, weight_files
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -18,8 +18,6 @@ from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules
-from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion
 from mone_export.output.quantizing import QUANTIZE_TYPES
 from mone_export.output.writing import measure, write
 from mone_export.pruning.dern import recombine
@@ -27,8 +25,10 @@ from mone_export.pruning.novices import NOVICES, novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.recipe import Recipe
-from mone_export.source import load_tokenizer
-from mone_export.weights import fingerprint
+from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion
+from mone_export.source.shape import expert_modules
+from mone_export.source.tokenizing import load_tokenizer
+from mone_export.source.weights import fingerprint
 
 FAMILIES_OF = {
     "f32": tuple(TINY),

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mone_export.calibration.tokenizing import control_tokens
 from mone_export.errors import MoneError, first_line
+from mone_export.source.tokenizing import control_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

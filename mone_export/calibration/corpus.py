@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mone_export.artifacts import Corpus
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
-from mone_export.calibration.tokenizing import Encoder
 from mone_export.errors import MoneError
+from mone_export.source.tokenizing import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

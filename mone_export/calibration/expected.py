@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mone_export.errors import MoneError
-from mone_export.model import auto_class, packing
+from mone_export.source.shape import auto_class, packing
+from mone_export.source.weights import open_weights
 from mone_export.transformers_internals import AutoHfQuantizer, compare, leaves_out
-from mone_export.weights import open_weights
 
 _TYPES = {
     "F32": torch.float32,

@@ -17,7 +17,8 @@ from mone_export.calibration.expected import Difference, check_tensors, refuse, 
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError, first_line
 from mone_export.memory import free_memory, give_back
-from mone_export.model import (
+from mone_export.source import Source, open_source
+from mone_export.source.shape import (
     Dtype,
     Stream,
     auto_class,
@@ -26,7 +27,6 @@ from mone_export.model import (
     resolve_device,
     skeleton,
 )
-from mone_export.source import Source, open_source
 
 log = logging.getLogger(__name__)
 

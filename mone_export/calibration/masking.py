@@ -18,8 +18,8 @@ from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residu
 from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import observe, run_experts
 from mone_export.calibration.passes import Pass, finished
-from mone_export.model import expert_modules
 from mone_export.runtime import Progress
+from mone_export.source.shape import expert_modules
 
 
 @contextmanager

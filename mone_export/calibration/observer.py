@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mone_export.artifacts import ExpertStats
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules
+from mone_export.source.shape import expert_modules
 from mone_export.transformers_internals import (
     ExpertsInterface,
     check_version,

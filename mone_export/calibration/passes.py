@@ -31,8 +31,8 @@ from mone_export.calibration.streaming import RowStates, Turn, decoder_layers, o
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.memory import free_memory
-from mone_export.model import misfit
 from mone_export.runtime import Progress
+from mone_export.source.shape import misfit
 
 log = logging.getLogger(__name__)
 

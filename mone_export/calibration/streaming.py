@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PreTrainedModel
 
 from mone_export.errors import MoneError
-from mone_export.model import expert_modules
+from mone_export.source.shape import expert_modules
+from mone_export.source.weights import open_weights, weight_files
 from mone_export.transformers_internals import (
     Concatenate,
     ConversionOps,
@@ -39,7 +40,6 @@ from mone_export.transformers_internals import (
     reading,
     rename_source_key,
 )
-from mone_export.weights import open_weights, weight_files
 
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # a file's types: ours
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mone_export.output.llamacpp import block_of, dequantize
 from mone_export.runtime import library
 from mone_export.runtime import path as runtime_path
 from mone_export.source import Source
+from mone_export.source.llamacpp import block_of, dequantize
 
 N_SAMPLE = 2**18  # weights, from all over the model
 _EXACT = ("f32", "f16", "bf16", "mxfp4", "nvfp4")  # the latter where a checkpoint has them itself

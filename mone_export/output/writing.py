@@ -29,8 +29,6 @@ from mone_export.output.gguf_format import (
     part_of,
     slot_tensor,
 )
-from mone_export.output.llamacpp import CONVERTER_TYPES, Conversion, padded_bytes
-from mone_export.output.opened import Read
 from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
@@ -38,6 +36,8 @@ from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.runtime import Progress
 from mone_export.source import Source, open_source
+from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, padded_bytes
+from mone_export.source.opened import Read
 
 log = logging.getLogger(__name__)
 

@@ -115,7 +115,7 @@ def shape(model_type: str, config: Json) -> Json:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mone_export.calibration.streaming import decoder_layers
-    from mone_export.model import expert_modules
+    from mone_export.source.shape import expert_modules
 
     built = AutoConfig.for_model(model_type, **config)
     with torch.device("meta"):

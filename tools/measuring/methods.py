@@ -264,8 +264,8 @@ def with_fewer_experts(module: Any, calibration: Any, chosen: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mone_export.model import expert_modules
     from mone_export.pruning.dern import recombine
+    from mone_export.source.shape import expert_modules
 
     kept = {layer.layer: list(layer.kept) for layer in chosen.layers}
     config = type(module.config).from_dict(module.config.to_dict())

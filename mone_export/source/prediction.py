@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mone_export.artifacts import MoeSpec
 from mone_export.recipe import Mtp
-from mone_export.weights import open_weights, prediction_tensors
+from mone_export.source.weights import open_weights, prediction_tensors
 
 _EXPERT = re.compile(r"\.experts\.(?:(\d+)\.|)")
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mone_export.artifacts import Calibration, MoeSpec
-from mone_export.calibration.tokenizing import load_tokenizer
 from mone_export.errors import MoneError
-from mone_export.hub import Snapshot, metadata, parse, skeleton_folder, weights
-from mone_export.hub import weight_files as listed_files
-from mone_export.model import check_config, packing, read_config, shape_of
-from mone_export.output.llamacpp import Conversion, check_convertible, projector_command
-from mone_export.output.naming import name_of
-from mone_export.remote_code import refuse_remote_code
 from mone_export.runtime import Progress
-from mone_export.weights import fingerprint, left_out, open_weights, weight_files
+from mone_export.source.hub import Snapshot, metadata, parse, skeleton_folder, weights
+from mone_export.source.hub import weight_files as listed_files
+from mone_export.source.llamacpp import Conversion, check_convertible, projector_command
+from mone_export.source.naming import name_of
+from mone_export.source.remote_code import refuse_remote_code
+from mone_export.source.shape import check_config, packing, read_config, shape_of
+from mone_export.source.tokenizing import load_tokenizer
+from mone_export.source.weights import fingerprint, left_out, open_weights, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -260,7 +260,7 @@ def open_source(
         return model
     name = str(model)
     if name == DEMO and not isinstance(model, Path):
-        return Checkpoint(Path(__file__).parent / "demo", name=DEMO)
+        return Checkpoint(Path(__file__).parents[1] / "demo", name=DEMO)
     if Path(name).is_dir():
         return Checkpoint(Path(name), trust_remote_code=trust_remote_code)
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not (found := parse(name)):

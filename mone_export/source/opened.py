@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError, first_line
-from mone_export.output.naming import card_folder, completed
+from mone_export.source.naming import card_folder, completed
 
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
 

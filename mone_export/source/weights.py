@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mone_export.errors import MoneError, first_line
-from mone_export.hub import INDEX, SINGLE
-from mone_export.hub import weight_files as listed_files
 from mone_export.runtime import Progress, cache_dir
+from mone_export.source.hub import INDEX, SINGLE
+from mone_export.source.hub import weight_files as listed_files
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mone_export.errors import MoneError, first_line
-from mone_export.output.naming import name_of
-from mone_export.output.opened import Edits, Opened, cause, opened_class
-from mone_export.output.prediction import blocks_after, reason_to_leave_out, remark
 from mone_export.recipe import Mtp
-from mone_export.remote_code import refuse_remote_code
 from mone_export.runtime import Progress, tree
+from mone_export.source.naming import name_of
+from mone_export.source.opened import Edits, Opened, cause, opened_class
+from mone_export.source.prediction import blocks_after, reason_to_leave_out, remark
+from mone_export.source.remote_code import refuse_remote_code
 
 log = logging.getLogger(__name__)
 
