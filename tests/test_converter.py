@@ -19,11 +19,10 @@ from torch import Tensor
 from mone_export import cli, files
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError
-from mone_export.output import llamacpp
 from mone_export.output.writing import write
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe
-from mone_export.source import inspect
+from mone_export.source import inspect, llamacpp
 from mone_export.source.llamacpp import Conversion
 from mone_export.source.remote_code import needs_remote_code
 from mone_export.source.weights import open_weights, prediction_tensors

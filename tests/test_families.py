@@ -35,7 +35,6 @@ from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
-from mone_export.output import llamacpp
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
 from mone_export.pruning.novices import novices
@@ -43,7 +42,7 @@ from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.recipe import Recipe
 from mone_export.request import Request, prepare
-from mone_export.source import inspect, open_source
+from mone_export.source import inspect, llamacpp, open_source
 from mone_export.source.llamacpp import Conversion, projector_command
 from mone_export.source.shape import expert_modules
 

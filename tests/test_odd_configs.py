@@ -14,7 +14,7 @@ from llama_logits import logits
 from tiny import random_model, save_small
 
 from mone_export import cli
-from mone_export.output import llamacpp
+from mone_export.source import llamacpp
 
 Case = tuple[str, str, Any]
 Change = Callable[[Path], None]

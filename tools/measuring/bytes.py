@@ -91,7 +91,7 @@ def _runs_of(name: str, bin_dir: Path, args: argparse.Namespace) -> list[Json]:
 
 def read_sentencepiece(path: Path) -> None:
     """Let the converter read our models' kind of vocabulary, which it looks for in some families only."""
-    from mone_export.output import llamacpp
+    from mone_export.source import llamacpp
 
     _, conversion = llamacpp.load_converter()
     hparams = conversion.ModelBase.load_hparams(path, False)
