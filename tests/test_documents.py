@@ -481,9 +481,9 @@ def test_missing_package_is_one_line(
 @pytest.fixture
 def few_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the standard library, since reading all of it takes seconds."""
-    every = documents._stdlib_sources()
+    every = documents.stdlib_sources()
     monkeypatch.setattr(
-        documents, "_stdlib_sources", lambda: dict(itertools.islice(sorted(every.items()), 40))
+        documents, "stdlib_sources", lambda: dict(itertools.islice(sorted(every.items()), 40))
     )
 
 

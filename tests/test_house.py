@@ -135,3 +135,41 @@ def test_the_readmes_tree_is_the_tree(tracked: list[Path]) -> None:
     folders = {path.parent.relative_to(ROOT) for path in tracked} - {Path()}
     wanted = {folder.parts[-1] for folder in folders if len(folder.parts) <= 2 and folder.parts[0] != "tests"}
     assert not [name for name in wanted if not name.startswith(".") and f"{name}/" not in tree]
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Yield the private names of the package that a test file imports, reaches for or replaces."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mone_export")
+        for alias in node.names
+    }
+    yield from (name for name in ours if name.startswith("_") and not name.startswith("__"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            if re.match(r"_[a-z]", node.attr):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Constant) and re.fullmatch(
+            r"mone_export\.[\w.]*\b_[a-z]\w*", str(node.value)
+        ):
+            yield str(node.value)
+
+
+def test_tests_use_no_private_name_of_the_package() -> None:
+    found = {file.name: names for file in (ROOT / "tests").glob("*.py") if (names := [*private_names(file)])}
+    assert not found
+
+
+def test_functions_fit_a_screen_and_take_few_parameters() -> None:
+    wrong = []
+    for _, file in sources():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                n_line = (node.end_lineno or 0) - node.lineno + 1
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                n_parameter = len([each for each in given if each.arg not in ("self", "cls")])
+                if n_line > 60 or n_parameter > 7:
+                    wrong.append(f"{file.name}: {node.name} has {n_line} lines, {n_parameter} parameters")
+    assert not wrong

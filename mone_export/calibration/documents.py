@@ -177,7 +177,7 @@ def builtin_documents(split: Split) -> Iterator[Document]:
     descriptions of the installed packages. A tenth of it, chosen by name, is `held-out`: never used for
     calibration nor for training the demo model. The same Python and packages give the same documents.
     """
-    sources = _stdlib_sources()
+    sources = stdlib_sources()
     prose = _package_descriptions() | _manual_topics()
     names = [*(f"python/{name}" for name in sources), *(f"docstrings/{name}" for name in sources), *prose]
     for name in sorted(names, key=_digest):
@@ -451,7 +451,8 @@ class _RecordReader:
         return document
 
 
-def _stdlib_sources() -> dict[str, Path]:
+def stdlib_sources() -> dict[str, Path]:
+    """Return the source files of the standard library, by their path in it; tests and tables are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "encodings"}
     return {
