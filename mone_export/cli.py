@@ -23,10 +23,8 @@ from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logg
 if TYPE_CHECKING:
     from mone_export.artifacts import Candidate, MoeSpec, Part, Report
 
-_DESCRIPTION = (
-    "Prune the experts a mixture-of-experts model needs least, put a constant vector (a novice) in the place "
-    "of each, and write a GGUF for llama.cpp."
-)
+_DESCRIPTION = """Prune the experts a mixture-of-experts model needs least, put a constant vector
+(a novice) in the place of each, and write a GGUF for llama.cpp."""
 _EPILOG = """examples:
   mone-export demo --ratio 0.5 -o demo.gguf
   mone-export allenai/OLMoE-1B-7B-0125 --ratio 0.5 -f my-text.txt --outtype q4_k_m -o olmoe.gguf
