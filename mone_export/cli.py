@@ -1,6 +1,7 @@
 """The `mone-export` command: options, progress, exit codes."""
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -65,6 +66,7 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
     try:
         with (
             _terminable(),
+            _rare_collections(),
             _logging(display, verbose=args.verbose, quiet=args.quiet),
             closing(display),
         ):
@@ -101,6 +103,20 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for garbage more rarely: a large model's tensors are many small objects, all in use.
+
+    At its usual pace that took a fourth of the time of a dry run with 19,000 tensors.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
