@@ -41,4 +41,4 @@ def test_the_sample_stands_for_the_file(outtype: str, text: Path, tmp_path: Path
 
 def test_a_model_of_narrow_matrices_has_a_sample(small: Path) -> None:
     assert load(small, device="cpu").spec.hidden_size < 256
-    assert 1e-6 < rounding_errors(small, ["q8_0"])["q8_0"] < 1e-4
+    assert 1e-6 < rounding_errors(open_source(small), ["q8_0"])["q8_0"] < 1e-4
