@@ -26,7 +26,7 @@ SLOW = """
 import sys, time
 from mone_export.calibration import passes
 passes.SECONDS_PER_STEP, passes.TOKENS_PER_BATCH, forward = 0, 64, passes.forward
-passes.forward = lambda *args: (time.sleep(0.05), forward(*args))
+passes.forward = lambda *args: (time.sleep(0.05), forward(*args))[1]
 from mone_export.cli import main
 sys.exit(main(sys.argv[1:]))
 """
