@@ -158,6 +158,12 @@ class Job:
         """Whether anything depends on a calibration: a choice that is still open, or the file."""
         return len(self.candidates) > 1 or self.recipe.needs_statistics
 
+    @property
+    def lacks_sensitivity(self) -> bool:
+        """Whether saved statistics are without the sensitivities that the counts need: its run was ended."""
+        probed = self.recipe.allocation in ("sensitivity", "search")
+        return self.saved is not None and probed and not self.saved.sensitivity
+
     def load_model(self, *, stream: Stream | None = None) -> "Model":
         """Load the model as the request says, or streamed as `stream` says."""
         from mone_export.calibration.loading import load  # takes longer than all that saved statistics need
@@ -378,7 +384,8 @@ def _with_text(job: Job) -> Job:
     searches = recipe.allocation == "search"
     asks_model = searches or request.sequential or recipe.novice == "joint"
     given = bool(request.files or request.datasets)
-    if not job.needs_statistics or (job.saved and not given and not asks_model):
+    saved_is_enough = job.saved and not given and not asks_model
+    if not job.needs_statistics or (saved_is_enough and not job.lacks_sensitivity):
         return job
     n_row, seq_len = request.chunks
     whole = read_corpus(
@@ -390,5 +397,7 @@ def _with_text(job: Job) -> Job:
         n_row=n_row + (HELD_OUT_ROWS if searches else 0),
         seq_len=seq_len,
     )
+    if job.saved and saved_is_enough and head(whole, n_row).sha256 != job.saved.corpus_sha256:
+        return job  # what is missing cannot be measured on this text
     _check_text(job, whole)
     return replace(job, corpus=head(whole, n_row), held_out=whole.tokens[n_row:] if searches else None)

@@ -61,7 +61,8 @@ def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration 
         )
         job, folder = _opened(job, model_sha256) if job.request.workdir else (job, None)
         if job.saved:
-            found: tuple[Calibration, Stability | None] = _saved(job, job.saved, model_sha256), None
+            saved = _saved(job, job.saved, model_sha256)
+            found: tuple[Calibration, Stability | None] = _completed(job, saved, progress), None
         else:
             found = _measured(job, model_sha256, folder, progress)
         if folder is not None:
@@ -104,6 +105,17 @@ def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
         corpus = head(corpus, saved.n_token // corpus.tokens.shape[1])
     check_origin(job, saved, model_sha256, corpus)
     return saved
+
+
+def _completed(job: Job, saved: Calibration, progress: Progress | None) -> Calibration:
+    """Return saved statistics with the sensitivities that a run which was ended has not measured."""
+    if not job.lacks_sensitivity or job.corpus is None or ranks.rank() > 0:
+        return saved
+    corpus = head(job.corpus, saved.n_token // job.corpus.tokens.shape[1])
+    found = with_sensitivity(job.load_model(), corpus, saved, progress=progress)
+    if found.sensitivity and job.request.stats_file is not None:
+        found.save(job.request.stats_file)
+    return found
 
 
 def _measured(
