@@ -26,7 +26,7 @@ SLOW = """
 import sys, time
 from mone_export.calibration import passes
 passes.SECONDS_PER_STEP, passes.TOKENS_PER_BATCH, forward = 0, 64, passes.forward
-passes.forward = lambda *args: (time.sleep(0.05), forward(*args))[1]
+passes.forward = lambda *args: (time.sleep(0.02), forward(*args))[1]
 from mone_export.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -99,7 +99,7 @@ def test_a_process_that_dies_ends_all(small: Path, text: Path, tmp_path: Path) -
     """The first rank waits for sums that never come: torchrun ends it."""
     die = "def die():\n    if os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     program = tmp_path / "dying.py"
-    program.write_text("import os, signal\n" + die + SLOW.replace("time.sleep(0.05)", "die()"))
+    program.write_text("import os, signal\n" + die + SLOW.replace("time.sleep(0.02)", "die()"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", program]
     options = command(small, text, tmp_path / "x.gguf", "--stats", tmp_path / "stats")
     start = time.monotonic()
