@@ -12,7 +12,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 if TYPE_CHECKING:
     from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores
     from mone_export.calibration.corpus import read_corpus
-    from mone_export.calibration.loading import Model, load
+    from mone_export.calibration.engines import load
+    from mone_export.calibration.loading import Model
     from mone_export.errors import MoneError
     from mone_export.output.writing import write
     from mone_export.pipeline import export
@@ -37,7 +38,7 @@ _HOME = {
     "Checkpoint": "source",
     "Source": "source",
     "Recipe": "recipe",
-    "load": "calibration.loading",
+    "load": "calibration.engines",
     "novices": "pruning.novices",
     "plan": "pruning.planning",
     "read_corpus": "calibration.corpus",

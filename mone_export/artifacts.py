@@ -38,6 +38,11 @@ class MoeSpec:
     hidden_size: int
     expert_size: int
     topk_group: int = 1
+    numbered: tuple[int, ...] = ()
+
+    def keeps_numbers(self, layer: int) -> bool:
+        """Return whether an expert's number means something in a layer, so that its router stays as it is."""
+        return self.n_group > 1 or layer in self.numbered
 
 
 @dataclass(frozen=True, slots=True, eq=False)

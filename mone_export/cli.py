@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mone_export import __version__
 from mone_export.errors import MoneError, first_line
+from mone_export.llama_options import LlamaOptions
 from mone_export.recipe import ALLOCATIONS, METHODS, NOVICE_NAMES, SCORE_NAMES
 from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logging_to, steady_output
 
@@ -195,7 +196,9 @@ def make_parser(*, everything: bool = False) -> argparse.ArgumentParser:
 
 def _add_input_options(group: _Group) -> None:
     group.add(
-        "model", metavar="MODEL", help="folder, Hugging Face id (org/name[@revision]), or demo (built in)"
+        "model",
+        metavar="MODEL",
+        help="a GGUF, a checkpoint's folder, a Hugging Face id (org/name[@revision]), or demo (built in)",
     )
     group.add(
         "-f",
@@ -347,6 +350,7 @@ def _add_run_options(group: _Group) -> None:
         default="auto",
         help="bring the model's layers into memory one at a time (default auto: if they do not fit together)",
     )
+    _add_llama_options(group)
     group.add_rare(
         "--memory",
         type=_size,
@@ -366,11 +370,40 @@ def _add_run_options(group: _Group) -> None:
     )
 
 
+def _add_llama_options(group: _Group) -> None:
+    """Add how llama.cpp runs a GGUF, in its own words."""
+    group.add_rare(
+        "-ngl",
+        "--n-gpu-layers",
+        type=int,
+        metavar="N",
+        help="of a GGUF: layers that llama.cpp runs on the GPU (default: its own choice)",
+    )
+    group.add_rare(
+        "--n-cpu-moe", type=int, default=0, metavar="N", help="of those, so many keep their experts on the CPU"
+    )
+    group.add_rare(
+        "-t", "--n-threads", "--threads", type=int, metavar="N", help="of a GGUF: threads of llama.cpp"
+    )
+    group.add_rare(
+        "-b", "--n-batch", "--batch-size", type=int, default=2048, metavar="N", help="tokens of a batch"
+    )
+    group.add_rare(
+        *("-ub", "--n-ubatch", "--ubatch-size"),
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens that llama.cpp computes at a time (default 512)",
+    )
+
+
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request: options have their names."""
     from mone_export.request import Request
 
-    return {field.name: getattr(args, field.name) for field in fields(Request)}
+    values = vars(args)
+    values["llama"] = LlamaOptions(**{field.name: values[field.name] for field in fields(LlamaOptions)})
+    return {field.name: values[field.name] for field in fields(Request)}
 
 
 def _export(args: argparse.Namespace, display: Display) -> None:

@@ -6,10 +6,9 @@ searching the layers' counts, calibrating layer after layer, `joint` novices, th
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -25,22 +24,18 @@ from mone_export.recipe import Recipe
 from mone_export.request import Job
 from mone_export.runtime import Progress
 
-if TYPE_CHECKING:
-    from mone_export.calibration.masking import Divergence
-
 log = logging.getLogger(__name__)
 
-# `calibration.loading` and `.masking` bring in most of transformers: imported where a model is at work.
+
+Divergence = Callable[[Mapping[int, Sequence[int]], Mapping[int, Tensor]], float]
+"""From pruned experts and novices by layer to what they do to the model, in nats per token."""
 
 
 def scored(job: Job, calibration: Calibration | None) -> Scores:
     """Score the experts, from the statistics or the weights."""
     recipe = job.recipe
     if recipe.score == "aimer" and recipe.ratio:
-        from mone_export.calibration.loading import loaded_experts
-
-        model = job.load_model()
-        scores = score_weights(model.spec, loaded_experts(model))
+        scores = score_weights(job.source.spec, job.engine().experts())
         return replace(scores, calibration=calibration)
     if calibration is None:
         return random_scores(job.source.spec, seed=recipe.seed)
@@ -99,16 +94,12 @@ def after_pruned(
     job: Job, calibration: Calibration, counts: Counts, *, progress: Progress | None = None
 ) -> Calibration:
     """Return the statistics of each layer after the pruned layers before it (`--sequential`)."""
-    from mone_export.calibration.masking import recalibrate
-
     recipe = job.recipe
-    return recalibrate(
-        job.load_model(),
+    return job.engine().recalibrate(
         _corpus(job, calibration),
         calibration,
         partial(_planned, recipe, counts),
         lambda stats: novices(stats, recipe.known_novice),
-        memory=job.request.memory,
         progress=progress,
     )
 
@@ -117,11 +108,7 @@ def fitted_novices(
     job: Job, calibration: Calibration, chosen: Plan, *, progress: Progress | None = None
 ) -> dict[int, Tensor]:
     """Return novices [n_expert, d] per layer that make up for a plan's pruned experts together."""
-    from mone_export.calibration.masking import measure_residuals
-
-    residuals = measure_residuals(
-        job.load_model(), _corpus(job, calibration), chosen, memory=job.request.memory, progress=progress
-    )
+    residuals = job.engine().measure_residuals(_corpus(job, calibration), chosen, progress=progress)
     return {
         layer: joint_novices(calibration.layers[layer], residual) for layer, residual in residuals.items()
     }
@@ -133,10 +120,8 @@ def _planned(recipe: Recipe, counts: Counts, calibration: Calibration) -> Plan:
 
 def _searched(job: Job, scores: Scores, progress: Progress | None) -> Counts:
     """Return the counts per layer that do the model the least harm found, on rows no calibration saw."""
-    from mone_export.calibration.masking import Divergence
-
     assert job.held_out is not None and scores.calibration is not None
-    divergence = Divergence(job.load_model(stream="off"), job.held_out)
+    divergence = job.engine(stream="off").divergence(job.held_out)
     return allocate(scores, job.recipe, trial=Trial(divergence, scores, job.recipe, progress))
 
 
@@ -144,7 +129,7 @@ class Trial:
     """Counts in, the divergence out that they cause in the loaded model."""
 
     def __init__(
-        self, divergence: "Divergence", scores: Scores, recipe: Recipe, progress: Progress | None = None
+        self, divergence: Divergence, scores: Scores, recipe: Recipe, progress: Progress | None = None
     ) -> None:
         """Take the model's divergence on some rows, and what else the plans depend on."""
         assert scores.calibration is not None

@@ -19,6 +19,7 @@ from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
+from mone_export.llama_options import LlamaOptions
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
@@ -30,7 +31,7 @@ from mone_export.source import DEMO, Source, open_source
 from mone_export.source.shape import Dtype, Stream, resolve_device
 
 if TYPE_CHECKING:
-    from mone_export.calibration.loading import Model
+    from mone_export.calibration.engines import Engine, Setup
 
 HELD_OUT_ROWS = 8  # of text that no calibration sees, to try counts on
 DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
@@ -83,6 +84,7 @@ class Request:
     dtype: Dtype = "auto"
     stream: Stream = "auto"
     memory: int | None = None
+    llama: LlamaOptions = LlamaOptions()
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -164,17 +166,32 @@ class Job:
         probed = self.recipe.allocation in ("sensitivity", "search")
         return self.saved is not None and probed and not self.saved.sensitivity
 
-    def load_model(self, *, stream: Stream | None = None) -> "Model":
+    def engine(self, *, stream: Stream | None = None) -> "Engine":
         """Load the model as the request says, or streamed as `stream` says."""
-        from mone_export.calibration.loading import load  # takes longer than all that saved statistics need
+        from mone_export.calibration.engines import open_engine  # longer than all that saved statistics need
+
+        setup = self.setup
+        return open_engine(self.source, replace(setup, stream=stream) if stream else setup)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the model's layers come into memory one at a time."""
+        from mone_export.calibration.engines import pinned
+
+        return bool(pinned(self.source, self.setup).get("--stream") == "on")
+
+    @property
+    def setup(self) -> "Setup":
+        """Where and how the model runs."""
+        from mone_export.calibration.engines import Setup
 
         request = self.request
-        return load(
-            self.source,
+        return Setup(
             device=self.device,
             dtype=request.dtype,
-            stream=stream or request.stream,
+            stream=request.stream,
             memory=request.memory,
+            llama=request.llama,
         )
 
 
@@ -192,11 +209,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
-    source.check()
-    if saved is None:  # what was calibrated fits
-        from mone_export.calibration.expected import check_tensors  # builds a model without weights
-
-        check_tensors(source.view, source.config)
+    source.check(known=saved is not None)  # what was calibrated fits
     job = replace(_sized(request, source, recipe, progress), saved=saved)
     if not dry:
         _check_paths(job)
@@ -350,14 +363,13 @@ def _announce(job: Job) -> None:
 
 def _check_text(job: Job, corpus: Corpus) -> None:
     """Refuse tokens that the model has no embeddings for; warn of rows longer than it was made for."""
-    config = job.source.config.get_text_config()
-    n_vocab, window = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    if isinstance(n_vocab, int) and (largest := int(corpus.tokens.max())) >= n_vocab:
+    n_vocab, window = job.source.limits
+    if n_vocab is not None and (largest := int(corpus.tokens.max())) >= n_vocab:
         raise MoneError(
             f"the tokenizer gives token {largest}, the model has embeddings for {n_vocab}: the tokenizer is "
             "another model's, get this model's own"
         )
-    if isinstance(window, int) and (seq_len := corpus.tokens.shape[1]) > window:
+    if window is not None and (seq_len := corpus.tokens.shape[1]) > window:
         log.warning(
             "rows of %d tokens are longer than the model's window of %d: -c %d", seq_len, window, window
         )
@@ -365,13 +377,7 @@ def _check_text(job: Job, corpus: Corpus) -> None:
 
 def _check_search(job: Job) -> None:
     """Refuse to try counts in a model that does not fit into memory as a whole."""
-    from mone_export.calibration.loading import choose  # takes longer than most of what comes before
-
-    request = job.request
-    _, streamed = choose(
-        job.source, device=job.device, dtype=request.dtype, stream=request.stream, memory=request.memory
-    )
-    if streamed:
+    if job.streamed:
         raise MoneError(
             "--allocate search tries counts in a model that is in memory as a whole, and this one does not "
             "fit: pass --allocate sensitivity"

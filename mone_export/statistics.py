@@ -32,6 +32,7 @@ from mone_export.runtime import Progress
 from mone_export.source.shape import Dtype, Stream
 
 if TYPE_CHECKING:
+    from mone_export.calibration.engines import Engine
     from mone_export.calibration.loading import Model
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ _BUILTIN_TEXT = (
     "for other uses pass text like yours: -f FILE"
 )
 
-# `calibration.loading`, `.passes` and `.sensitivity` bring in most of transformers, which takes longer than
-# all that saved statistics need: so they are imported where a model is at work.
+# `calibration.engines` brings in most of transformers, which takes longer than all that saved statistics
+# need: so it is imported where a model is at work.
 
 
 def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration | None, Stability | None]:
@@ -72,7 +73,7 @@ def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration 
 
 def _opened(job: Job, model_sha256: str) -> tuple[Job, WorkFolder]:
     """Open the work folder; what the job leaves to `auto` stays as it was when the folder was begun."""
-    from mone_export.calibration.loading import choose
+    from mone_export.calibration.engines import pinned
 
     request = job.request
     assert request.workdir is not None
@@ -80,21 +81,19 @@ def _opened(job: Job, model_sha256: str) -> tuple[Job, WorkFolder]:
     before: Mapping[str, Any] = begun(folder)
     dtype: Dtype = before.get("--dtype", "auto") if request.dtype == "auto" else request.dtype
     stream: Stream = before.get("--stream", "auto") if request.stream == "auto" else request.stream
-    torch_dtype, streamed = choose(
-        job.source, device=job.device, dtype=dtype, stream=stream, memory=request.memory
-    )
+    options = pinned(job.source, replace(job.setup, dtype=dtype, stream=stream))
     text = job.corpus or job.saved
     work: dict[str, Any] = {
         "model": model_sha256,
         "config": hashlib.sha256(json.dumps(job.source.computing_config).encode()).hexdigest(),
         "mone-export": __version__,
         "text": text.sha256 if isinstance(text, Corpus) else text.corpus_sha256 if text else "",
-        "--device": job.device.partition(":")[0],
-        "--dtype": str(torch_dtype).removeprefix("torch."),
-        "--stream": "on" if streamed else "off",
+        **options,
         "processes": ranks.n_rank(),
     }
-    decided = replace(request, dtype=work["--dtype"], stream=work["--stream"])
+    decided = replace(
+        request, dtype=options.get("--dtype", request.dtype), stream=options.get("--stream", request.stream)
+    )
     return replace(job, request=decided), WorkFolder(folder, work)
 
 
@@ -112,7 +111,7 @@ def _completed(job: Job, saved: Calibration, progress: Progress | None) -> Calib
     if not job.lacks_sensitivity or job.corpus is None or ranks.rank() > 0:
         return saved
     corpus = head(job.corpus, saved.n_token // job.corpus.tokens.shape[1])
-    found = with_sensitivity(job.load_model(), corpus, saved, progress=progress)
+    found = with_sensitivity(job.engine(), corpus, saved, progress=progress)
     if found.sensitivity and job.request.stats_file is not None:
         found.save(job.request.stats_file)
     return found
@@ -122,24 +121,16 @@ def _measured(
     job: Job, model_sha256: str, folder: WorkFolder | None, progress: Progress | None
 ) -> tuple[Calibration, Stability | None]:
     """Calibrate; save the statistics at once, and again with the layers' sensitivities."""
-    from mone_export.calibration.passes import calibrate
-
     request = job.request
     assert job.corpus is not None
     if not (request.files or request.datasets):
         log.info(_BUILTIN_TEXT)
-    model = job.load_model()
-    if request.until_stable and model.files:
+    if request.until_stable and job.streamed:
         raise MoneError(NO_EARLY_END)
+    engine = job.engine()
     watch = _watch(job, job.corpus)
-    calibration = calibrate(
-        model,
-        job.corpus,
-        model_sha256=model_sha256,
-        work=folder,
-        memory=request.memory,
-        progress=progress,
-        watch=watch,
+    calibration = engine.calibrate(
+        job.corpus, model_sha256=model_sha256, work=folder, progress=progress, watch=watch
     )
     if ranks.rank() == 0:
         stats = request.stats_file
@@ -147,7 +138,7 @@ def _measured(
             calibration.save(stats)
         if job.recipe.allocation in ("sensitivity", "search") or stats is not None:
             corpus = head(job.corpus, calibration.n_token // job.corpus.tokens.shape[1])
-            calibration = with_sensitivity(model, corpus, calibration, progress=progress)
+            calibration = with_sensitivity(engine, corpus, calibration, progress=progress)
             if stats is not None and calibration.sensitivity:
                 calibration.save(stats)
     ranks.wait()
@@ -155,35 +146,33 @@ def _measured(
 
 
 def calibrate(
-    model: "Model", corpus: Corpus, *, memory: int | None = None, progress: Progress | None = None
+    model: "Model | Engine", corpus: Corpus, *, memory: int | None = None, progress: Progress | None = None
 ) -> Calibration:
     """Run a corpus through a model and return its experts' statistics and its layers' sensitivities.
 
     The same as `mone-export` measures. Raises `MoneError` when the model's outputs are not finite.
     """
-    from mone_export.calibration import passes
+    from mone_export.calibration.engines import engine_of
 
-    sha256 = model.source.fingerprint(progress=progress)
-    found = passes.calibrate(model, corpus, model_sha256=sha256, memory=memory, progress=progress)
-    return with_sensitivity(model, corpus, found, progress=progress)
+    sha256, engine = model.source.fingerprint(progress=progress), engine_of(model, memory=memory)
+    found = engine.calibrate(corpus, model_sha256=sha256, progress=progress)
+    return with_sensitivity(engine, corpus, found, progress=progress)
 
 
 def with_sensitivity(
-    model: "Model", corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
+    engine: "Engine", corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
 ) -> Calibration:
     """Return the calibration with its layers' sensitivities: a little of its text runs once more.
 
     In each layer the worse half of the experts by score `mone` have novices for it. The quotient holds for
     other ratios, scores and novices. Where the model cannot be run so, the sensitivities stay unknown.
     """
-    from mone_export.calibration.sensitivity import damage_by_layer
-
     halved = plan(score(calibration, "mone", guarded=False), ratio=0.5, min_kept=1, allocation="even")
     pruned = {layer.layer: layer.pruned for layer in halved.layers}
     means = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
     errors = {layer: relative_error(calibration.layers[layer], pruned[layer], "mean") for layer in pruned}
     try:
-        damage = damage_by_layer(model, corpus.tokens, pruned, means, progress=progress)
+        damage = engine.damage_by_layer(corpus.tokens, pruned, means, progress=progress)
     except (RuntimeError, MoneError) as error:  # out of memory is one
         log.warning("how much the layers matter could not be measured (%s)", first_line(error))
         return calibration

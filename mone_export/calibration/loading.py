@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from mone_export.artifacts import MoeSpec
 from mone_export.calibration import ranks
-from mone_export.calibration.expected import Difference, check_tensors, refuse, unpacking, without_weights
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.errors import MoneError, first_line
 from mone_export.memory import free_memory, give_back
-from mone_export.source import Source, open_source
+from mone_export.source import Checkpoint, Source, open_source
+from mone_export.source.expected import Difference, check_tensors, refuse, unpacking, without_weights
 from mone_export.source.shape import (
     Dtype,
     Stream,
@@ -66,7 +66,7 @@ def load(
     at a time when they do not fit together. `memory` is what may be used, in bytes (default: what is free).
     """
     give_back()  # what the stages before have used
-    source = open_source(model)
+    source = _checkpoint(open_source(model))
     source.fetch()
     path = source.view
     check_tensors(path, source.config)
@@ -95,6 +95,7 @@ def choose(
 
     Of several processes the first decides for all: sums of different precisions do not belong together.
     """
+    source = _checkpoint(source)
     room = free_memory(device) if memory is None or device != "cpu" else memory
     model = skeleton(source.config)
     own, size = model.dtype, sum(parameter.numel() for parameter in model.parameters())
@@ -110,6 +111,12 @@ def choose(
     layer = size / source.spec.n_layer
     fits = (each for each in wanted if layer * each.itemsize * _LAYERS < room / 2)
     return ranks.from_first(chosen or (next(fits, wanted[-1]), True))
+
+
+def _checkpoint(source: Source) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    raise MoneError(f"{source.name} is no checkpoint, which is what transformers loads: pass its folder")
 
 
 def load_module(path: Path, *, device: str, dtype: torch.dtype) -> PreTrainedModel:

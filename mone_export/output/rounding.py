@@ -8,7 +8,7 @@ import numpy as np
 from mone_export.runtime import library
 from mone_export.runtime import path as runtime_path
 from mone_export.source import Source
-from mone_export.source.llamacpp import block_of, dequantize
+from mone_export.source.gguf_types import block_of, dequantize
 
 N_SAMPLE = 2**18  # weights, from all over the model
 _EXACT = ("f32", "f16", "bf16", "mxfp4", "nvfp4")  # the latter where a checkpoint has them itself
@@ -45,23 +45,7 @@ def _rounding_error(sample: np.ndarray, kind: str) -> float:
 
 def _sample(source: Source) -> np.ndarray:
     """Return weights of matrices all over the model, float32 [n * 256]; of a bell curve if all are packed."""
-    parts = []
-    source.fetch()
-    owner = source.tensors()
-    names = [name for name in sorted(owner) if _is_matrix(owner[name].get_slice(name))]
-    some = names[:: max(1, len(names) // 64)]
-    for name in some:
-        part = owner[name].get_slice(name)
-        *_, height, width = part.get_shape()
-        n_row = min(height, max(1, N_SAMPLE // len(some) // width))
-        rows = part[0, :n_row] if len(part.get_shape()) == 3 else part[:n_row]
-        values = rows.float().numpy().ravel()
-        parts.append(values[: len(values) // _BLOCK * _BLOCK])
+    parts = [rows.ravel()[: rows.size // _BLOCK * _BLOCK] for rows in source.sample(N_SAMPLE)]
     if not parts:
         parts = [np.random.default_rng(0).standard_normal(N_SAMPLE, np.float32)]
     return np.ascontiguousarray(np.concatenate(parts))
-
-
-def _is_matrix(part: object) -> bool:
-    shape, dtype = part.get_shape(), part.get_dtype()  # type: ignore[attr-defined]
-    return len(shape) in (2, 3) and shape[-1] >= _BLOCK // 4 and dtype in ("F32", "F16", "BF16")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mone_export.artifacts import Calibration, LayerPlan, MoeSpec, Plan
+from mone_export.artifacts import Calibration, MoeSpec, Plan
 from mone_export.errors import MoneError
 from mone_export.output.gguf_format import (
     COUNT_KEY,
@@ -35,9 +35,10 @@ from mone_export.output.recombining import Recombination
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.runtime import Progress
-from mone_export.source import Source, open_source
-from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, padded_bytes
-from mone_export.source.opened import Read
+from mone_export.source import Rewriting, Source, open_source
+from mone_export.source.gguf_types import padded_bytes
+from mone_export.source.llamacpp import CONVERTER_TYPES
+from mone_export.source.opened import Read, Rows
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def write(
         text = calibration.corpus_sha256, calibration.n_token
     keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
     with replacing(target) as part:
-        if outtype in CONVERTER_TYPES:
+        if outtype in source.direct_types:
             _convert(source, edits, keys, part, outtype=outtype, progress=progress)
         else:
             base = part.with_name("base.gguf")
@@ -163,7 +164,8 @@ def layouts(
     text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
     keys = provenance(plan) | origin(source, "0" * 64, text)
     found: dict[str, Layout] = {}
-    base_types = [outtype if outtype in CONVERTER_TYPES else "auto" for outtype in outtypes]
+    direct = source.direct_types
+    base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
         with _temporary_folder() as folder:
             head = folder / "head.gguf"
@@ -175,7 +177,7 @@ def layouts(
             base = Layout(head_size, conversion.shapes, conversion.types, added=frozenset(edits.added))
             if base_type in outtypes:
                 found[base_type] = base
-            quantized = set(outtypes).difference(CONVERTER_TYPES) if base_type == "auto" else ()
+            quantized = set(outtypes).difference(direct) if base_type == "auto" else ()
             if quantized:
                 with head.open("r+b") as file:
                     file.truncate(size)
@@ -226,7 +228,7 @@ class Edits:
         """Whether the selected experts are not copied but made by `rewrite`."""
         return self._recombination is not None
 
-    def apply(self, source: Source, *, outtype: str) -> Conversion:
+    def apply(self, source: Source, *, outtype: str) -> Rewriting:
         """Open the conversion of a model with these edits, novices added."""
         # an ordinary file has one number of experts for all its blocks
         conversion = source.convert(edits=self, outtype=outtype, mtp=self.plan.recipe.mtp)
@@ -244,20 +246,35 @@ class Edits:
             return None
         return self._pruned[layer].kept if layer in self._pruned else range(self.plan.spec.n_expert)
 
+    def rows(self, name: str, shape: Sequence[int]) -> Rows | None:
+        """Return the entries of a tensor in the layer's order; pruned experts get novices, zeros or ones."""
+        number, part = part_of(name) or (-1, None)
+        if part is None or number not in self._pruned or self.plan.spec.n_expert not in shape:
+            return None
+        if self._recombination and part != "router":
+            raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
+        layer = self._pruned[number]
+        if number not in self._novices:
+            return Rows(layer.kept)
+        if part == "router":
+            return None if self.plan.spec.keeps_numbers(number) else Rows(layer.order)
+        if part == "down bias":
+            return Rows(layer.kept, self._novices[number][list(layer.pruned)])
+        others = torch.full((len(layer.pruned), *shape[1:]), float(part == "scale"))
+        return Rows(layer.kept, others)
+
     def edit(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is written in place of a tensor that holds no experts' matrices."""
         layer, part = part_of(name) or (-1, None)
-        if part is None or layer not in self._pruned:
-            return tensor
-        if self._recombination and part != "router":
-            raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
-        if layer not in self._novices:
-            return _pick(tensor, self._pruned[layer].kept, self.plan.spec.n_expert)
-        if part == "scale":
+        if part == "scale" and layer in self._novices:
             self._scales[layer] = _scale(name, tensor)
-        if part == "router" and self.plan.spec.n_group > 1:
+        rows = self.rows(name, tensor.shape)
+        if rows is None:
             return tensor
-        return _edit_part(part, tensor, self._pruned[layer], self._novices[layer])
+        own = _pick(tensor, rows.own, self.plan.spec.n_expert)
+        if rows.others is None:
+            return own
+        return torch.cat([own, type(tensor).from_eager(rows.others)])  # type: ignore[attr-defined]
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""
@@ -266,7 +283,7 @@ class Edits:
             return self._recombination.rewrite(layer, matrix_of(name), read)
         return [partial(read, expert) for expert in range(self.plan.spec.n_expert)]
 
-    def _add_novices(self, conversion: Conversion, number: int, novices: Tensor) -> None:
+    def _add_novices(self, conversion: Rewriting, number: int, novices: Tensor) -> None:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
         if novice_tensor(number) not in conversion.shapes:
@@ -276,11 +293,11 @@ class Edits:
             if number in self._scales:
                 rows[len(layer.kept) :] *= self._scales[number][gone, None]
             self._add(conversion, novice_tensor(number), rows)
-        if self.plan.spec.n_group > 1:
+        if self.plan.spec.keeps_numbers(number):
             slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)[:, None]
             self._add(conversion, slot_tensor(number), slots)
 
-    def _add(self, conversion: Conversion, name: str, tensor: Tensor) -> None:
+    def _add(self, conversion: Rewriting, name: str, tensor: Tensor) -> None:
         conversion.add_tensor(name, tensor)
         self.added.append(name)
 
@@ -329,19 +346,6 @@ def _convert(
         conversion.close()
 
 
-def _edit_part(part: str, tensor: Tensor, layer: LayerPlan, novices: Tensor) -> Tensor:
-    """Bring a tensor with an expert axis into the layer's order; pruned experts get novices or zeros."""
-    if part == "router":
-        return _pick(tensor, layer.order, len(layer.order))
-    own = tensor[list(layer.kept)]
-    rows = torch.zeros(len(layer.pruned), *tensor.shape[1:])
-    if part == "down bias":
-        rows = novices[list(layer.pruned)]
-    elif part == "scale":
-        rows = torch.ones(len(layer.pruned))
-    return torch.cat([own, type(tensor).from_eager(rows)])  # type: ignore[attr-defined]
-
-
 def _pick(tensor: Tensor, experts: Sequence[int], n_expert: int) -> Tensor:
     """Index the expert axis: the first of [M, d] and [M], the last of [1, M]."""
     return tensor[list(experts)] if tensor.shape[0] == n_expert else tensor[:, list(experts)]
@@ -355,7 +359,7 @@ def _scale(name: str, tensor: Tensor) -> Tensor:
     return values.float()
 
 
-def _check_complete(conversion: Conversion, plan: Plan) -> None:
+def _check_complete(conversion: Rewriting, plan: Plan) -> None:
     """Refuse to write where the converter bypassed the seam: wrong counts would only surface when loading."""
     n_group = conversion.key(GROUP_COUNT_KEY) or 1
     if n_group != plan.spec.n_group:
@@ -364,7 +368,8 @@ def _check_complete(conversion: Conversion, plan: Plan) -> None:
             "llama.cpp would route differently from the model"
         )
     for layer in plan.layers:
-        if layer.pruned and (name := holds_ids(conversion.shapes, layer.layer)):
+        name = holds_ids(conversion.shapes, layer.layer)
+        if layer.pruned and name and not plan.spec.keeps_numbers(layer.layer):
             raise MoneError(f"{name} refers to experts by their number: such layers are not supported yet")
         experts = {
             name: shape
@@ -382,7 +387,7 @@ def _check_complete(conversion: Conversion, plan: Plan) -> None:
         _check_one_count(conversion, plan)
 
 
-def _check_one_count(conversion: Conversion, plan: Plan) -> None:
+def _check_one_count(conversion: Rewriting, plan: Plan) -> None:
     """Refuse layers of experts beside the plan's: an ordinary file has one number of experts for all."""
     planned = {layer.layer for layer in plan.layers}
     for name in conversion.shapes:
@@ -394,7 +399,7 @@ def _check_one_count(conversion: Conversion, plan: Plan) -> None:
             )
 
 
-def _loading_keys(conversion: Conversion, plan: Plan) -> Keys:
+def _loading_keys(conversion: Rewriting, plan: Plan) -> Keys:
     """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
     pruned = [layer for layer in plan.layers if layer.pruned]
     if not pruned:

@@ -1,6 +1,8 @@
 """What a model is, and everything that is read of it.
 
 checkpoint.py    open_source(): a name -> a Source; a folder in Hugging Face's form is one
+gguf_file.py     a GGUF is another; gguf_header.py: what it holds; gguf_conversion.py: with fewer
+                 experts; gguf_types.py: ggml's types; fingerprints.py: hashed once
 shape.py         config.json -> the mixture-of-experts shape, and what cannot be exported
 weights.py       which files are the weights, and their fingerprint
 hub.py           models on the Hugging Face Hub: small files, headers, weights
@@ -10,6 +12,15 @@ llamacpp.py      llama.cpp's converter; opened.py: the seam in it; naming.py: wh
                  prediction.py: blocks that predict further tokens
 """
 
-from mone_export.source.checkpoint import DEMO, Checkpoint, Download, Source, inspect, open_source
+from mone_export.source.checkpoint import (
+    DEMO,
+    Checkpoint,
+    Download,
+    Rewriting,
+    Source,
+    inspect,
+    open_source,
+)
+from mone_export.source.gguf_file import GgufFile
 
-__all__ = ["DEMO", "Checkpoint", "Download", "Source", "inspect", "open_source"]
+__all__ = ["DEMO", "Checkpoint", "Download", "GgufFile", "Rewriting", "Source", "inspect", "open_source"]

@@ -1,25 +1,31 @@
 """Source: what a model is, in one object. Everything that is read of a model is read through it.
 
-Today that is a `Checkpoint`, a folder in Hugging Face's form. A file of another kind would be a second class
-with the members that `Source` lists.
+A `Checkpoint` is a folder in Hugging Face's form, a `Download` one on its Hub, a `GgufFile` llama.cpp's own
+kind of file. What comes after them does not ask which it has.
 """
 
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from torch import Tensor
+
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError
+from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
+from mone_export.source.gguf_file import GgufFile
 from mone_export.source.hub import Snapshot, metadata, parse, skeleton_folder, weights
 from mone_export.source.hub import weight_files as listed_files
-from mone_export.source.llamacpp import Conversion, check_convertible, projector_command
+from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, check_convertible, projector_command
 from mone_export.source.naming import name_of
+from mone_export.source.opened import Edits
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, packing, read_config, shape_of
 from mone_export.source.tokenizing import load_tokenizer
@@ -27,6 +33,8 @@ from mone_export.source.weights import fingerprint, left_out, open_weights, weig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mone_export.source.tokenizing import TextReader
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +56,16 @@ class Source(Protocol):
     revision: str
 
     @property
-    def config(self) -> Any:
-        """transformers' config."""
-
-    @property
     def computing_config(self) -> Mapping[str, Any]:
         """What of its config decides what it computes."""
 
     @property
-    def view(self) -> Path:
-        """Its files, and no others, for libraries that look for them themselves."""
+    def limits(self) -> tuple[int | None, int | None]:
+        """How many tokens it has embeddings for, and how long a row it was made for; None: not known."""
+
+    @property
+    def direct_types(self) -> Collection[str]:
+        """The types, of `--outtype`, that its conversion writes itself; llama-quantize makes all others."""
 
     @property
     def files(self) -> list[Path]:
@@ -70,8 +78,8 @@ class Source(Protocol):
     def fetch(self, *, progress: Progress | None = None) -> None:
         """Bring what was left out until now, the weights: from here on, values are read."""
 
-    def tensors(self) -> Mapping[str, Any]:
-        """Return the open file of every tensor by name, as `safetensors.safe_open` gives it."""
+    def sample(self, n_weight: int) -> Iterator[np.ndarray]:
+        """Yield rows of matrices all over the model that are not packed, float32, about `n_weight` in all."""
 
     def fingerprint(self, *, progress: Progress | None = None) -> str:
         """Return the SHA-256 of its tensors."""
@@ -82,14 +90,45 @@ class Source(Protocol):
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts a vision or audio part, None where there is none."""
 
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> "PreTrainedTokenizerBase | TextReader":
         """Return its own tokenizer."""
 
-    def check(self) -> None:
-        """Refuse weights that would be read wrongly; reads headers only."""
+    def check(self, *, known: bool = False) -> None:
+        """Refuse weights that would be read wrongly; reads headers only, and fewer if it is `known`."""
 
-    def convert(self, **options: Any) -> Conversion:
+    def convert(self, *, edits: Edits, outtype: str, mtp: Mtp) -> "Rewriting":
         """Open it for writing: every tensor of the output is known by name, shape and type, none is read."""
+
+
+class Rewriting(Protocol):
+    """A model opened for writing, with edits; `remark` says what the file leaves out of the model, if any."""
+
+    arch: str
+    block_count: int
+    remark: str | None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """The type of every tensor, such as `bf16`."""
+
+    def key(self, name: str) -> Any:
+        """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Add a float32 or int32 tensor of our own."""
+
+    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
+        """Write all but the tensors' data to `part`, with `keys`; return the size the file will have."""
+
+    def write_tensors(self, progress: Progress | None = None) -> None:
+        """Write all tensor data after the head, and close the file."""
+
+    def close(self) -> None:
+        """Close the output file, if one is open."""
 
 
 class Checkpoint:
@@ -97,6 +136,8 @@ class Checkpoint:
 
     `model_id` is the model's on Hugging Face, `revision` the commit; both are empty for a user's own folder.
     """
+
+    direct_types = tuple(CONVERTER_TYPES)
 
     def __init__(
         self,
@@ -186,10 +227,32 @@ class Checkpoint:
         """Return the model's own tokenizer."""
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
-    def check(self) -> None:
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """How many tokens it has embeddings for, and how long a row it was made for; None: not known."""
+        config = self.config.get_text_config()
+        found = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
+        n_vocab, window = (value if isinstance(value, int) else None for value in found)
+        return n_vocab, window
+
+    def sample(self, n_weight: int) -> Iterator[np.ndarray]:
+        """Yield rows of matrices all over the model that are not packed, float32, about `n_weight` in all."""
+        self.fetch()
+        owner = self.tensors()
+        names = [name for name in sorted(owner) if _is_matrix(owner[name].get_slice(name))]
+        some = names[:: max(1, len(names) // 64)]
+        for name in some:
+            part = owner[name].get_slice(name)
+            *_, height, width = part.get_shape()
+            n_row = min(height, max(1, n_weight // len(some) // width))
+            rows = part[0, :n_row] if len(part.get_shape()) == 3 else part[:n_row]
+            yield rows.float().numpy()
+
+    def check(self, *, known: bool = False) -> None:
         """Raise `MoneError` unless llama.cpp converts the model and transformers unpacks it; reads headers.
 
         It takes the size of FP8 blocks from the number of scales, which is wrong where the last block is cut.
+        Of weights that were calibrated before (`known`), names and shapes are not compared with the config's.
         """
         check_convertible(self.folder)
         owner = self.tensors()
@@ -201,12 +264,22 @@ class Checkpoint:
                     f"{self.name}: {name} {shape} does not consist of whole blocks of {list(block)} FP8 "
                     "values: transformers would unpack it wrongly; pass the model's BF16 checkpoint"
                 )
+        if not known:
+            from mone_export.source.expected import check_tensors  # builds a model without weights
 
-    def convert(self, **options: Any) -> Conversion:
-        """Open llama.cpp's conversion of the folder; `options` are `Conversion`'s."""
+            check_tensors(self.view, self.config)
+
+    def convert(self, *, edits: Edits, outtype: str = "auto", mtp: Mtp = "keep") -> Conversion:
+        """Open llama.cpp's conversion of the folder; arguments are `Conversion`'s."""
         check_convertible(self.folder)
-        name = self.id or name_of(self.folder)
-        return Conversion(self.view, name=name, trust_remote_code=self.trust_remote_code, **options)
+        return Conversion(
+            self.view,
+            edits,
+            outtype=outtype,
+            mtp=mtp,
+            name=self.id or name_of(self.folder),
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts the vision or audio part, None where there is none."""
@@ -242,6 +315,11 @@ class Download(Checkpoint):
         self.__dict__.pop("view", None)
 
 
+def _is_matrix(part: Any) -> bool:
+    shape, dtype = part.get_shape(), part.get_dtype()
+    return len(shape) in (2, 3) and shape[-1] >= 64 and dtype in ("F32", "F16", "BF16")
+
+
 def _computing(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in sorted(config.items()):
         if key not in _NOT_COMPUTING:
@@ -251,7 +329,7 @@ def _computing(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def open_source(
     model: "str | Path | Source", *, revision: str | None = None, trust_remote_code: bool = False
 ) -> "Source":
-    """Return the source that a name means: the built-in `demo`, a folder, or a Hugging Face id.
+    """Return the source that a name means: the built-in `demo`, a GGUF, a folder, or a Hugging Face id.
 
     `revision` is a branch, tag or commit of an id, which may also say it itself: `org/model@revision`. Of an
     id's weights nothing is downloaded yet. Raises `MoneError` for a name that is none of them.
@@ -261,11 +339,13 @@ def open_source(
     name = str(model)
     if name == DEMO and not isinstance(model, Path):
         return Checkpoint(Path(__file__).parents[1] / "demo", name=DEMO)
+    if Path(name).is_file():
+        return GgufFile(Path(name))
     if Path(name).is_dir():
         return Checkpoint(Path(name), trust_remote_code=trust_remote_code)
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not (found := parse(name)):
         raise MoneError(
-            f"{name} is neither a folder nor a Hugging Face id like org/model: check the spelling"
+            f"{name} is neither a folder, a GGUF nor a Hugging Face id like org/model: check the spelling"
         )
     model_id, own_revision = found
     snapshot = metadata(model_id, revision or own_revision, code=trust_remote_code)

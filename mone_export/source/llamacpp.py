@@ -1,23 +1,20 @@
 """llama.cpp's own converter, opened at one seam: each tensor it yields can be cut down or edited on its way
 out.
 
-The only file that imports llama.cpp's `conversion/` and `gguf`, both from the pinned tree. The converter's
+The only file that imports llama.cpp's `conversion/`, from the pinned tree. The converter's
 class for a model is subclassed at run time (`opened`); names, layouts, tokenizer and metadata stay
 llama.cpp's business.
 """
 
 import logging
-import math
 import shlex
 import struct
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -25,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from mone_export.errors import MoneError, first_line
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress, tree
+from mone_export.source.gguf_types import gguf_library
 from mone_export.source.naming import name_of
 from mone_export.source.opened import Edits, Opened, cause, opened_class
 from mone_export.source.prediction import blocks_after, reason_to_leave_out, remark
@@ -226,27 +224,6 @@ class _LazyStack(TorchFunctionMode):
         return self._lazy(meta=meta, args=tuple(args), kwargs=named, func=func)
 
 
-def padded_bytes(shape: Sequence[int], type_name: str) -> int:
-    """Return how many bytes of a file a tensor takes, of a shape in elements and a type such as `q4_k`."""
-    gguf, _ = load_converter()
-    _, n_block, n_byte = block_of(type_name)
-    return int(gguf.GGUFWriter.ggml_pad(math.prod(shape) // n_block * n_byte, gguf.GGUF_DEFAULT_ALIGNMENT))
-
-
-def block_of(type_name: str) -> tuple[int, int, int]:
-    """Return (ggml's number of a type such as `q4_k`, weights in a block of it, bytes of a block)."""
-    gguf, _ = load_converter()
-    number = gguf.GGMLQuantizationType[type_name.upper()]
-    return int(number), *gguf.GGML_QUANT_SIZES[number]
-
-
-def dequantize(packed: np.ndarray, type_name: str) -> np.ndarray:
-    """Return the float32 weights that rows of blocks of a type stand for."""
-    gguf, _ = load_converter()
-    weights: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[type_name.upper()])
-    return weights
-
-
 def projector_command(path: Path, outfile: Path) -> str | None:
     """Return the command that converts a model's vision or audio part, None where there is none for it.
 
@@ -270,23 +247,12 @@ def projector_command(path: Path, outfile: Path) -> str | None:
 @cache
 def load_converter() -> tuple[Any, Any]:
     """Return the modules `gguf` and `conversion` of the pinned tree: they must be of one commit."""
-    root = tree()
-    for folder in (str(root), str(root / "gguf-py")):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    gguf = gguf_library()
+    if (root := str(tree())) not in sys.path:
+        sys.path.insert(0, root)
     import conversion
-    import gguf
 
-    _check_origin(gguf)
     return gguf, conversion
-
-
-def _check_origin(gguf: ModuleType) -> None:
-    if not hasattr(gguf, "LazyChunkedTensor"):
-        raise MoneError(
-            f"the installed gguf package ({gguf.__file__}) is older than the pinned llama.cpp: "
-            "run `mone-llama build`, which installs the right one"
-        )
 
 
 def check_convertible(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,14 @@ from mone_export.source.naming import card_folder, completed
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What an axis of experts consists of after an edit: entries of the tensor's own, then others of ours."""
+
+    own: Sequence[int]
+    others: Tensor | None = None  # float32 [n, ...]
+
+
 class Edits(Protocol):
     """What becomes of a model's tensors, by their GGUF names."""
 
@@ -30,6 +39,9 @@ class Edits(Protocol):
 
     def select(self, name: str) -> Sequence[int] | None:
         """Return the experts to keep of a tensor of matrices, None for any other tensor."""
+
+    def rows(self, name: str, shape: Sequence[int]) -> Rows | None:
+        """Return what a tensor with an entry for each expert becomes, None for one that stays as it is."""
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is written in place of a tensor (lazy) that `select` does not choose from."""

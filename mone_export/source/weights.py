@@ -8,9 +8,8 @@ model.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mone_export.errors import MoneError, first_line
-from mone_export.runtime import Progress, cache_dir
+from mone_export.runtime import Progress
+from mone_export.source.fingerprints import remembered
 from mone_export.source.hub import INDEX, SINGLE
 from mone_export.source.hub import weight_files as listed_files
 
@@ -79,23 +79,7 @@ def fingerprint(folder: Path, *, progress: Progress | None = None) -> str:
 
     What was found for the same files (by path, size, time of change and inode) is not computed again.
     """
-    files = weight_files(folder)
-    note = _note_of(files)
-    with suppress(OSError):
-        if re.fullmatch("[0-9a-f]{64}", found := note.read_text(encoding="ascii")):
-            return found
-    sha256 = _hash(folder, progress)
-    with suppress(OSError):  # a cache that cannot be written is no reason to stop
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(sha256, encoding="ascii")
-    return sha256
-
-
-def _note_of(files: Sequence[Path]) -> Path:
-    """Return the file of the cache that holds the fingerprint of files as they are now."""
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    key = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-    return cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return remembered(weight_files(folder), lambda: _hash(folder, progress))
 
 
 def _hash(folder: Path, progress: Progress | None) -> str:

@@ -1,0 +1,14 @@
+"""How llama.cpp runs a model, in llama.cpp's own words."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaOptions:
+    """Options of llama.cpp's tools by their names there; None leaves one to llama.cpp."""
+
+    n_gpu_layers: int | None = None  # -ngl
+    n_cpu_moe: int = 0  # --n-cpu-moe
+    n_threads: int | None = None  # -t
+    n_batch: int = 2048  # -b
+    n_ubatch: int = 512  # -ub

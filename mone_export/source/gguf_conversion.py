@@ -1,0 +1,275 @@
+"""A GGUF rewritten with fewer experts: what stays is copied byte for byte, whatever its packing.
+
+An expert is a contiguous slice of its tensor, and so is its row of a router, bias or scale: an edit of a
+tensor is a list of such slices, and perhaps rows of ours after them. Nothing is unpacked and no tensor is
+held in memory; where the system can, it copies from file to file itself.
+"""
+
+import errno
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mone_export.errors import MoneError
+from mone_export.recipe import Mtp
+from mone_export.runtime import Progress
+from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
+from mone_export.source.gguf_types import block_of, gguf_library
+from mone_export.source.opened import Edits
+
+_CHUNK = 2**23  # bytes that are copied at a time
+_NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+_NEXT_TOKENS = "{arch}.nextn_predict_layers"
+_BLOCK_COUNT = "{arch}.block_count"
+
+
+class Slice(NamedTuple):
+    """Bytes of a file."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class _Written:
+    """A tensor of the output: its shape in ggml's order, its type, and what it consists of."""
+
+    shape: tuple[int, ...]
+    kind: str
+    pieces: list[Slice | bytes] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return sum(len(piece) if isinstance(piece, bytes) else piece.size for piece in self.pieces)
+
+
+class GgufConversion:
+    """A GGUF opened for rewriting: every tensor of the output is known, none is read yet.
+
+    It is to a GGUF what `llamacpp.Conversion` is to a checkpoint.
+    """
+
+    def __init__(self, header: Header, edits: Edits, *, mtp: Mtp = "keep") -> None:
+        """Apply edits to all tensors; `mtp`: whether blocks that predict further tokens are kept."""
+        self._header, self._keys = header, dict(header.keys)
+        for key in [key for key in self._keys if key.startswith("split.")]:
+            del self._keys[key]
+        self.arch: str = header.value("general.architecture")
+        self.block_count = header.integer(_BLOCK_COUNT.format(arch=self.arch))
+        self.remark: str | None = None
+        self._file: FileIO | None = None
+        left_out = self._without_prediction() if mtp == "drop" else ()
+        self._tensors = {
+            name: _edited(info, edits) for name, info in header.tensors.items() if name not in left_out
+        }
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, in numpy's order of dimensions (the reverse of ggml's)."""
+        return {name: tensor.shape[::-1] for name, tensor in self._tensors.items()}
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """The type of every tensor, such as `q4_k`."""
+        return {name: tensor.kind for name, tensor in self._tensors.items()}
+
+    def key(self, name: str) -> Any:
+        """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
+        return self._header.value(name.format(arch=self.arch))
+
+    def add_tensor(self, name: str, tensor: Any) -> None:
+        """Add a float32 or int32 tensor (PyTorch's) of our own, or put it in the place of the file's."""
+        values: np.ndarray = tensor.numpy()
+        kind = {"float32": "f32", "int32": "i32"}[str(values.dtype)]
+        self._tensors[name] = _Written(values.shape[::-1], kind, [values.tobytes()])
+
+    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
+        """Write header, keys and tensor list to `part`, and return the size the finished file will have.
+
+        `keys` maps each key, additional or replaced, to (GGUF type, value); a list value makes an array of
+        that type. All others are the file's own, untouched.
+        """
+        stated = self._keys | {key: _entry(kind, value) for key, (kind, value) in keys.items()}
+        alignment = self._header.alignment
+        head = [b"GGUF", struct.pack("<IQQ", 3, len(self._tensors), len(stated))]
+        for key, entry in stated.items():
+            head += [_text(key), struct.pack("<I", entry.kind), entry.raw]
+        offset = 0
+        for name, tensor in self._tensors.items():
+            number, *_ = block_of(tensor.kind)
+            head += [_text(name), struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)]
+            head.append(struct.pack("<IQ", number, offset))
+            offset += _padded(tensor.size, alignment)
+        written = b"".join(head)
+        self._file = FileIO(part, "w")
+        _write(self._file, written.ljust(_padded(len(written), alignment), b"\0"))
+        return self._file.tell() + offset
+
+    def write_tensors(self, progress: Progress | None = None) -> None:
+        """Write all tensor data after the head, and close the file.
+
+        Raises `MoneError` where the source ends before its end: somebody has changed it.
+        """
+        file, alignment = self._file, self._header.alignment
+        assert file is not None
+        total, done = sum(tensor.size for tensor in self._tensors.values()), 0
+        _reserve(file, file.tell() + sum(_padded(t.size, alignment) for t in self._tensors.values()))
+        with _Sources() as sources:
+            for tensor in self._tensors.values():
+                for piece in tensor.pieces:
+                    for n in _copied(piece, file, sources):
+                        done += n
+                        if progress:
+                            progress(done // 2**20, total // 2**20, "writing (MiB)")
+                _write(file, b"\0" * (_padded(tensor.size, alignment) - tensor.size))
+        self.close()
+
+    def close(self) -> None:
+        """Close the output file, if one is open."""
+        if self._file is not None:
+            self._file.close()
+
+    def _without_prediction(self) -> list[str]:
+        """Leave out the blocks that predict further tokens, and return their tensors' names."""
+        key = _NEXT_TOKENS.format(arch=self.arch)
+        n_block = self._header.integer(key)
+        if not n_block:
+            return []
+        self.block_count -= n_block
+        self._keys[key] = _entry("UINT32", 0)
+        self._keys[_BLOCK_COUNT.format(arch=self.arch)] = _entry("UINT32", self.block_count)
+        names = [name for name in self._header.tensors if _block_of(name) >= self.block_count]
+        self.remark = f"the file leaves out the blocks for multi-token prediction ({len(names)} tensors)"
+        return names
+
+
+class _Sources:
+    """The open files that slices are copied from."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def __enter__(self) -> "_Sources":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._open.values():
+            os.close(number)
+
+    def number(self, path: Path) -> int:
+        """Return a file's descriptor."""
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return self._open[path]
+
+
+def _edited(info: TensorInfo, edits: Edits) -> _Written:
+    """Return what becomes of a tensor."""
+    if (kept := edits.select(info.name)) is not None:
+        return _rows(replace(info, shape=(*info.shape, 1)[:3]), 2, kept)
+    rows = edits.rows(info.name, info.shape[::-1])
+    if rows is None:
+        return _Written(info.shape, info.kind, [Slice(info.file, info.offset, info.size)])
+    axis = max(axis for axis, n in enumerate(info.shape) if n == edits.spec.n_expert)
+    if rows.others is not None and info.kind != "f32":
+        raise MoneError(f"{info.name} is of type {info.kind}: novices need the model's biases in float32")
+    return _rows(info, axis, rows.own, rows.others)
+
+
+def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: Any = None) -> _Written:
+    """Return a tensor of some of its own slices along its last axis and, after them, PyTorch's `others`."""
+    size = info.size // info.shape[axis]
+    pieces: list[Slice | bytes] = []
+    for expert in own:
+        last = pieces[-1] if pieces else None
+        offset = info.offset + expert * size
+        if isinstance(last, Slice) and last.offset + last.size == offset:
+            pieces[-1] = last._replace(size=last.size + size)  # neighbours are copied in one
+        else:
+            pieces.append(Slice(info.file, offset, size))
+    n_row = len(own)
+    if others is not None:
+        pieces.append(others.numpy().tobytes())
+        n_row += len(others)
+    return _Written((*info.shape[:axis], n_row, *info.shape[axis + 1 :]), info.kind, pieces)
+
+
+def _copied(piece: Slice | bytes, file: FileIO, sources: _Sources) -> Iterator[int]:
+    """Append a piece to a file, and yield the bytes of each step."""
+    if isinstance(piece, bytes):
+        yield _write(file, piece)
+        return
+    source, at, left = sources.number(piece.file), piece.offset, piece.size
+    while left:
+        n = _copy_some(source, file, at, min(left, _CHUNK))
+        if n == 0:
+            raise MoneError(f"{piece.file} became shorter while it was read: run the command again")
+        at, left = at + n, left - n
+        yield n
+
+
+def _copy_some(source: int, file: FileIO, at: int, n: int) -> int:
+    """Copy up to `n` bytes from `at` in one file to the place another is at, and return how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, file.fileno(), n, offset_src=at)
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+    os.lseek(source, at, os.SEEK_SET)
+    return _write(file, os.read(source, n))
+
+
+def _write(file: FileIO, data: bytes) -> int:
+    """Write all of some bytes, and return how many they are."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    return len(data)
+
+
+def _reserve(file: FileIO, size: int) -> None:
+    """Take the space of a file of `size` bytes now, where the system can: a full disk says so at once."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+    with suppress(OSError):
+        file.truncate(size)
+
+
+def _entry(kind: str, value: Any) -> Entry:
+    """Return a key's value as a GGUF stores it."""
+    number = int(gguf_library().GGUFValueType[kind])
+    if isinstance(value, list):
+        packed = b"".join(_packed(number, item) for item in value)
+        return Entry(ARRAY, struct.pack("<IQ", number, len(value)) + packed)
+    return Entry(number, _packed(number, value))
+
+
+def _packed(number: int, value: Any) -> bytes:
+    return _text(value) if number == STRING else struct.pack("<" + FORMATS[number], value)
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _block_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blk" and len(parts) > 1 and parts[1].isdecimal() else -1

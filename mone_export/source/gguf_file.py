@@ -1,0 +1,178 @@
+"""GgufFile: a model that is a GGUF already, as a `Source`. llama.cpp runs it, and copying writes it."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mone_export.artifacts import Calibration, MoeSpec
+from mone_export.errors import MoneError
+from mone_export.runtime import Progress
+from mone_export.source.fingerprints import remembered
+from mone_export.source.gguf_conversion import GgufConversion
+from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
+from mone_export.source.gguf_types import dequantize
+from mone_export.source.opened import Edits
+
+if TYPE_CHECKING:
+    from mone_export.source.gguf_tokenizing import GgufReader
+
+_DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
+_NUMBERED = re.compile(r"blk\.(\d+)\.(ffn_gate_tid2eid|ffn_(?:gate|up|down)_chexps)\..*")
+_CHUNK = 2**24
+
+
+class GgufFile:
+    """A GGUF, in one file or split: keys and tensors from its head, values only where they are copied."""
+
+    direct_types = ("auto",)  # of `--outtype`: what is written without llama-quantize
+    id = revision = ""
+
+    def __init__(self, path: Path) -> None:
+        """Take a file, the first one where the model is split; nothing is read yet."""
+        self.path = path
+        match = SHARD.fullmatch(path.name)
+        self.name = match[1] if match else path.name.removesuffix(".gguf")
+
+    @cached_property
+    def header(self) -> Header:
+        """Its keys and tensors; raises `MoneError` for what is no GGUF, or broken."""
+        return read_header(self.path)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file of the model."""
+        return list(self.header.files)
+
+    @cached_property
+    def spec(self) -> MoeSpec:
+        """The mixture-of-experts shape; raises `MoneError` for a model that has none, or cannot be pruned."""
+        return _shape(self.header, self.path)
+
+    @cached_property
+    def computing_config(self) -> Mapping[str, Any]:
+        """What of its keys decides what it computes: the architecture's own."""
+        prefix = f"{self.spec.arch}."
+        return {key: self.header.value(key) for key in sorted(self.header.keys) if key.startswith(prefix)}
+
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """How many tokens it has embeddings for, and how long a row it was made for."""
+        embeddings = self.header.tensors.get("token_embd.weight")
+        window = self.header.integer(f"{self.spec.arch}.context_length")
+        return (embeddings.shape[-1] if embeddings else None), window or None
+
+    def known_from(self, saved: Calibration | None) -> None:
+        """Take nothing from statistics made before: the head says it all."""
+
+    def fetch(self, *, progress: Progress | None = None) -> None:
+        """Bring the weights, which are here already."""
+
+    def fingerprint(self, *, progress: Progress | None = None) -> str:
+        """Return the SHA-256 of the file, or of its files one after the other."""
+        return remembered(self.files, lambda: _hash(self.files, progress))
+
+    def tokenizer(self) -> "GgufReader":
+        """Return its own tokenizer, which is llama.cpp's."""
+        from mone_export.source.gguf_tokenizing import GgufReader
+
+        return GgufReader(self.files[0])
+
+    def sample(self, n_weight: int) -> Iterator[np.ndarray]:
+        """Yield rows of matrices all over the model that are not packed, float32, about `n_weight` in all."""
+        infos = [info for info in self.header.tensors.values() if _is_matrix(info)]
+        some = infos[:: max(1, len(infos) // 64)]
+        for info in some:
+            n_row = max(1, n_weight // len(some) // info.shape[0])
+            size = info.size // math.prod(info.shape[1:]) * min(n_row, info.shape[1])
+            with info.file.open("rb") as file:
+                file.seek(info.offset)
+                packed = np.frombuffer(file.read(size), np.uint8)
+            yield dequantize(packed.reshape(min(n_row, info.shape[1]), -1), info.kind)
+
+    def check(self, *, known: bool = False) -> None:
+        """Raise `MoneError` unless the file can be pruned; reads its head only."""
+        _ = self.spec
+
+    def convert(self, *, edits: Edits, outtype: str = "auto", mtp: Any = "keep") -> GgufConversion:
+        """Open it for rewriting; types other than its own are llama-quantize's business."""
+        assert outtype == "auto", outtype
+        return GgufConversion(self.header, edits, mtp=mtp)
+
+    def projector_command(self, outfile: Path) -> str | None:
+        """Return no command: the projector of a model with a vision part is a GGUF of its own."""
+
+
+def _shape(header: Header, path: Path) -> MoeSpec:
+    arch = header.value("general.architecture")
+    if not isinstance(arch, str) or not arch:
+        raise MoneError(f"{path} does not say its architecture: it is no language model, or broken")
+    n_expert = header.integer(f"{arch}.expert_count")
+    n_layer = header.integer(f"{arch}.block_count") - header.integer(f"{arch}.nextn_predict_layers")
+    downs = {int(match[1]): info for match, info in _matching(_DOWN, header) if int(match[1]) < n_layer}
+    if not n_expert or not downs:
+        raise MoneError(f"{path} ({arch}) has no experts: only mixture-of-experts models can be pruned")
+    top_k = header.value(f"{arch}.expert_used_count")
+    if not isinstance(top_k, int) or not 1 <= top_k <= n_expert:
+        raise MoneError(
+            f"{path} says that {str(top_k)[:60]} of {n_expert} experts are used for each token: models whose "
+            "layers differ in that, and broken ones, cannot be pruned"
+        )
+    _check_counts(header, downs, n_expert, path)
+    shapes = {info.shape[:2] for info in downs.values()}
+    if len(shapes) > 1:
+        raise MoneError(f"{path}: layers with different expert shapes {sorted(shapes)} are not supported")
+    expert_size, hidden_size = shapes.pop()
+    return MoeSpec(
+        arch=arch,
+        n_layer=n_layer,
+        moe_layers=tuple(sorted(downs)),
+        n_expert=n_expert,
+        top_k=top_k,
+        n_group=max(1, header.integer(f"{arch}.expert_group_count")),
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        topk_group=max(1, header.integer(f"{arch}.expert_group_used_count")),
+        numbered=tuple(sorted({int(match[1]) for match, _ in _matching(_NUMBERED, header)} & downs.keys())),
+    )
+
+
+def _matching(pattern: re.Pattern[str], header: Header) -> Iterator[tuple[re.Match[str], TensorInfo]]:
+    for name, info in header.tensors.items():
+        if match := pattern.fullmatch(name):
+            yield match, info
+
+
+def _check_counts(header: Header, downs: Mapping[int, TensorInfo], n_expert: int, path: Path) -> None:
+    """Insist on as many matrices as the router has outputs: only then can any of them go."""
+    if any(key.endswith(".expert_kept_count") for key in header.keys):
+        raise MoneError(f"{path} is pruned already: prune the file it was made from")
+    for layer, info in downs.items():
+        found = (*info.shape, 1, 1)[2]
+        if found != n_expert:
+            raise MoneError(f"{path}: layer {layer} has {found} of {n_expert} experts: the file is broken")
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return len(info.shape) in (2, 3) and info.shape[0] >= 64 and info.kind in ("f32", "f16", "bf16", "q8_0")
+
+
+def _hash(files: list[Path], progress: Progress | None) -> str:
+    digest, done = hashlib.sha256(), 0
+    total = sum(file.stat().st_size for file in files)
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress(done // 2**20, total // 2**20, "reading the model (MiB)")
+    except OSError as error:
+        raise MoneError(f"cannot read {files[0]}: {error.strerror}") from None
+    return digest.hexdigest()
