@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
-    if args.ratio is None and args.fit is None:
+    if args.ratio is None and args.fit is None and args.plan is None:
         parser.error("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
     if args.outfile is None and not args.dry_run:
         parser.error("where to? pass -o FILE, or -o FOLDER")
@@ -282,6 +282,10 @@ def _add_pruning_options(group: _Group) -> None:
         "default), the same number (even, the default with drop and dern), the best of the whole model by "
         "relative score (model), or by trying (search: starts at sensitivity)",
     )
+    group.add_rare(
+        "--plan", type=Path, metavar="FILE", help="prune what --plan-out chose, on this or another copy of it"
+    )
+    group.add_rare("--plan-out", type=Path, metavar="FILE", help="keep which experts were chosen, as JSON")
     group.add_rare("--scope", choices=("layer", "model"), help="model: what --allocate model is called now")
     group.add_rare(
         "--min-kept",
@@ -380,7 +384,11 @@ def _add_llama_options(group: _Group) -> None:
         help="of a GGUF: layers that llama.cpp runs on the GPU (default: its own choice)",
     )
     group.add_rare(
-        "--n-cpu-moe", type=int, default=0, metavar="N", help="of those, so many keep their experts on the CPU"
+        "--n-cpu-moe",
+        type=int,
+        default=0,
+        metavar="N",
+        help="so many of them keep their experts on the CPU",
     )
     group.add_rare(
         "-t", "--n-threads", "--threads", type=int, metavar="N", help="of a GGUF: threads of llama.cpp"

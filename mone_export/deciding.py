@@ -34,7 +34,7 @@ Divergence = Callable[[Mapping[int, Sequence[int]], Mapping[int, Tensor]], float
 def scored(job: Job, calibration: Calibration | None) -> Scores:
     """Score the experts, from the statistics or the weights."""
     recipe = job.recipe
-    if recipe.score == "aimer" and recipe.ratio:
+    if recipe.score == "aimer" and recipe.ratio and not job.plan:
         scores = score_weights(job.source.spec, job.engine().experts())
         return replace(scores, calibration=calibration)
     if calibration is None:
@@ -68,8 +68,11 @@ def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Pl
     """Return the plan of a job's recipe.
 
     Where the layers keep different numbers, their types may make the file larger than the same number
-    everywhere would: for a size that was asked for, some experts more go.
+    everywhere would: for a size that was asked for, some experts more go. A plan made before is taken as
+    it is.
     """
+    if job.plan:
+        return job.plan
     recipe, limit = possible(job.recipe, scores.calibration), job.request.fit
     if recipe.allocation == "search" and recipe.ratio:
         return plan(scores, _searched(job, scores, progress), recipe=recipe)

@@ -50,7 +50,7 @@ def candidates(
     Types after the first that takes all experts are left out: they could only be worse. Raises `MoneError`,
     naming the smallest size there is, when nothing fits.
     """
-    outtypes = LADDER if outtype == "auto" else (outtype,)
+    outtypes = LADDER if outtype == "auto" and not source.packed else (outtype,)
     sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio)
     n_expert = source.spec.n_expert
     found: list[Candidate] = []

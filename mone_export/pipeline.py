@@ -12,6 +12,7 @@ from mone_export.artifacts import Plan, Report
 from mone_export.calibration import ranks
 from mone_export.deciding import after_pruned, decided, file_size, fitted_novices, scored, with_best_candidate
 from mone_export.output.writing import write
+from mone_export.pruning.plan_files import save_plan
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.reporting import Clock, report
 from mone_export.request import Job, Request, prepare
@@ -47,6 +48,9 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     if calibration and job.recipe.novice == "joint":
         joint = fitted_novices(job, calibration, chosen, progress=progress)
         clock.lap("joint novices")
+    if job.request.plan_out is not None:
+        named = {"name": job.source.name, "sha256": job.source.fingerprint(progress=progress)}
+        save_plan(job.request.plan_out, chosen, scores, named)
     size = write(
         job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.outtype, progress=progress
     )
@@ -63,6 +67,8 @@ def rehearse(
     arbitrary experts in every layer, as many in each.
     """
     job = prepare(Request(model=model, **options), dry=True, progress=progress)
+    if job.plan:
+        return replace(job, size=file_size(job, job.plan)), job.plan
     if not job.saved or not job.needs_statistics:
         return job, plan_without_scores(job.source.spec, job.recipe)
     scores = scored(job, job.saved)

@@ -4,7 +4,7 @@ Nothing here imports PyTorch, so that the command line can list the names and ch
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 from mone_export.errors import MoneError
@@ -97,6 +97,15 @@ class Recipe:
         recipe = cls(ratio=ratio, **{**own, **given})
         _check(recipe)
         return recipe
+
+    def changed(self, **choices: Unpack[Choices]) -> "Recipe":
+        """Return the recipe with some choices changed; another method brings its own defaults for the rest."""
+        if choices.get("method") not in (None, self.method):
+            return Recipe.of(self.ratio, **choices)
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        own |= {name: value for name, value in choices.items() if value is not None}
+        ratio, novice = own.pop("ratio"), own.pop("novice")
+        return Recipe.of(ratio, novice=None if novice == "none" else novice, **own)
 
     @property
     def known_novice(self) -> NoviceName:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Candidate, Corpus, differing
+from mone_export.artifacts import Calibration, Candidate, Corpus, Plan, differing
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
@@ -24,6 +24,7 @@ from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import kept_per_layer
+from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Mtp, Recipe
 from mone_export.runtime import Progress
@@ -54,7 +55,8 @@ class Request:
     `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in `read_corpus`; of the
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
     keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
-    given. In `workdir` an unfinished one is kept, too, and taken up by the next call. `sequential` measures
+    given. `plan` names a file with the choice of experts, made by `plan_out` on this or another copy of the
+    model. In `workdir` an unfinished one is kept, too, and taken up by the next call. `sequential` measures
     each layer again after the pruned ones before it. `until_stable` ends the calibration when the decision's
     overlap with that at half the text is that much.
     """
@@ -79,6 +81,8 @@ class Request:
     seed: int = 0
     stats: str | Path | None = None
     workdir: str | Path | None = None
+    plan: str | Path | None = None
+    plan_out: str | Path | None = None
     until_stable: float | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -92,7 +96,9 @@ class Request:
 
     @property
     def recipe(self) -> Recipe:
-        """How to prune; with `fit` alone the ratio is not known yet, and 0 here."""
+        """How to prune; with `fit` alone the ratio is not known yet, and 0 here. A plan brings its own."""
+        if self.plan is not None:
+            return load_recipe(self.plan).changed(method=self.method, novice=self.novice, mtp=self.mtp)
         return Recipe.of(
             self.ratio or 0.0,
             method=self.method,
@@ -129,7 +135,7 @@ class Job:
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
     `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
     statistics made before; `corpus` is None where no text is needed; `held_out` [n, seq_len] are rows
-    that no calibration sees.
+    that no calibration sees; `plan` is one that was made before.
     """
 
     request: Request
@@ -144,6 +150,7 @@ class Job:
     candidates: tuple[Candidate, ...] = ()
     corpus: Corpus | None = None
     held_out: Tensor | None = None
+    plan: Plan | None = None
 
     @property
     def outfile(self) -> Path:
@@ -163,8 +170,12 @@ class Job:
     @property
     def lacks_sensitivity(self) -> bool:
         """Whether saved statistics are without the sensitivities that the counts need: its run was ended."""
-        probed = self.recipe.allocation in ("sensitivity", "search")
-        return self.saved is not None and probed and not self.saved.sensitivity
+        return self.saved is not None and self.probed and not self.saved.sensitivity
+
+    @property
+    def probed(self) -> bool:
+        """Whether the counts need the layers' sensitivities."""
+        return self.plan is None and self.recipe.allocation in ("sensitivity", "search")
 
     def engine(self, *, stream: Stream | None = None) -> "Engine":
         """Load the model as the request says, or streamed as `stream` says."""
@@ -200,6 +211,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
 
     A `dry` run needs no place for an output.
     """
+    _check_plan(request)
     recipe = request.recipe
     _check_together(request, recipe)
     source = open_source(
@@ -210,11 +222,12 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     if not dry:
         _check_place(request)
     source.check(known=saved is not None)  # what was calibrated fits
-    job = replace(_sized(request, source, recipe, progress), saved=saved)
+    chosen = None if request.plan is None else load_plan(request.plan, source.spec, recipe)
+    job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
     if not dry:
         _check_paths(job)
         _announce(job)
-    if recipe.allocation == "search":
+    if recipe.allocation == "search" and not chosen:
         _check_search(job)
     return _with_text(job)
 
@@ -234,9 +247,25 @@ def _saved(request: Request, source: Source) -> Calibration | None:
     return saved
 
 
+def _check_plan(request: Request) -> None:
+    """Refuse options that say what a plan says already."""
+    given = {
+        "--ratio": request.ratio,
+        "--fit": request.fit,
+        "--score": request.score,
+        "--allocate": request.allocation,
+        "--min-kept": request.min_kept,
+        "--until-stable": request.until_stable,
+        "--sequential": request.sequential or None,
+    }
+    said = [option for option, value in given.items() if value is not None]
+    if request.plan is not None and said:
+        raise MoneError(f"{said[0]} with --plan, which says which experts go: leave one of them out")
+
+
 def _check_together(request: Request, recipe: Recipe) -> None:
     """Refuse options that contradict each other, whatever the model."""
-    if request.ratio is None and request.fit is None:
+    if request.ratio is None and request.fit is None and request.plan is None:
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
     if request.sequential and (recipe.method != "mone" or recipe.score in ("aimer", "random")):
         raise MoneError(
@@ -307,6 +336,10 @@ def _check_paths(job: Job) -> None:
     outputs, inputs = {"-o": job.outfile}, {"MODEL": job.source.files}
     inputs["-f"] = [path for given in request.files if (path := Path(str(given).rpartition("=")[0] or given))]
     inputs["-f"] += [Path(given) for given in request.files]
+    if request.plan is not None:
+        inputs["--plan"] = [Path(request.plan)]
+    if request.plan_out is not None:
+        outputs["--plan-out"] = Path(request.plan_out)
     if stats is not None and stats.exists():
         inputs["--stats"] = [stats]
     elif request.stats is not None and stats is not None:
@@ -351,7 +384,7 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
 
 def _announce(job: Job) -> None:
     """Say how large the file will be; raises `MoneError` when the disk has no room for it."""
-    even = job.recipe.allocation == "even" or not job.recipe.ratio
+    even = (job.recipe.allocation == "even" and not job.plan) or not job.recipe.ratio
     about = "at most " if len(job.candidates) > 1 else "" if even else "about "
     between = job.size_between
     temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
@@ -387,7 +420,7 @@ def _check_search(job: Job) -> None:
 def _with_text(job: Job) -> Job:
     """Return the job with the text it needs: none where the statistics are enough, or not needed."""
     request, recipe = job.request, job.recipe
-    searches = recipe.allocation == "search"
+    searches = recipe.allocation == "search" and not job.plan
     asks_model = searches or request.sequential or recipe.novice == "joint"
     given = bool(request.files or request.datasets)
     saved_is_enough = job.saved and not given and not asks_model

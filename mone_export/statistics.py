@@ -136,7 +136,7 @@ def _measured(
         stats = request.stats_file
         if stats is not None:
             calibration.save(stats)
-        if job.recipe.allocation in ("sensitivity", "search") or stats is not None:
+        if job.probed or stats is not None:
             corpus = head(job.corpus, calibration.n_token // job.corpus.tokens.shape[1])
             calibration = with_sensitivity(engine, corpus, calibration, progress=progress)
             if stats is not None and calibration.sensitivity:
@@ -211,7 +211,7 @@ def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus
 
 def _watch(job: Job, corpus: Corpus) -> Watch | None:
     """Return what follows the decision while text goes by; None where none changes it, or none is near."""
-    if not job.recipe.ratio or job.candidates or job.recipe.score in ("aimer", "random"):
+    if not job.recipe.ratio or job.plan or job.candidates or job.recipe.score in ("aimer", "random"):
         return None
     n_token = corpus.tokens.numel() // ranks.n_rank()
     return Watch(_Decision(job), n_token=n_token, until=job.request.until_stable)

@@ -22,7 +22,7 @@ ORDER = (
     *("calibration.masking", "calibration.sensitivity", "calibration.through_llamacpp"),
     *("calibration.engines", "calibration.merging", "calibration.usage"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
-    *("pruning.allocation", "pruning.planning", "pruning.dern"),
+    *("pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
     *("output.gguf_format", "output.quantizing", "output.recombining", "output.provenance"),
     *("output.writing", "output.rounding"),
     *("fitting", "request", "statistics", "deciding", "reporting", "pipeline", "cli"),

@@ -22,14 +22,14 @@ _TENSOR = re.compile(
 
 def quantize(base: Path, outfile: Path, outtype: str, *, progress: Progress | None = None) -> None:
     """Quantise the GGUF `base` to one of `QUANTIZE_TYPES`; a `MoneError` gives llama-quantize's reason."""
-    lines = _run([str(base), str(outfile), outtype.upper()], progress=progress)
+    lines = _run(["--allow-requantize", str(base), str(outfile), outtype.upper()], progress=progress)
     if not outfile.is_file():
         raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 
 
 def quantized_types(head: Path, outtype: str) -> dict[str, str]:
     """Return the type that quantising `head` would give to each of its tensors, from its header alone."""
-    lines = _run(["--dry-run", str(head), outtype.upper()])
+    lines = _run(["--dry-run", "--allow-requantize", str(head), outtype.upper()])
     types = {name: new or old for name, old, new in _TENSOR.findall("\n".join(lines))}
     if not types:
         raise MoneError(f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}")

@@ -79,6 +79,12 @@ def write(
         if outtype in source.direct_types:
             _convert(source, edits, keys, part, outtype=outtype, progress=progress)
         else:
+            if source.packed:
+                log.warning(
+                    "%s is rounded to %s already, and --outtype %s rounds it once more: a copy in F16 or "
+                    "BF16 would lose less",
+                    *(source.name, source.packed, outtype),
+                )
             base = part.with_name("base.gguf")
             _convert(source, edits, keys, base, outtype="auto", progress=progress)
             quantize(base, part, outtype, progress=progress)

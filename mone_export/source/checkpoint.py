@@ -64,6 +64,10 @@ class Source(Protocol):
         """How many tokens it has embeddings for, and how long a row it was made for; None: not known."""
 
     @property
+    def packed(self) -> str | None:
+        """The type of its experts where rounding them once more would round what is rounded already."""
+
+    @property
     def direct_types(self) -> Collection[str]:
         """The types, of `--outtype`, that its conversion writes itself; llama-quantize makes all others."""
 
@@ -138,6 +142,7 @@ class Checkpoint:
     """
 
     direct_types = tuple(CONVERTER_TYPES)
+    packed = None
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
 _NUMBERED = re.compile(r"blk\.(\d+)\.(ffn_gate_tid2eid|ffn_(?:gate|up|down)_chexps)\..*")
+_EXACT = ("f32", "f16", "bf16", "q8_0")
 _CHUNK = 2**24
 
 
@@ -59,6 +60,12 @@ class GgufFile:
         """What of its keys decides what it computes: the architecture's own."""
         prefix = f"{self.spec.arch}."
         return {key: self.header.value(key) for key in sorted(self.header.keys) if key.startswith(prefix)}
+
+    @property
+    def packed(self) -> str | None:
+        """The type of its experts where rounding them once more would round what is rounded already."""
+        kinds = (info.kind for name, info in self.header.tensors.items() if _DOWN.fullmatch(name))
+        return next((kind for kind in kinds if kind not in _EXACT), None)
 
     @property
     def limits(self) -> tuple[int | None, int | None]:
@@ -159,7 +166,7 @@ def _check_counts(header: Header, downs: Mapping[int, TensorInfo], n_expert: int
 
 
 def _is_matrix(info: TensorInfo) -> bool:
-    return len(info.shape) in (2, 3) and info.shape[0] >= 64 and info.kind in ("f32", "f16", "bf16", "q8_0")
+    return len(info.shape) in (2, 3) and info.shape[0] >= 64 and info.kind in _EXACT
 
 
 def _hash(files: list[Path], progress: Progress | None) -> str:

@@ -1,0 +1,107 @@
+"""A plan as a file: what was chosen on one copy of a model is applied to another one of the same shape.
+
+JSON: `mone_plan` (version), `source` (name, SHA-256), `calibration` (text's SHA-256, tokens; null without),
+`recipe`, `n_expert`, and for each layer by number `kept`, `pruned` (original ids, ascending) and `scores`
+(one per expert, larger = keep; null is minus infinity, "guarded" infinity).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mone_export import files
+from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
+from mone_export.errors import MoneError, first_line
+from mone_export.recipe import Recipe
+
+_VERSION = 1
+
+
+def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str, str]) -> None:
+    """Write a plan; `source` names the model: `name` and `sha256`. Raises `MoneError` where it cannot."""
+    path, text = Path(path), scores.calibration
+    rows = dict(zip(scores.spec.moe_layers, scores.values.tolist(), strict=True))
+    value = {
+        "mone_plan": _VERSION,
+        "source": dict(source),
+        "calibration": text and {"sha256": text.corpus_sha256, "tokens": text.n_token},
+        "recipe": asdict(plan.recipe),
+        "n_expert": plan.spec.n_expert,
+        "layers": {
+            str(layer.layer): {
+                "kept": layer.kept,
+                "pruned": layer.pruned,
+                "scores": [_stated(score) for score in rows[layer.layer]],
+            }
+            for layer in plan.layers
+        },
+    }
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        files.replace(part, path)
+    except OSError as error:
+        raise MoneError(f"cannot write {path} ({error.strerror}): choose another --plan-out") from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Return the recipe that a plan file was made by; raises `MoneError` for what is no such file."""
+    try:
+        return Recipe(**_read(Path(path))["recipe"])
+    except TypeError as error:
+        raise _not_ours(Path(path), error) from None
+
+
+def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
+    """Return the plan in a file for a model of shape `spec`, with `recipe` for the rest.
+
+    Raises `MoneError` for what is no plan, or one of a model with other layers or experts.
+    """
+    path = Path(path)
+    found = _read(path)
+    try:
+        layers = tuple(
+            LayerPlan(int(number), tuple(layer["kept"]), tuple(layer["pruned"]))
+            for number, layer in found["layers"].items()
+        )
+        n_expert = int(found["n_expert"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(path, error) from None
+    if n_expert != spec.n_expert or tuple(layer.layer for layer in layers) != spec.moe_layers:
+        raise MoneError(
+            f"{path} is a plan for {n_expert} experts in {len(layers)} layers, the model has {spec.n_expert} "
+            f"in {len(spec.moe_layers)}: it is of another model, or its layers are numbered otherwise"
+        )
+    for layer in layers:
+        ascending = all(list(ids) == sorted(ids) for ids in (layer.kept, layer.pruned))
+        if not ascending or sorted(layer.order) != list(range(n_expert)) or not layer.kept:
+            raise MoneError(f"{path}: layer {layer.layer} does not name each of its experts once, in order")
+    if recipe.method != "mone" and len({len(layer.kept) for layer in layers}) > 1:
+        raise MoneError(
+            f"{path} keeps different numbers of experts, --method {recipe.method} cannot: make the plan with "
+            "--allocate even, or use --method mone"
+        )
+    return Plan(spec, recipe, layers)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["mone_plan"] != _VERSION:
+            raise ValueError(f"version {found['mone_plan']}, this mone-export reads version {_VERSION}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _not_ours(path, error) from None
+    return dict(found)
+
+
+def _stated(score: float) -> float | str | None:
+    if math.isfinite(score):
+        return score
+    return "guarded" if score > 0 else None
+
+
+def _not_ours(path: Path, error: Exception) -> MoneError:
+    return MoneError(f"{path} is no plan of mone-export ({first_line(error)}): pass what --plan-out wrote")
