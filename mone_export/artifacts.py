@@ -26,7 +26,9 @@ class MoeSpec:
 
     `moe_layers` are the layers (by number) that hold routed experts; `hidden_size` is the width of an
     expert's output, `expert_size` that of its intermediate channels. The experts of a token come from
-    `topk_group` of `n_group` groups of equal size, groups of neighbouring numbers.
+    `topk_group` of `n_group` groups of equal size, groups of neighbouring numbers. In `numbered` layers an
+    expert's number means something else. A model that was pruned before has `kept_before` experts in its
+    layers, and constants in the place of the others.
     """
 
     arch: str
@@ -39,6 +41,13 @@ class MoeSpec:
     expert_size: int
     topk_group: int = 1
     numbered: tuple[int, ...] = ()
+    kept_before: tuple[int, ...] = ()
+
+    @property
+    def present(self) -> dict[int, int]:
+        """How many experts each layer has; those after them are novices already."""
+        counts = self.kept_before or (self.n_expert,) * len(self.moe_layers)
+        return dict(zip(self.moe_layers, counts, strict=True))
 
     def keeps_numbers(self, layer: int) -> bool:
         """Return whether an expert's number means something in a layer, so that its router stays as it is."""
@@ -235,7 +244,8 @@ class Calibration:
         path = Path(path)
         header, layers = load_layers(path)
         try:
-            spec = MoeSpec(**header["spec"] | {"moe_layers": tuple(header["spec"]["moe_layers"])})
+            lists = {key: tuple(value) for key, value in header["spec"].items() if isinstance(value, list)}
+            spec = MoeSpec(**header["spec"] | lists)
             return cls(
                 spec=spec,
                 model_sha256=header["model_sha256"],

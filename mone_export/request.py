@@ -23,7 +23,7 @@ from mone_export.llama_options import LlamaOptions
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
-from mone_export.pruning.allocation import kept_per_layer
+from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Mtp, Recipe
@@ -319,7 +319,12 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
             f"--novice joint fits novices to the weights of experts' outputs, but {source.spec.arch} weights "
             "their inputs: use --novice mean"
         )
-    kept_per_layer(source.spec, recipe)
+    even_counts(source.spec, recipe)
+    if source.spec.kept_before and recipe.method != "mone":
+        raise MoneError(
+            f"{source.name} has novices, and a file by --method {recipe.method} has none: prune the file that it "
+            "was made from, or use --method mone"
+        )
 
 
 def _check_place(request: Request) -> None:
@@ -353,6 +358,8 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
     Raises `MoneError` for a model llama.cpp cannot convert, and a size that nothing fits.
     """
     device = resolve_device(ranks.own_device(request.device))
+    if request.fit is not None and source.spec.kept_before:
+        raise MoneError(f"--fit cannot tell yet what {source.name} loses, which has novices: pass --ratio")
     if request.fit is None:
         outtype = request.outtype
         layout = layouts(source, plan_without_scores(source.spec, recipe), (outtype,))[outtype]

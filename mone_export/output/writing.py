@@ -39,6 +39,7 @@ from mone_export.source import Rewriting, Source, open_source
 from mone_export.source.gguf_types import padded_bytes
 from mone_export.source.llamacpp import CONVERTER_TYPES
 from mone_export.source.opened import Read, Rows
+from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,11 @@ def write(
     """
     source, target = open_source(model), Path(outfile)
     source.fetch(progress=progress)
+    plan = _renumbered(plan, source)
     stored: dict[int, Tensor] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
-        stored = _stored(calibration, plan, novices)
+        stored = _stored(calibration, plan, source, novices)
         importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
     edits = Edits(plan, stored, importance)
     text = None
@@ -135,7 +137,7 @@ class Layout:
         return replace(self, shapes=shapes)
 
     def size_with_all(self, spec: MoeSpec) -> int:
-        """Return about how many bytes the file would have with all experts: the tensors are exact.
+        """Return about how many bytes the file would have with all experts there are: tensors are exact.
 
         The head is taken to be as long; it is some bytes longer where experts are pruned.
         """
@@ -144,7 +146,8 @@ class Layout:
             layer, part = part_of(name) or (-1, None)
             if part and layer in spec.moe_layers:
                 axis = 1 if part == "router" and shape[0] == 1 else 0
-                whole[name] = (*shape[:axis], spec.n_expert, *shape[axis + 1 :])
+                n_row = spec.present[layer] if part == "experts" else spec.n_expert
+                whole[name] = (*shape[:axis], n_row, *shape[axis + 1 :])
         return self.head_size + sum(
             padded_bytes(whole[name], kind) for name, kind in self.types.items() if name in whole
         )
@@ -177,7 +180,7 @@ def layouts(
             head = folder / "head.gguf"
             edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
             conversion = edits.apply(source, outtype=base_type)
-            size = conversion.write_head(head, _loading_keys(conversion, plan) | keys)
+            size = conversion.write_head(head, _loading_keys(conversion, plan, source) | keys)
             conversion.close()
             head_size = head.stat().st_size
             base = Layout(head_size, conversion.shapes, conversion.types, added=frozenset(edits.added))
@@ -221,6 +224,7 @@ class Edits:
         with_novices = plan.recipe.method == "mone"
         self._novices = {layer: stored[layer] for layer in self._pruned} if with_novices else {}
         self.added: list[str] = []  # tensors that are not the model's own
+        self._before: PrunedBefore | None = None  # by an earlier pruning
         self._scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
         self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
 
@@ -236,6 +240,7 @@ class Edits:
 
     def apply(self, source: Source, *, outtype: str) -> Rewriting:
         """Open the conversion of a model with these edits, novices added."""
+        self._before = source.before
         # an ordinary file has one number of experts for all its blocks
         conversion = source.convert(edits=self, outtype=outtype, mtp=self.plan.recipe.mtp)
         if self._recombination:
@@ -300,16 +305,35 @@ class Edits:
                 rows[len(layer.kept) :] *= self._scales[number][gone, None]
             self._add(conversion, novice_tensor(number), rows)
         if self.plan.spec.keeps_numbers(number):
-            slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)[:, None]
-            self._add(conversion, slot_tensor(number), slots)
+            slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)
+            if self._before and (slots_before := self._before.slots(number)) is not None:
+                slots = slots[torch.from_numpy(slots_before).long()]
+            self._add(conversion, slot_tensor(number), slots[:, None])
 
     def _add(self, conversion: Rewriting, name: str, tensor: Tensor) -> None:
         conversion.add_tensor(name, tensor)
         self.added.append(name)
 
 
-def _stored(calibration: Calibration, plan: Plan, novices: Mapping[int, Tensor] | None) -> dict[int, Tensor]:
-    """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d]."""
+def _renumbered(plan: Plan, source: Source) -> Plan:
+    """Return the plan with pruned experts by ascending original id, where the file numbers them otherwise."""
+    if not (before := source.before):
+        return plan
+    numbers = {layer.layer: before.order.get(layer.layer, range(plan.spec.n_expert)) for layer in plan.layers}
+    layers = (
+        replace(layer, pruned=tuple(sorted(layer.pruned, key=numbers[layer.layer].__getitem__)))
+        for layer in plan.layers
+    )
+    return replace(plan, layers=tuple(layers))
+
+
+def _stored(
+    calibration: Calibration, plan: Plan, source: Source, novices: Mapping[int, Tensor] | None
+) -> dict[int, Tensor]:
+    """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d].
+
+    Those that an earlier pruning has made stay as they are.
+    """
     found = {}
     for layer in plan.layers if plan.recipe.method == "mone" else ():
         if not layer.pruned:
@@ -320,6 +344,9 @@ def _stored(calibration: Calibration, plan: Plan, novices: Mapping[int, Tensor] 
             else novices_of(calibration.layers[layer.layer], plan.recipe.novice)
         )
         found[layer.layer] = given.float()
+        if source.before and layer.layer in source.before.order:
+            first = plan.spec.present[layer.layer]
+            found[layer.layer][first:] = torch.from_numpy(source.before.novices(layer.layer)[first:])
         if not torch.isfinite(found[layer.layer]).all():
             raise MoneError(
                 f"layer {layer.layer}: novices are not finite in float32; calibrate again with --dtype "
@@ -341,7 +368,7 @@ def _convert(
     if conversion.remark:
         log.warning("%s", conversion.remark)
     try:
-        conversion.write_head(part, _loading_keys(conversion, edits.plan) | keys)
+        conversion.write_head(part, _loading_keys(conversion, edits.plan, source) | keys)
         conversion.write_tensors(progress)
     except OSError as error:  # numpy's says no reason
         raise MoneError(
@@ -405,7 +432,7 @@ def _check_one_count(conversion: Rewriting, plan: Plan) -> None:
             )
 
 
-def _loading_keys(conversion: Rewriting, plan: Plan) -> Keys:
+def _loading_keys(conversion: Rewriting, plan: Plan, source: Source) -> Keys:
     """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
     pruned = [layer for layer in plan.layers if layer.pruned]
     if not pruned:
@@ -415,7 +442,8 @@ def _loading_keys(conversion: Rewriting, plan: Plan) -> Keys:
     counts = [0] * conversion.block_count
     for layer in pruned:
         counts[layer.layer] = len(layer.kept)
-    order = [expert for layer in pruned for expert in layer.order]
+    before = source.before.order if source.before else {}
+    order = [before[at.layer][i] if at.layer in before else i for at in pruned for i in at.order]
     return {
         KEPT_COUNT_KEY.format(arch=conversion.arch): ("UINT32", counts),
         "mone.expert_order": ("INT32", order),

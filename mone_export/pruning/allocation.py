@@ -47,21 +47,20 @@ def allocate(scores: Scores, recipe: Recipe, *, n_less: int = 0, trial: Try | No
     Allocation `search` needs `trial`; `sensitivity` and `search` need the scores' calibration. Raises
     `MoneError` where a ratio leaves too few experts, or a method cannot work with the model's routing.
     """
-    spec = scores.spec
-    n_kept = kept_per_layer(spec, recipe)
+    spec, even = scores.spec, even_counts(scores.spec, recipe)
     if recipe.allocation == "even" or not recipe.ratio:
-        return dict.fromkeys(spec.moe_layers, n_kept)
-    n_place = n_kept * len(spec.moe_layers) - n_less
+        return even
+    n_place = sum(even.values()) - n_less
     least = least_kept(spec, recipe.min_kept)
     if recipe.allocation == "model":
         return _by_score(scores, n_place, least)
     assert scores.calibration is not None, "allocation by errors needs the statistics"
     curves = error_curves(scores.calibration, scores, recipe.known_novice)
-    floors = _floors(scores, least, n_kept)
+    floors = _floors(scores, least, even)
     if recipe.allocation == "sensitivity":
         return share_out(curves, n_place, floors)
     assert trial is not None, "a search needs the model"
-    return search(curves, n_kept, floors, trial)
+    return search(curves, even, floors, trial)
 
 
 def possible(recipe: Recipe, calibration: Calibration | None) -> Recipe:
@@ -97,6 +96,25 @@ def kept_per_layer(spec: MoeSpec, recipe: Recipe) -> int:
             f"pass --ratio {largest:g} or less, or lower --min-kept ({_used(spec)})"
         )
     return kept
+
+
+def even_counts(spec: MoeSpec, recipe: Recipe) -> dict[int, int]:
+    """Return how many experts each layer keeps by the ratio alone.
+
+    Where the model was pruned before, the ratio is a share of the experts that are left in each layer.
+    Raises `MoneError` as `kept_per_layer` does.
+    """
+    if not spec.kept_before:
+        return dict.fromkeys(spec.moe_layers, kept_per_layer(spec, recipe))
+    least = least_kept(spec, recipe.min_kept)
+    counts = {layer: n - round(recipe.ratio * n) for layer, n in spec.present.items()}
+    for layer, count in counts.items():
+        if recipe.ratio and count < min(least, spec.present[layer]):
+            raise MoneError(
+                f"--ratio {recipe.ratio:g} keeps {count} of the {spec.present[layer]} experts that layer {layer} "
+                f"has left, fewer than {least}: pass a smaller one, or lower --min-kept ({_used(spec)})"
+            )
+    return counts
 
 
 def least_kept(spec: MoeSpec, min_kept: int | None = None) -> int:
@@ -143,6 +161,7 @@ def error_curves(calibration: Calibration, scores: Scores, novice: NoviceName) -
         left = error[torch.argsort(values, descending=True, stable=True)]
         total = stats.gated2_norm_sq_sum.sum().clamp(min=torch.finfo(torch.float64).tiny)
         lost = torch.cat([left.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+        lost = lost[: scores.spec.present[layer] + 1]  # no more can stay
         curves[layer] = lost / total * calibration.sensitivity.get(layer, 1.0)
     return curves
 
@@ -174,21 +193,18 @@ def share_out(curves: Mapping[int, Tensor], n_place: int, floors: Counts) -> dic
 
 def search(
     curves: Mapping[int, Tensor],
-    n_kept: int,
+    even: Counts,
     floors: Counts,
     trial: Try,
     *,
     n_step: int = 8,
 ) -> Counts:
-    """Return the counts that did the least damage, `n_kept` in the mean: 2 + `n_step` trials.
+    """Return the counts that did the least damage, as many in all as `even`: 2 + `n_step` trials.
 
     The even allocation is among those compared.
     """
     n_expert = len(next(iter(curves.values()))) - 1
-    candidates: list[Counts] = [
-        dict.fromkeys(curves, n_kept),
-        share_out(curves, n_kept * len(curves), floors),
-    ]
+    candidates: list[Counts] = [even, share_out(curves, sum(even.values()), floors)]
     damage, best = min(((trial(counts), counts) for counts in candidates), key=lambda pair: pair[0])
     tried = {tuple(counts.items()) for counts in candidates}
     size, n_failed = max(1, n_expert // 16), 0
@@ -247,17 +263,18 @@ def _by_score(scores: Scores, n_place: int, floor: int) -> Counts:
         (-float(relative[row, expert]), place, row)
         for row, values in enumerate(scores.values)
         for place, expert in enumerate(ranking(spec, values, n_kept))
-        if place >= floor
+        if floor <= place and values[expert] > -torch.inf
     ]
     places = Counter(row for *_, row in sorted(candidates)[: n_place - floor * len(spec.moe_layers)])
     return {layer: floor + places[row] for row, layer in enumerate(spec.moe_layers)}
 
 
-def _floors(scores: Scores, least: int, n_kept: int) -> dict[int, int]:
+def _floors(scores: Scores, least: int, even: Counts) -> dict[int, int]:
     """Return how many experts each layer keeps at least: guarded ones are not given away."""
     guarded = scores.values.isposinf().sum(1).tolist()
     return {
-        layer: min(n_kept, max(least, n)) for layer, n in zip(scores.spec.moe_layers, guarded, strict=True)
+        layer: min(even[layer], max(least, n))
+        for layer, n in zip(scores.spec.moe_layers, guarded, strict=True)
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
-from mone_export.pruning.allocation import Counts, allocate, kept_per_layer, possible, ranking
+from mone_export.pruning.allocation import Counts, allocate, even_counts, possible, ranking
 from mone_export.recipe import Recipe
 
 
@@ -31,5 +31,7 @@ def plan(
 def plan_without_scores(spec: MoeSpec, recipe: Recipe) -> Plan:
     """Return a plan with the same number of arbitrary experts in every layer: enough to know a size."""
     blank = Scores(spec=spec, score=recipe.score, values=torch.zeros(len(spec.moe_layers), spec.n_expert))
-    counts = dict.fromkeys(spec.moe_layers, kept_per_layer(spec, recipe))
+    counts = even_counts(spec, recipe)
+    for row, n_expert in enumerate(spec.present.values()):
+        blank.values[row, n_expert:] = -torch.inf
     return replace(plan(blank, counts, recipe=replace(recipe, allocation="even")), recipe=recipe)

@@ -45,14 +45,21 @@ def score(
         function = SCORES[name].function
         values = torch.stack([torch.where(stats.count > 0, function(stats), unseen) for stats in layers])
     scores = Scores(spec=calibration.spec, score=name, values=values, calibration=calibration)
-    return guard(scores, calibration) if guarded else scores
+    return _without_constants(guard(scores, calibration) if guarded else scores)
 
 
 def random_scores(spec: MoeSpec, *, seed: int = 0) -> Scores:
     """Score every expert at random: a control that needs no calibration."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(len(spec.moe_layers), spec.n_expert, generator=generator, dtype=torch.float64)
-    return Scores(spec=spec, score="random", values=values)
+    return _without_constants(Scores(spec=spec, score="random", values=values))
+
+
+def _without_constants(scores: Scores) -> Scores:
+    """Return the scores with what is a constant already below all experts: it cannot be kept."""
+    for row, n_expert in enumerate(scores.spec.present.values()):
+        scores.values[row, n_expert:] = -torch.inf
+    return scores
 
 
 def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
@@ -72,7 +79,7 @@ def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
         n = sum(stack.shape[1] for stack in stacks)
         total, squares = torch.stack([_absolute_sums(stack) for stack in stacks]).sum(0).cpu()
         values.append(-(total / n / (squares / n).sqrt().clamp(min=torch.finfo(torch.float64).tiny)))
-    return Scores(spec=spec, score="aimer", values=torch.stack(values))
+    return _without_constants(Scores(spec=spec, score="aimer", values=torch.stack(values)))
 
 
 def _absolute_sums(stack: Tensor) -> Tensor:

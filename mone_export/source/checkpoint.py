@@ -26,6 +26,7 @@ from mone_export.source.hub import weight_files as listed_files
 from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, check_convertible, projector_command
 from mone_export.source.naming import name_of
 from mone_export.source.opened import Edits
+from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, packing, read_config, shape_of
 from mone_export.source.tokenizing import load_tokenizer
@@ -78,6 +79,10 @@ class Source(Protocol):
     @property
     def spec(self) -> MoeSpec:
         """Its shape."""
+
+    @property
+    def before(self) -> PrunedBefore | None:
+        """What an earlier pruning has left, None where there was none."""
 
     def fetch(self, *, progress: Progress | None = None) -> None:
         """Bring what was left out until now, the weights: from here on, values are read."""
@@ -142,7 +147,7 @@ class Checkpoint:
     """
 
     direct_types = tuple(CONVERTER_TYPES)
-    packed = None
+    packed = before = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from mone_export.source.gguf_conversion import GgufConversion
 from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
 from mone_export.source.gguf_types import dequantize
 from mone_export.source.opened import Edits
+from mone_export.source.pruned_before import PrunedBefore, kept_counts, pruned_before
 
 if TYPE_CHECKING:
     from mone_export.source.gguf_tokenizing import GgufReader
@@ -73,6 +74,11 @@ class GgufFile:
         embeddings = self.header.tensors.get("token_embd.weight")
         window = self.header.integer(f"{self.spec.arch}.context_length")
         return (embeddings.shape[-1] if embeddings else None), window or None
+
+    @cached_property
+    def before(self) -> PrunedBefore | None:
+        """What an earlier pruning has left, None where there was none."""
+        return pruned_before(self.header, self.spec)
 
     def known_from(self, saved: Calibration | None) -> None:
         """Take nothing from statistics made before: the head says it all."""
@@ -130,7 +136,7 @@ def _shape(header: Header, path: Path) -> MoeSpec:
             f"{path} says that {str(top_k)[:60]} of {n_expert} experts are used for each token: models whose "
             "layers differ in that, and broken ones, cannot be pruned"
         )
-    _check_counts(header, downs, n_expert, path)
+    kept = _kept(header, downs, n_expert, path)
     shapes = {info.shape[:2] for info in downs.values()}
     if len(shapes) > 1:
         raise MoneError(f"{path}: layers with different expert shapes {sorted(shapes)} are not supported")
@@ -145,6 +151,7 @@ def _shape(header: Header, path: Path) -> MoeSpec:
         hidden_size=hidden_size,
         expert_size=expert_size,
         topk_group=max(1, header.integer(f"{arch}.expert_group_used_count")),
+        kept_before=kept,
         numbered=tuple(sorted({int(match[1]) for match, _ in _matching(_NUMBERED, header)} & downs.keys())),
     )
 
@@ -155,14 +162,16 @@ def _matching(pattern: re.Pattern[str], header: Header) -> Iterator[tuple[re.Mat
             yield match, info
 
 
-def _check_counts(header: Header, downs: Mapping[int, TensorInfo], n_expert: int, path: Path) -> None:
-    """Insist on as many matrices as the router has outputs: only then can any of them go."""
-    if any(key.endswith(".expert_kept_count") for key in header.keys):
-        raise MoneError(f"{path} is pruned already: prune the file it was made from")
+def _kept(header: Header, downs: Mapping[int, TensorInfo], n_expert: int, path: Path) -> tuple[int, ...]:
+    """Return how many experts each layer has, if it was pruned before; the tensors must hold as many."""
+    counts = kept_counts(header, header.integer(f"{header.value('general.architecture')}.block_count"))
+    kept = {layer: (counts[layer] if counts else 0) or n_expert for layer in downs}
     for layer, info in downs.items():
-        found = (*info.shape, 1, 1)[2]
-        if found != n_expert:
-            raise MoneError(f"{path}: layer {layer} has {found} of {n_expert} experts: the file is broken")
+        if (found := (*info.shape, 1, 1)[2]) != kept[layer] or kept[layer] > n_expert:
+            raise MoneError(
+                f"{path} is broken: layer {layer} has {found} experts, {kept[layer]} of {n_expert} are announced"
+            )
+    return tuple(kept[layer] for layer in sorted(kept)) if counts else ()
 
 
 def _is_matrix(info: TensorInfo) -> bool:

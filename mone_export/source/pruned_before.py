@@ -1,0 +1,79 @@
+"""What an earlier pruning has left in a GGUF: which experts are constants now, and which numbers all had."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mone_export.artifacts import MoeSpec
+from mone_export.errors import MoneError
+from mone_export.source.gguf_header import Header, TensorInfo
+
+KEPT_COUNT = "{arch}.expert_kept_count"
+_ORDER = "mone.expert_order"
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedBefore:
+    """By layer: the original ids in the file's order, and the two tensors that only a pruned layer has."""
+
+    order: Mapping[int, tuple[int, ...]]
+    biases: Mapping[int, TensorInfo]
+    slot_tables: Mapping[int, TensorInfo]
+
+    def novices(self, layer: int) -> np.ndarray:
+        """Return the rows of a layer's bias, float32 [n_expert, d]: an expert's own, or a novice."""
+        info = self.biases[layer]
+        return _values(info, np.float32).reshape(info.shape[::-1])
+
+    def slots(self, layer: int) -> np.ndarray | None:
+        """Return the slot of each number, int32 [n_expert]; None where experts are numbered by slot."""
+        return _values(self.slot_tables[layer], np.int32) if layer in self.slot_tables else None
+
+
+def kept_counts(header: Header, n_block: int) -> list[int]:
+    """Return how many experts each block keeps, 0: all; empty for a file that was not pruned.
+
+    Raises `MoneError` for counts of another form.
+    """
+    name = KEPT_COUNT.format(arch=header.value("general.architecture"))
+    found = header.value(name)
+    if found is None:
+        return []
+    if not isinstance(found, list) or len(found) != n_block or not all(isinstance(n, int) for n in found):
+        raise MoneError(f"{header.files[0]} is broken: {name} is not one number for each of {n_block} blocks")
+    return found
+
+
+def pruned_before(header: Header, spec: MoeSpec) -> PrunedBefore | None:
+    """Return what an earlier pruning has left, None where there was none."""
+    if not spec.kept_before:
+        return None
+    layers = [layer for layer, n in spec.present.items() if n < spec.n_expert]
+    own = tuple(range(spec.n_expert))
+    found = header.value(_ORDER)
+    if found is None:  # another tool's file: its numbers are the original ones for all that anybody knows
+        found = own * len(layers)
+    if len(found) != len(own) * len(layers):
+        raise MoneError(
+            f"{header.files[0]} is broken: {_ORDER} does not number the experts of {len(layers)} layers"
+        )
+    order = {layer: tuple(found[i * len(own) : (i + 1) * len(own)]) for i, layer in enumerate(layers)}
+    biases = {layer: header.tensors.get(f"blk.{layer}.ffn_down_exps.bias") for layer in layers}
+    for layer, info in biases.items():
+        if info is None or info.kind != "f32" or info.shape != (spec.hidden_size, spec.n_expert):
+            raise MoneError(
+                f"{header.files[0]} is broken: layer {layer} lacks the novices of its pruned experts"
+            )
+    tables = {layer: header.tensors.get(f"blk.{layer}.ffn_exps_slot") for layer in layers}
+    return PrunedBefore(
+        order,
+        {layer: info for layer, info in biases.items() if info},
+        {layer: info for layer, info in tables.items() if info and info.kind == "i32"},
+    )
+
+
+def _values(info: TensorInfo, dtype: type) -> np.ndarray:
+    with info.file.open("rb") as file:
+        file.seek(info.offset)
+        return np.frombuffer(file.read(info.size), dtype).copy()
