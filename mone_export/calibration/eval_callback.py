@@ -52,8 +52,6 @@ class Node(ctypes.Structure):
 class Ggml:
     """The few functions of ggml that nodes are read and written by."""
 
-    _library: Any
-
     def __init__(self) -> None:
         """Find the functions; raises `MoneError` where the library's nodes are laid out in another way."""
         from llama_cpp._ggml import libggml
@@ -103,8 +101,8 @@ class Ggml:
         return bool(self._library.ggml_backend_buffer_is_host(ctypes.c_void_p(buffer)))
 
     def _n_byte(self, node: Node) -> int:
-        item = np.dtype(_NUMBERS[node.type]).itemsize
-        return item + sum((n - 1) * apart for n, apart in zip(node.ne, node.nb, strict=True))
+        item: int = np.dtype(_NUMBERS[node.type]).itemsize
+        return item + sum(int(n - 1) * int(apart) for n, apart in zip(node.ne, node.nb, strict=True))
 
     def _check(self) -> None:
         """Make a node, and look at it as `Node` says."""
