@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaOptions:
-    """Options of llama.cpp's tools by their names there; None leaves one to llama.cpp."""
+    """llama.cpp's own options; None leaves one to llama.cpp, of threads as many as this process has cores."""
 
     n_gpu_layers: int | None = None  # -ngl
     n_cpu_moe: int = 0  # --n-cpu-moe

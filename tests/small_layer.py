@@ -3,7 +3,7 @@
 import torch
 
 from mone_export.artifacts import ExpertStats, MoeSpec
-from mone_export.calibration.observer import expert_stats
+from mone_export.calibration.sums import expert_stats
 
 N_EXPERT, WIDTH, N_TOKEN = 6, 5, 40
 SPEC = MoeSpec("TinyForCausalLM", 2, (1,), N_EXPERT, 2, 1, WIDTH, 4)

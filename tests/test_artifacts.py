@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mone_export.artifacts import Calibration, ExpertStats, LayerPlan, MoeSpec, Part, Plan
-from mone_export.calibration.observer import expert_stats
+from mone_export.calibration.sums import expert_stats
 from mone_export.errors import MoneError
 from mone_export.recipe import Recipe
 

@@ -15,7 +15,7 @@ import pytest
 from command import SMALL_TEXT, Command, names
 
 from mone_export import pipeline
-from mone_export.calibration import passes
+from mone_export.calibration import rows
 from mone_export.locks import locked
 
 Limit = Callable[[int], AbstractContextManager[Path]]
@@ -106,7 +106,7 @@ def test_statistics_that_find_the_disk_full_are_one_line(
 def test_a_work_folder_on_a_full_disk_is_one_line_and_goes_on_later(
     command: Command, tmp_path: Path, limited: Limit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "SECONDS_PER_STEP", 0)
+    monkeypatch.setattr(rows, "SECONDS_PER_STEP", 0)
     out = tmp_path / "model.gguf"
     with limited(8192) as folder:
         command("-o", out, "--workdir", folder / "work").is_one_line(f"{FULL}")

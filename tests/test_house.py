@@ -15,11 +15,12 @@ PACKAGE = ROOT / "mone_export"
 # a module imports only from modules before it
 ORDER = (
     *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory", "runtime"),
-    *("recipe", "llama_options", "artifacts", "architectures", "source"),
-    *("calibration.chats", "calibration.documents", "calibration.corpus", "calibration.observer"),
-    *("calibration.ranks", "calibration.work_folder", "calibration.streaming"),
-    *("calibration.loading", "calibration.stability", "calibration.passes"),
-    *("calibration.masking", "calibration.sensitivity", "calibration.through_llamacpp"),
+*("recipe", "llama_options", "artifacts", "architectures", "source"),
+    *("calibration.chats", "calibration.documents", "calibration.corpus", "calibration.sums"),
+    *("calibration.observer", "calibration.ranks", "calibration.work_folder", "calibration.rows"),
+    *("calibration.streaming", "calibration.loading", "calibration.stability", "calibration.passes"),
+    *("calibration.masking", "calibration.sensitivity"),
+    *("calibration.eval_callback", "calibration.llama_model", "calibration.through_llamacpp"),
     *("calibration.engines", "calibration.merging", "calibration.usage"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
     *("pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),

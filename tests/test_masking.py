@@ -17,9 +17,10 @@ from mone_export.artifacts import Calibration, ExpertStats, Plan, Residual
 from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.loading import Model, load, load_module
 from mone_export.calibration.masking import Divergence, masked, measure_residuals, recalibrate
-from mone_export.calibration.observer import expert_stats, observe
+from mone_export.calibration.observer import observe
 from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
+from mone_export.calibration.sums import expert_stats
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score

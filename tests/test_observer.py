@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mone_export.artifacts import ExpertStats
-from mone_export.calibration.observer import (
-    all_together,
-    expert_stats,
-    grouped_stats,
-    observe,
-    one_by_one,
-)
+from mone_export.calibration.observer import all_together, observe, one_by_one
+from mone_export.calibration.sums import expert_stats, grouped_stats
 from mone_export.source.shape import expert_modules
 
 N_VOCAB = 200

@@ -13,7 +13,7 @@ from small_layer import LAYER, N_EXPERT, N_TOKEN, SPEC, Layer
 from tiny import random_model
 
 from mone_export.artifacts import Calibration
-from mone_export.calibration.observer import expert_stats
+from mone_export.calibration.sums import expert_stats
 from mone_export.errors import MoneError
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats
-from mone_export.calibration import passes
+from mone_export.calibration import passes, rows
 from mone_export.calibration.loading import Model, Stream, choose, load
 from mone_export.calibration.masking import measure_residuals
 from mone_export.calibration.passes import calibrate
@@ -204,7 +204,7 @@ def test_a_stopped_calibration_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped after so many passes; the second run repeats what was not finished, and no more."""
-    monkeypatch.setattr(passes, "SECONDS_PER_STEP", 0)
+    monkeypatch.setattr(rows, "SECONDS_PER_STEP", 0)
     original, calls = passes.forward, []
 
     def forward(*args: Any) -> None:

@@ -24,8 +24,8 @@ N_KILL = 20
 # a step after every batch, and slow batches, so that kills hit all there is to hit
 SLOW = """
 import sys, time
-from mone_export.calibration import passes
-passes.SECONDS_PER_STEP, passes.TOKENS_PER_BATCH, forward = 0, 64, passes.forward
+from mone_export.calibration import passes, rows
+rows.SECONDS_PER_STEP, passes.TOKENS_PER_BATCH, forward = 0, 64, passes.forward
 passes.forward = lambda *args: (time.sleep(0.02), forward(*args))[1]
 from mone_export.cli import main
 sys.exit(main(sys.argv[1:]))

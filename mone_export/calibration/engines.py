@@ -144,6 +144,24 @@ class InTorch:
         return loaded_experts(self.model)
 
 
+class InLlama(LlamaEngine):
+    """A GGUF's engine: llama.cpp, observed and masked."""
+
+    def __init__(self, source: GgufFile, options: LlamaOptions) -> None:
+        """Load the model; raises `MoneError` where llama.cpp cannot."""
+        super().__init__(source.files[0], source.spec, options=options)
+        self._source = source
+
+    @property
+    def source(self) -> Source:
+        """The GGUF."""
+        return self._source
+
+    def experts(self) -> Iterator[tuple[int, Any]]:
+        """Yield (layer, what holds its experts' stacked matrices) in ascending order."""
+        return self._source.experts()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """Where and how a model runs: the first four are for checkpoints, `llama` is for GGUFs."""
@@ -155,11 +173,11 @@ class Setup:
     llama: LlamaOptions = LlamaOptions()
 
 
-def load(model: "str | Path | Source", **options: Any) -> Model | LlamaEngine:
+def load(model: "str | Path | Source", **options: Any) -> Model | InLlama:
     """Load a model for calibration: `options` are `loading.load`'s, or of a GGUF those of `LlamaOptions`."""
     source = open_source(model)
     if isinstance(source, GgufFile):
-        return LlamaEngine(source, LlamaOptions(**options))
+        return InLlama(source, LlamaOptions(**options))
     return loading.load(source, **options)
 
 
@@ -171,7 +189,7 @@ def engine_of(model: "Model | Engine", *, memory: int | None = None) -> Engine:
 def open_engine(source: Source, setup: Setup) -> Engine:
     """Load a model as its kind is run; raises `MoneError` where it cannot be, or does not fit."""
     if isinstance(source, GgufFile):
-        return LlamaEngine(source, setup.llama)
+        return InLlama(source, setup.llama)
     model = loading.load(
         source, device=setup.device, dtype=setup.dtype, stream=setup.stream, memory=setup.memory
     )

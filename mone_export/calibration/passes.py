@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 
 from mone_export import __version__
 from mone_export.architectures import factor_after_experts
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, Part
+from mone_export.artifacts import Calibration, Corpus, ExpertStats
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head
 from mone_export.calibration.loading import Model
 from mone_export.calibration.observer import observe
+from mone_export.calibration.rows import Layers, calibration_of, check_finite, row_by_row, stats_bytes
 from mone_export.calibration.stability import Watch
 from mone_export.calibration.streaming import RowStates, Turn, decoder_layers, only_layer
 from mone_export.calibration.work_folder import WorkFolder
@@ -37,10 +37,7 @@ from mone_export.source.shape import misfit
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 4096
-SECONDS_PER_STEP = 60.0  # how much work a model in memory may lose
 
-Layers = dict[int, Any]
-"""What observers of the model have found, by layer: replaced, never changed, so earlier ones stay."""
 HandOn = Callable[[int, ExpertStats], AbstractContextManager[None]]
 """From a layer and its statistics: in this context the layer computes what it hands on to the next."""
 
@@ -72,17 +69,14 @@ def calibrate(
         seen = Pass(model, tokens, work=work, memory=memory, progress=progress).run(layers, stop=watch)
     corpus = head(corpus, seen) if seen < len(tokens) else corpus
     stats = ranks.merged({layer: finished(model, layers[layer]) for layer in sorted(layers)})
-    _check_finite(stats)
-    return Calibration(
+    check_finite(stats, "try --dtype float32 or bfloat16")
+    return calibration_of(
+        stats,
+        corpus,
         spec=model.spec,
         model_sha256=model_sha256,
         config=model.source.computing_config,
         made_with=made_with(model),
-        corpus_sha256=corpus.sha256,
-        corpus_name=corpus.name,
-        n_token=corpus.tokens.numel(),
-        layers=stats,
-        parts=(Part(corpus.sha256, corpus.sources or {corpus.name: corpus.tokens.numel()}),),
     )
 
 
@@ -178,31 +172,23 @@ class Batches:
 
 def disk_needed(model: Model, n_token: int) -> int:
     """Return how many bytes the work on `n_token` tokens will take on disk at most, about."""
-    spec = model.spec
-    stats = 8 * len(spec.moe_layers) * spec.n_expert * (3 * spec.hidden_size + 10)
+    stats = stats_bytes(model.spec)
     # two of each: the new is complete before the old goes
     return 2 * stats if model.files is None else stats + 2 * _state_bytes(model, n_token)
 
 
 def _row_by_row(run: Pass, found: Layers, stop: Callable[[Layers], bool] | None) -> int:
     """All layers for each batch: the model is in memory."""
-    model, work, n_row, done = run.model, run.work, len(run.tokens), 0
-    if work and (steps := work.steps()):
-        done = steps[-1]
-        found |= {layer: stats.to(model.module.device) for layer, stats in work.load(done).items()}
-    saved = time.monotonic()
-    run.report(done, n_row)
-    for rows in Batches(model, run.tokens).run(partial(_forward_rows, run), found, first=done):
-        run.report(rows.stop, n_row)
-        if work and (rows.stop == n_row or time.monotonic() - saved >= SECONDS_PER_STEP):
-            older = work.steps()
-            work.save(rows.stop, {layer: stats.to("cpu") for layer, stats in found.items()})
-            for step in older:
-                work.forget(step)
-            saved = time.monotonic()
-        if stop and stop(found):
-            return rows.stop
-    return n_row
+    batches = Batches(run.model, run.tokens)
+    return row_by_row(
+        lambda first: batches.run(partial(_forward_rows, run), found, first=first),
+        found,
+        n_row=len(run.tokens),
+        work=run.work,
+        report=run.report,
+        stop=stop,
+        device=run.model.module.device,
+    )
 
 
 class _LayerByLayer:
@@ -315,12 +301,3 @@ def _spill(stack: ExitStack, run: Pass) -> Path | None:
 def _state_bytes(model: Model, n_token: int) -> int:
     width = int(model.module.config.get_text_config().hidden_size)
     return n_token * width * model.module.dtype.itemsize
-
-
-def _check_finite(layers: Layers) -> None:
-    for layer, stats in layers.items():
-        if not torch.isfinite(stats.norm_sq_sum).all():
-            raise MoneError(
-                f"layer {layer}: expert outputs are not finite; the weights overflow in this precision: "
-                "try --dtype float32 or bfloat16"
-            )
