@@ -22,7 +22,7 @@ from mone_export.source.llamacpp import Conversion, check_convertible, projector
 from mone_export.source.naming import name_of
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, packing, read_config, shape_of
-from mone_export.source.tokenizing import load_tokenizer
+from mone_export.source.tokenizing import TextReader, load_tokenizer
 from mone_export.source.weights import fingerprint, left_out, open_weights, weight_files
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Source(Protocol):
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts a vision or audio part, None where there is none."""
 
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
+    def tokenizer(self) -> "TextReader | PreTrainedTokenizerBase":
         """Return its own tokenizer."""
 
     def check(self) -> None:
