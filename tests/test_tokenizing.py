@@ -18,6 +18,7 @@ from mone_export.calibration.documents import Document
 from mone_export.errors import MoneError
 from mone_export.source.tokenizing import Encoder, control_tokens, load_tokenizer
 
+
 @pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request: pytest.FixtureRequest, small: Path) -> PreTrainedTokenizerBase:
     return KINDS[request.param](small)

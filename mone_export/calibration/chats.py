@@ -176,7 +176,7 @@ def _message(turn: Any) -> Message:
     if calls := _parsed(message.pop("tool_calls", None)):
         message["tool_calls"] = [_call(call) for call in calls]
     if thought := next((message[key] for key in _THOUGHTS if key in message), None):
-        message |= {"reasoning_content": thought, "thinking": message.get("thinking", thought)}
+        message = {"thinking": thought, **message, "reasoning_content": thought}
     return message
 
 

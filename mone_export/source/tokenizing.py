@@ -205,8 +205,9 @@ class Encoder:
 
     def _cut(self, text: str, latest: int) -> int:
         """Return where to cut a text, at `latest` or somewhat before; 0 where no place tried is one."""
-        words: list[int] = [match.start() for match in _CUT.finditer(text, latest - _SEARCHED, latest)]
-        for at in [*words[: -_TRIED - 1 : -1], *range(latest, latest - _TRIED, -1)]:
+        words = [match.start() for match in _CUT.finditer(text, latest - _SEARCHED, latest)]
+        places: list[int] = [*words[: -_TRIED - 1 : -1], *range(latest, latest - _TRIED, -1)]
+        for at in places:
             before = self._ids(text[at - _CONTEXT : at])
             if self._ids(text[at - _CONTEXT : at + _CONTEXT])[: len(before)] == before:
                 return at
