@@ -99,7 +99,7 @@ class Recipe:
         return recipe
 
     def changed(self, **choices: Unpack[Choices]) -> "Recipe":
-        """Return the recipe with some choices changed; another method brings its own defaults for the rest."""
+        """Return the recipe with some choices changed; another method brings its own defaults."""
         if choices.get("method") not in (None, self.method):
             return Recipe.of(self.ratio, **choices)
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}

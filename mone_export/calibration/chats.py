@@ -9,13 +9,10 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mone_export.errors import MoneError, first_line
-from mone_export.source.tokenizing import control_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mone_export.source.tokenizing import TextReader
 
 DATE = datetime.datetime(2025, 1, 1, 12)  # what strftime_now of a template shows
 
@@ -37,6 +34,7 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
     "system": "system",
 }
+# templates read the first, gpt-oss' the second
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 Message = dict[str, Any]
@@ -96,10 +94,10 @@ def conversation(record: Mapping[str, Any], field: str = "text") -> Conversation
 class Template:
     """The chat template of a model, with the names of the control tokens that it may write."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, reader: TextReader) -> None:
         """Take the template from the tokenizer; one that has none is found out when a chat comes."""
-        self._tokenizer = tokenizer
-        names = sorted(control_tokens(tokenizer), key=len, reverse=True)
+        self._reader = reader
+        names = sorted(reader.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def render(self, chat: Conversation) -> Chat:
@@ -109,7 +107,7 @@ class Template:
 
         Raises `UnusableError` when the template takes none, or nothing of the messages reaches the text.
         """
-        if not self._tokenizer.chat_template:
+        if not self._reader.has_template:
             raise MoneError(
                 "is a chat, but the model's tokenizer has no chat template: "
                 "take the model's chat version, or write the chats as text"
@@ -118,7 +116,8 @@ class Template:
         refusal = None
         for variant in _variants(chat):
             try:
-                marked = self._rendered(_mapped(variant, lambda text: self._marked(text, mark)))
+                told = _mapped(variant, lambda text: self._marked(text, mark))
+                marked = self._reader.render(told.messages, told.tools, _FIXED_DATE)
             except Exception as error:  # a template is a program: it may fail in any way
                 refusal = refusal or first_line(error)
                 continue
@@ -127,14 +126,6 @@ class Template:
         raise UnusableError(
             f"cannot be rendered by the model's chat template ({refusal}); "
             'a message is an object like {"role": "user", "content": "..."}'
-        )
-
-    def _rendered(self, chat: Conversation) -> str:
-        template = self._tokenizer.get_chat_template(None, tools=chat.tools)
-        return str(
-            self._tokenizer.apply_chat_template(
-                chat.messages, tools=chat.tools, chat_template=_FIXED_DATE + template, tokenize=False
-            )
         )
 
     def _marked(self, text: str, mark: str) -> str:
@@ -184,6 +175,8 @@ def _message(turn: Any) -> Message:
         message["tool_calls"] = [{"type": "function", "function": _parsed(message.pop("function_call"))}]
     if calls := _parsed(message.pop("tool_calls", None)):
         message["tool_calls"] = [_call(call) for call in calls]
+    if thought := next((message[key] for key in _THOUGHTS if key in message), None):
+        message = {"thinking": thought, **message, "reasoning_content": thought}
     return message
 
 

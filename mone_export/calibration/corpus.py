@@ -24,7 +24,7 @@ from torch import Tensor
 from mone_export.artifacts import Corpus
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
 from mone_export.errors import MoneError
-from mone_export.source.tokenizing import Encoder
+from mone_export.source.tokenizing import Encoder, TextReader, as_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class _Text(NamedTuple):
 
 def read_corpus(
     files: Iterable[str | Path] | None,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "TextReader | PreTrainedTokenizerBase",
     *,
     datasets: Iterable[str] = (),
     field: str = "text",
@@ -58,12 +58,13 @@ def read_corpus(
 
     Raises `MoneError` when a text cannot be used or there are fewer than `n_row` rows.
     """
-    texts = [_file_text(str(file), tokenizer, field) for file in files or ()]
-    texts += [_dataset_text(name, tokenizer, field, seed) for name in datasets]
+    reader = as_reader(tokenizer)
+    texts = [_file_text(str(file), reader, field) for file in files or ()]
+    texts += [_dataset_text(name, reader, field, seed) for name in datasets]
     if not texts:
         texts = [_Text("built-in", builtin_documents("calibration"))]
     weights = [text.weight for text in texts if text.weight is not None]
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(reader)
     if not weights:
         return _corpus(texts, encoder, n_row=n_row, seq_len=seq_len)
     if len(weights) < len(texts):
@@ -78,7 +79,7 @@ def read_corpus(
 
 def make_corpus(
     documents: Iterable[Document],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: "TextReader | PreTrainedTokenizerBase",
     *,
     name: str,
     n_row: int,
@@ -187,14 +188,14 @@ def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int)
     return rows
 
 
-def _file_text(given: str, tokenizer: "PreTrainedTokenizerBase", field: str) -> _Text:
+def _file_text(given: str, reader: TextReader, field: str) -> _Text:
     path, weight = (given, None) if Path(given).exists() else _split_weight(given)
-    return _Text(Path(path).name, read_documents(Path(path), tokenizer, field=field), weight)
+    return _Text(Path(path).name, read_documents(Path(path), reader, field=field), weight)
 
 
-def _dataset_text(given: str, tokenizer: "PreTrainedTokenizerBase", field: str, seed: int) -> _Text:
+def _dataset_text(given: str, reader: TextReader, field: str, seed: int) -> _Text:
     name, weight = (given, None) if Path(given).exists() else _split_weight(given)
-    return _Text(Path(name).name, read_dataset(name, tokenizer, field=field, seed=seed), weight)
+    return _Text(Path(name).name, read_dataset(name, reader, field=field, seed=seed), weight)
 
 
 def _split_weight(given: str) -> tuple[str, float | None]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from mone_export.calibration.chats import Template, UnusableError, conversation, is_message
 from mone_export.errors import MoneError, first_line
+from mone_export.source.tokenizing import TextReader, as_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class Document:
 
 
 def read_documents(
-    path: Path, tokenizer: "PreTrainedTokenizerBase", *, field: str = "text"
+    path: Path, tokenizer: "TextReader | PreTrainedTokenizerBase", *, field: str = "text"
 ) -> Iterator[Document]:
     """Yield the one document of a text file, or those of a file of records: one for each text or chat.
 
@@ -103,7 +104,7 @@ def read_documents(
 
 
 def read_dataset(
-    name: str, tokenizer: "PreTrainedTokenizerBase", *, field: str = "text", seed: int = 0
+    name: str, tokenizer: "TextReader | PreTrainedTokenizerBase", *, field: str = "text", seed: int = 0
 ) -> Iterator[Document]:
     """Yield the records of a dataset `id[:config][:split]`, a hub id or a folder, shuffled by `seed`.
 
@@ -373,10 +374,10 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 def _usable(
-    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", field: str, name: str
+    rows: Iterable[Row], tokenizer: "TextReader | PreTrainedTokenizerBase", field: str, name: str
 ) -> Iterator[Document]:
     """Yield the documents of those records that are one, and say in the end how many were not."""
-    reader = _RecordReader(Template(tokenizer), field)
+    reader = _RecordReader(Template(as_reader(tokenizer)), field)
     try:
         for place, row in rows:
             if (document := reader.document(place, row)) is not None:

@@ -157,6 +157,25 @@ class InLlama(LlamaEngine):
         """The GGUF."""
         return self._source
 
+    def calibrate(
+        self,
+        corpus: Corpus,
+        *,
+        model_sha256: str,
+        work: WorkFolder | None = None,
+        progress: Progress | None = None,
+        watch: Watch | None = None,
+    ) -> Calibration:
+        """Return the statistics of all experts over a text."""
+        return self.observe(
+            corpus,
+            model_sha256=model_sha256,
+            config=self._source.computing_config,
+            work=work,
+            progress=progress,
+            watch=watch,
+        )
+
     def experts(self) -> Iterator[tuple[int, Any]]:
         """Yield (layer, what holds its experts' stacked matrices) in ascending order."""
         return self._source.experts()

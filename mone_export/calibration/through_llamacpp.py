@@ -53,7 +53,7 @@ class LlamaEngine:
         """Free the model."""
         self._model.close()
 
-    def calibrate(
+    def observe(
         self,
         corpus: Corpus,
         *,

@@ -29,7 +29,7 @@ from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, packing, read_config, shape_of
-from mone_export.source.tokenizing import load_tokenizer
+from mone_export.source.tokenizing import TextReader, load_tokenizer
 from mone_export.source.weights import fingerprint, left_out, open_weights, weight_files
 
 if TYPE_CHECKING:

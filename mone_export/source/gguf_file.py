@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore, kept_counts, pruned_before
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mone_export.source.gguf_tokenizing import GgufReader
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
@@ -108,6 +111,16 @@ class GgufFile:
                 packed = np.frombuffer(file.read(size), np.uint8)
             yield dequantize(packed.reshape(min(n_row, info.shape[1]), -1), info.kind)
 
+    def experts(self) -> Iterator[tuple[int, Any]]:
+        """Yield (layer, its experts' stacked matrices, unpacked), named as in transformers, ascending."""
+        names = {"ffn_gate_exps": "gate_up_proj", "ffn_gate_up_exps": "gate_up_proj"}
+        names |= {"ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+        for layer in self.spec.moe_layers:
+            infos = {
+                own: self.header.tensors.get(f"blk.{layer}.{name}.weight") for name, own in names.items()
+            }
+            yield layer, SimpleNamespace(**{own: _unpacked(info) for own, info in infos.items() if info})
+
     def check(self, *, known: bool = False) -> None:
         """Raise `MoneError` unless the file can be pruned; reads its head only."""
         _ = self.spec
@@ -169,9 +182,21 @@ def _kept(header: Header, downs: Mapping[int, TensorInfo], n_expert: int, path: 
     for layer, info in downs.items():
         if (found := (*info.shape, 1, 1)[2]) != kept[layer] or kept[layer] > n_expert:
             raise MoneError(
-                f"{path} is broken: layer {layer} has {found} experts, {kept[layer]} of {n_expert} are announced"
+                f"{path} is broken: layer {layer} has {found} experts, {kept[layer]} of {n_expert} are "
+                "announced"
             )
     return tuple(kept[layer] for layer in sorted(kept)) if counts else ()
+
+
+def _unpacked(info: TensorInfo) -> "Tensor":
+    """Return the weights of a stack of matrices, float32 [n_expert, n_out, n_in]."""
+    import torch
+
+    with info.file.open("rb") as file:
+        file.seek(info.offset)
+        packed = np.frombuffer(file.read(info.size), np.uint8)
+    *outer, _ = info.shape[::-1]
+    return torch.from_numpy(dequantize(packed.reshape(*outer, -1), info.kind).copy())
 
 
 def _is_matrix(info: TensorInfo) -> bool:

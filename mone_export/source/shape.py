@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from mone_export.architectures import REFUSED, family_of
 from mone_export.artifacts import MoeSpec
@@ -189,6 +188,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     if not (path / "config.json").is_file():
         raise MoneError(f"{path} has no config.json: pass the folder of a Hugging Face model")
     _check_form(path / "config.json")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers checks configs with classes of its own and of others

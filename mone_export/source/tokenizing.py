@@ -8,9 +8,9 @@ Long text is tokenised in windows, so that no more of it is read than the rows n
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from mone_export.errors import MoneError, first_line
 
@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 1 << 16  # characters tokenised at a time
 _CONTEXT = 512  # characters before and after a cut that are tokenised with the text at the cut
-# before the space between two words, or after a line end: tokenizers begin a token there
+_SEARCHED = 4096  # characters in which places between words are looked for
+_TRIED = 32  # of those places, and of others
+# before the space between two words, or after a line end: tokenizers usually begin a token there
 _CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\n)(?=\S)")
 _NO_TEXT = "\U0010ffff"  # no character: no text holds it
 # where pre-tokenizers and normalisers differ: line ends after punctuation, runs of spaces, digits, accents
@@ -76,78 +78,140 @@ def _ids_are_the_files(tokenizer: "PreTrainedTokenizerBase", path: Path) -> bool
     return bool(tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"] == wanted)
 
 
-class Encoder:
-    """Turns texts into ids as llama.cpp does, a window at a time."""
+class ControlToken(NamedTuple):
+    """A token that no text yields; some take the white space on their left or on their right away."""
+
+    id: int
+    takes_left: bool = False
+    takes_right: bool = False
+
+
+@runtime_checkable
+class TextReader(Protocol):
+    """What reading texts takes of a model's tokenizer, of whatever kind it is.
+
+    `before` and `after` are the ids around a document, usually one BOS and nothing. `control` are the tokens
+    that only a chat template can yield, by name.
+    """
+
+    before: list[int]
+    after: list[int]
+    control: Mapping[str, ControlToken]
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone; names of control tokens in it are text."""
+
+    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+        """Return what the chat template, with `prefix` put before it, makes of messages and tools.
+
+        Raises whatever a template that cannot render them raises.
+        """
+
+
+class TransformersReader:
+    """A `TextReader` of transformers' tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Copy the tokenizer's rules; its settings for padding and truncation stay its own."""
         self._tokenizer = tokenizer
         self._plain = _plain_backend(tokenizer) if tokenizer.is_fast else None
-        self._before, self._after = _special_ids(tokenizer)
-        self._added = {token.content: (id_, token) for id_, token in tokenizer.added_tokens_decoder.items()}
+        bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False) for added in (False, True))
+        self.before, self.after = around(bare["input_ids"], whole["input_ids"])
+        names = set(control_tokens(tokenizer))
+        self.control: Mapping[str, ControlToken] = {
+            token.content: ControlToken(id_, token.lstrip, token.rstrip)
+            for id_, token in tokenizer.added_tokens_decoder.items()
+            if token.content in names
+        }
 
-    def text(self, parts: Iterable[str]) -> Iterator[list[int]]:
-        """Yield the ids of a plain text that comes in parts, with the special tokens of a document around it.
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.chat_template)
 
-        They are the ids of the whole text. A tokenizer that is not of the tokenizers library reads it whole.
-        """
-        yield self._before
-        if self._plain is None:
-            yield self._whole("".join(parts))
-        else:
-            yield from _windows(parts, self._plain)
-        yield self._after
-
-    def chat(self, text: str, control: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-        """Yield the ids of a rendered chat whose template wrote control tokens at the places `control`."""
-        at, strips = 0, False
-        for start, end in control:
-            control_id, token = self._added[text[start:end]]
-            piece = text[at:start].lstrip() if strips else text[at:start]
-            yield self._whole(piece.rstrip() if token.lstrip else piece)
-            yield [control_id]
-            at, strips = end, token.rstrip
-        yield self._whole(text[at:].lstrip() if strips else text[at:])
-
-    def _whole(self, text: str) -> list[int]:
-        if not text:
-            return []
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone."""
         if self._plain is not None:
             return list(self._plain.encode(text, add_special_tokens=False).ids)
         found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(found["input_ids"])
 
-
-def _windows(parts: Iterable[str], tokenizer: "Tokenizer") -> Iterator[list[int]]:
-    """Yield the ids of a text in parts, as if it were tokenised whole.
-
-    Each window is tokenised with some text before and after it, and gives the tokens that begin between two
-    cuts. A cut is a place between words where a token begins, so no token crosses it.
-    """
-    context, text, ended = "", "", False
-    coming = iter(parts)
-    while text or not ended:
-        while not ended and len(text) <= _WINDOW + _CONTEXT:
-            part = next(coming, None)
-            text, ended = text + (part or ""), part is None
-        window = context + text[: _WINDOW + _CONTEXT]
-        encoding = tokenizer.encode(window, add_special_tokens=False)
-        begins = [begin for begin, _ in encoding.offsets]
-        start, end = len(context), len(window)
-        if len(text) > _WINDOW + _CONTEXT:
-            end = _last_cut(window, start, end - _CONTEXT, set(begins))
-        yield [token for token, at in zip(encoding.ids, begins, strict=True) if start <= at < end]
-        context, text = window[:end][-_CONTEXT:], text[end - start :]
+    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+        """Return what the chat template, with `prefix` put before it, makes of messages and tools."""
+        template = prefix + self._tokenizer.get_chat_template(None, tools=tools)
+        return str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
+        )
 
 
-def _last_cut(window: str, start: int, latest: int, begins: set[int]) -> int:
-    """Return the last place before `latest` between words where a token begins.
+def as_reader(tokenizer: "TextReader | PreTrainedTokenizerBase") -> TextReader:
+    """Return the reader of a tokenizer, which may be one already."""
+    return tokenizer if isinstance(tokenizer, TextReader) else TransformersReader(tokenizer)
 
-    In a text without any, as one of 65,536 letters is, the last place where a token begins.
-    """
-    between = {match.start() for match in _CUT.finditer(window, start + 1, latest)}
-    inside = {at for at in begins if start < at < latest}
-    return max(between & inside or inside, default=latest)
+
+class Encoder:
+    """Turns texts into ids as llama.cpp does, a window at a time."""
+
+    def __init__(self, tokenizer: "TextReader | PreTrainedTokenizerBase") -> None:
+        """Take a tokenizer of any kind."""
+        self._reader = as_reader(tokenizer)
+
+    def text(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the ids of a plain text that comes in parts, with the special tokens of a document around it.
+
+        They are the ids of the whole text; no more of it is asked for than a window beyond what they need.
+        """
+        yield self._reader.before
+        yield from self._windows(parts)
+        yield self._reader.after
+
+    def chat(self, text: str, control: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        """Yield the ids of a rendered chat whose template wrote control tokens at the places `control`."""
+        at, strips = 0, False
+        for start, end in control:
+            token = self._reader.control[text[start:end]]
+            piece = text[at:start].lstrip() if strips else text[at:start]
+            yield from self._windows([piece.rstrip() if token.takes_left else piece])
+            yield [token.id]
+            at, strips = end, token.takes_right
+        yield from self._windows([text[at:].lstrip() if strips else text[at:]])
+
+    def _ids(self, text: str) -> list[int]:
+        return self._reader.ids(text) if text else []
+
+    def _windows(self, parts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the ids of a text in parts, as if it were tokenised whole.
+
+        It is cut where the tokens before do not depend on what follows; a window is tokenised with some of
+        the text before it, whose own tokens are taken off again. Without such a place it grows.
+        """
+        context, text, size = "", "", _WINDOW
+        for part in parts:
+            text += part
+            while len(text) > size + _CONTEXT:
+                if not (end := self._cut(text, size)):
+                    size *= 2
+                    continue
+                yield self._following(context, text[:end])
+                context, text, size = (context + text[:end])[-_CONTEXT:], text[end:], _WINDOW
+        yield self._following(context, text)
+
+    def _following(self, context: str, text: str) -> list[int]:
+        return self._ids(context + text)[len(self._ids(context)) :]
+
+    def _cut(self, text: str, latest: int) -> int:
+        """Return where to cut a text, at `latest` or somewhat before; 0 where no place tried is one."""
+        words = [match.start() for match in _CUT.finditer(text, latest - _SEARCHED, latest)]
+        places: list[int] = [*words[: -_TRIED - 1 : -1], *range(latest, latest - _TRIED, -1)]
+        for at in places:
+            before = self._ids(text[at - _CONTEXT : at])
+            if self._ids(text[at - _CONTEXT : at + _CONTEXT])[: len(before)] == before:
+                return at
+        return 0
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
@@ -205,10 +269,8 @@ def _forget_pieces(rules: dict[str, Any], control: set[str]) -> None:
         model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer puts before and after a text: usually one BOS and nothing."""
-    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    whole = tokenizer("a", verbose=False)["input_ids"]
+def around(bare: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and after a text, of the text's ids alone and with them."""
     for before in range(len(whole) - len(bare) + 1):
         if whole[before : before + len(bare)] == bare:
             return list(whole[:before]), list(whole[before + len(bare) :])

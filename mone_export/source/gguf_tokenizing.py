@@ -1,0 +1,217 @@
+"""A GGUF's own tokenizer and chat template: what llama.cpp's tools make of a text, without transformers.
+
+The tokenizer is llama.cpp's, of the model loaded without its weights. The template is rendered by Jinja with
+the settings, functions and names that transformers gives a template.
+"""
+
+import ctypes
+import functools
+import json
+import logging
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from mone_export.errors import MoneError
+from mone_export.source.tokenizing import ControlToken, around
+
+log = logging.getLogger(__name__)
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
+_SHORT = 1024  # characters of a text that any stack has room for
+_STACK = 1 << 28  # bytes; the system gives no more of them than are used
+_SPECIAL = {  # a template's name of a token: a GGUF's
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "mask_token": "mask",
+}
+
+
+class GgufReader:
+    """A `TextReader` of a GGUF."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the tokenizer, no weights; raises `MoneError` when llama.cpp finds none that it can use."""
+        self._llama = _library()
+        self._model = _load(self._llama, path)
+        weakref.finalize(self, self._llama.llama_model_free, self._model)
+        self._vocab = self._llama.llama_model_get_vocab(self._model)
+        if self._llama.llama_vocab_type(self._vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:
+            raise MoneError(
+                f"{path} holds no tokenizer (tokenizer.ggml.model is {self._value('tokenizer.ggml.model')}): "
+                "convert the model again together with its tokenizer's files"
+            )
+        self.before, self.after = around(self._tokens("a"), self._tokens("a", add_special=True))
+        self.control = self._control()
+        template = "tokenizer.chat_template"
+        self._template, self._with_tools = self._value(template), self._value(f"{template}.tool_use")
+        ids = {name: self._value(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+        self._special = {name: self._name(int(found)) for name, found in ids.items() if found}
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._template)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text alone."""
+        return self._tokens(text) if len(text) <= _SHORT else _with_room(lambda: self._tokens(text))
+
+    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+        """Return what the chat template, with `prefix` put before it, makes of messages and tools.
+
+        Like transformers, it gives the template nothing but plain values.
+        """
+        template = self._with_tools if tools and self._with_tools else self._template
+        plain = json.dumps([messages, tools], default=lambda value: f"<{type(value).__name__}>")
+        messages, tools = json.loads(plain)
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": False}
+        return _compiled(prefix + template).render(self._special | given)
+
+    def _tokens(self, text: str, *, add_special: bool = False) -> list[int]:
+        content = text.encode()
+        n_token = -len(content) - 8  # a token has a byte or more, unless a normaliser made text longer
+        while n_token < 0:
+            found = (self._llama.llama_token * -n_token)()
+            n_token = self._llama.llama_tokenize(
+                self._vocab, content, len(content), found, len(found), add_special, False
+            )
+        return list(found[:n_token])
+
+    def _control(self) -> dict[str, ControlToken]:
+        """Return the tokens that llama.cpp finds in a text by name when it is told to, and only then."""
+        llama, found = self._llama, {}
+        for token in range(llama.llama_vocab_n_tokens(self._vocab)):
+            attr = llama.llama_vocab_get_attr(self._vocab, token)
+            is_control = attr & (llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN)
+            if is_control and (name := self._name(token)):
+                strips = (llama.LLAMA_TOKEN_ATTR_LSTRIP, llama.LLAMA_TOKEN_ATTR_RSTRIP)
+                found[name] = ControlToken(token, *(bool(attr & side) for side in strips))
+        return found
+
+    def _name(self, token: int) -> str:
+        name: bytes = self._llama.llama_vocab_get_text(self._vocab, token)
+        return name.decode(errors="replace")
+
+    def _value(self, key: str) -> str:
+        """Return the value of a key as text, an empty one where there is no such key."""
+        length = max(self._llama.llama_model_meta_val_str(self._model, key.encode(), None, 0), 0)
+        value = ctypes.create_string_buffer(length + 1)
+        self._llama.llama_model_meta_val_str(self._model, key.encode(), value, length + 1)
+        return value.value.decode(errors="replace")
+
+
+def _with_room(call: Callable[[], list[int]]) -> list[int]:
+    """Call with a large stack: a word costs most of llama.cpp's pre-tokenizers 400 bytes per character."""
+    usual = threading.stack_size(_STACK)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(call).result()
+    finally:
+        threading.stack_size(usual)
+
+
+def _library() -> Any:
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError):  # the package, or its library, is not there
+        raise MoneError("a GGUF's tokenizer is read by llama.cpp: run `mone-llama build`") from None
+    return llama_cpp
+
+
+def _load(llama: Any, path: Path) -> Any:
+    """Return a model without its weights; what llama.cpp says of it is said at debug level."""
+    listener, errors = _listener()
+    errors.clear()
+    llama.llama_log_set(listener, None)
+    llama.llama_backend_init()
+    settings = llama.llama_model_default_params()
+    settings.vocab_only = True
+    model = llama.llama_model_load_from_file(bytes(path), settings)
+    if not model:
+        reason = re.sub(r"^\w+: (error loading model[\w ]*: )*", "", errors[0] if errors else "unknown error")
+        raise MoneError(
+            f"llama.cpp cannot read the tokenizer in {path}: {reason}; convert the model again with the "
+            "llama.cpp that `mone-llama info` names"
+        )
+    return model
+
+
+@functools.cache
+def _listener() -> tuple[Any, list[str]]:
+    """Return a function for llama.cpp's log, which must live as long as the process, and errors it heard."""
+    llama, errors = _library(), list[str]()
+
+    def listen(level: int, text: bytes, _: Any) -> None:
+        line = text.decode(errors="replace").strip()
+        log.debug("llama.cpp: %s", line)
+        if level == _ERROR:
+            errors.append(line)
+
+    return llama.llama_log_callback(listen), errors
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what the assistant says, is no more than its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Names(Namespace):
+    """A template's `namespace`, which keeps no name that Python gives a meaning to."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace keeps no name like {name}")
+        super().__setitem__(name, value)
+
+
+def _namespace(*given: Any, **values: Any) -> _Names:
+    names = _Names()
+    for name, value in dict(*given, **values).items():
+        names[name] = value
+    return names
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(source: str) -> Template:
+    """Return a template that sees no more of Python than a chat template needs."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "namespace": _namespace}
+    return environment.from_string(source)
