@@ -322,8 +322,8 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
     even_counts(source.spec, recipe)
     if source.spec.kept_before and recipe.method != "mone":
         raise MoneError(
-            f"{source.name} has novices, and a file by --method {recipe.method} has none: prune the file that "
-            "it was made from, or use --method mone"
+            f"{source.name} has novices, and a file by --method {recipe.method} has none: prune the file "
+            "that it was made from, or use --method mone"
         )
 
 

@@ -112,7 +112,8 @@ def even_counts(spec: MoeSpec, recipe: Recipe) -> dict[int, int]:
         if recipe.ratio and count < min(least, spec.present[layer]):
             raise MoneError(
                 f"--ratio {recipe.ratio:g} keeps {count} of the {spec.present[layer]} experts that layer "
-                f"{layer} has left, fewer than {least}: pass a smaller one, or lower --min-kept ({_used(spec)})"
+                f"{layer} has left, fewer than {least}: pass a smaller one, or lower --min-kept "
+                f"({_used(spec)})"
             )
     return counts
 

@@ -24,7 +24,7 @@ from mone_export.source.pruned_before import PrunedBefore, kept_counts, pruned_b
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mone_export.source.gguf_tokenizing import GgufReader
+    from mone_export.source.tokenizing import TextReader
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
 _NUMBERED = re.compile(r"blk\.(\d+)\.(ffn_gate_tid2eid|ffn_(?:gate|up|down)_chexps)\..*")
@@ -93,7 +93,7 @@ class GgufFile:
         """Return the SHA-256 of the file, or of its files one after the other."""
         return remembered(self.files, lambda: _hash(self.files, progress))
 
-    def tokenizer(self) -> "GgufReader":
+    def tokenizer(self) -> "TextReader":
         """Return its own tokenizer, which is llama.cpp's."""
         from mone_export.source.gguf_tokenizing import GgufReader
 
