@@ -18,6 +18,7 @@ from mone_export.llama_options import LlamaOptions
 
 log = logging.getLogger(__name__)
 
+_DEBUG = 1  # GGML_LOG_LEVEL_DEBUG: a line for every tensor
 _ERROR, _CONTINUED = 3, 5  # ggml_log_level
 _N_SEQ = 64  # rows of one batch
 
@@ -183,7 +184,8 @@ class _Log:
         self._line += text.decode(errors="replace")
         if self._line.endswith("\n"):
             line, self._line = self._line.strip(), ""
-            log.debug("%s", line)
+            if self._level > _DEBUG:
+                log.debug("%s", line)
             if self._level == _ERROR:
                 self.errors.append(line)
 

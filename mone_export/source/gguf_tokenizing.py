@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class GgufReader:
                 "convert the model again together with its tokenizer's files"
             )
         self.before, self.after = around(self._tokens("a"), self._tokens("a", add_special=True))
-        self.control = self._control()
+        self.control: Mapping[str, ControlToken] = self._control()
         template = "tokenizer.chat_template"
         self._template, self._with_tools = self._value(template), self._value(f"{template}.tool_use")
         ids = {name: self._value(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
