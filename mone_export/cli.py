@@ -71,7 +71,10 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
             _logging(display, verbose=args.verbose, quiet=args.quiet),
             closing(display),
         ):
-            if args.dry_run:
+            if args.restore_check:
+                _restore_check(args, display)
+                output.check()
+            elif args.dry_run:
                 _dry_run(args, display)
                 output.check()
             else:
@@ -126,6 +129,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
+    if args.restore_check:
+        return args
     if args.ratio is None and args.fit is None and args.plan is None:
         parser.error("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
     if args.outfile is None and not args.dry_run:
@@ -327,6 +332,18 @@ def _add_output_options(group: _Group) -> None:
         "--overwrite", action="store_true", help="replace an existing file that is no GGUF of mone-export"
     )
     group.add_rare(
+        "--split-max-size",
+        type=_size,
+        metavar="SIZE",
+        help="write several files of at most this size, NAME-00001-of-0000N.gguf, e.g. 4G",
+    )
+    group.add_rare(
+        "--restore-check",
+        type=Path,
+        metavar="ORIGINAL",
+        help="write nothing: compare every expert that MODEL, a pruned GGUF, keeps with the ORIGINAL's bytes",
+    )
+    group.add_rare(
         "--mtp",
         choices=("keep", "drop"),
         help="blocks that predict further tokens (default keep; an ordinary file of fewer experts has none)",
@@ -426,6 +443,17 @@ def _export(args: argparse.Namespace, display: Display) -> None:
         display.event("report", **_report_values(report))
     elif not args.quiet:
         _print_report(report)
+
+
+def _restore_check(args: argparse.Namespace, display: Display) -> None:
+    from mone_export.output.restore_check import restore_check
+
+    n_expert, n_layer = restore_check(Path(args.model), args.restore_check, progress=display)
+    display.close()
+    if isinstance(display, JsonEvents):
+        display.event("restored", n_expert=n_expert, n_layer=n_layer)
+        return
+    print(f"all {n_expert} experts in {n_layer} layers equal those of {args.restore_check}, byte for byte")
 
 
 def _dry_run(args: argparse.Namespace, display: Display) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mone_export.artifacts import Plan, Report
 from mone_export.calibration import ranks
 from mone_export.deciding import after_pruned, decided, file_size, fitted_novices, scored, with_best_candidate
+from mone_export.output.splitting import split
 from mone_export.output.writing import write
 from mone_export.pruning.plan_files import save_plan
 from mone_export.pruning.planning import plan, plan_without_scores
@@ -54,8 +55,11 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     size = write(
         job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.outtype, progress=progress
     )
+    outfile = job.outfile
+    if job.request.split_max_size is not None:
+        outfile = split(outfile, job.request.split_max_size, overwrite=job.request.overwrite)
     clock.lap("writing")
-    return report(job, calibration, stability, chosen, size=size, clock=clock)
+    return replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
 
 
 def rehearse(

@@ -86,7 +86,8 @@ def _rare(calibration: Calibration, chosen: Plan) -> Iterator[str]:
     """Name the experts that the calibration hardly saw."""
     for layer in chosen.layers:
         stats = calibration.layers[layer.layer]
-        if rare := rarely_seen(stats):
+        n_expert = chosen.spec.present[layer.layer]  # those after it are novices already
+        if rare := [expert for expert in rarely_seen(stats) if expert < n_expert]:
             never = sum(int(stats.count[expert]) == 0 for expert in rare)
             kept = sum(expert in layer.kept for expert in rare)
             yield (

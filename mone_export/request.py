@@ -21,6 +21,7 @@ from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.llama_options import LlamaOptions
 from mone_export.output.quantizing import IMATRIX_TYPES
+from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts
 from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import even_counts
@@ -83,6 +84,7 @@ class Request:
     workdir: str | Path | None = None
     plan: str | Path | None = None
     plan_out: str | Path | None = None
+    split_max_size: int | None = None
     until_stable: float | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -277,6 +279,8 @@ def _check_together(request: Request, recipe: Recipe) -> None:
             "--sequential and --novice joint each measure the layers again, in ways that do not combine: "
             "leave one of them out"
         )
+    if request.split_max_size is not None and request.split_max_size < LEAST_SPLIT:
+        raise MoneError("--split-max-size is below a million bytes: pass a larger one, such as 4G")
     if request.fit is not None and recipe.allocation not in ("even", "sensitivity"):
         raise MoneError(
             f"--fit shares out the experts by --allocate even or sensitivity, not {recipe.allocation}: leave "

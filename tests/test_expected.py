@@ -16,10 +16,10 @@ from tiny import random_model
 from torch import Tensor
 from transformers import OlmoeForCausalLM
 
-from mone_export.source.expected import check_tensors
 from mone_export.calibration.loading import load
 from mone_export.errors import MoneError
 from mone_export.source import open_source
+from mone_export.source.expected import check_tensors
 from mone_export.source.shape import read_config
 
 EXPORTED = [row for row in ROWS if row.refused is None]
