@@ -160,19 +160,21 @@ def calibrate(
 
 
 def with_sensitivity(
-    engine: "Engine", corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
+    model: "Model | Engine", corpus: Corpus, calibration: Calibration, *, progress: Progress | None = None
 ) -> Calibration:
     """Return the calibration with its layers' sensitivities: a little of its text runs once more.
 
     In each layer the worse half of the experts by score `mone` have novices for it. The quotient holds for
     other ratios, scores and novices. Where the model cannot be run so, the sensitivities stay unknown.
     """
+    from mone_export.calibration.engines import engine_of
+
     halved = plan(score(calibration, "mone", guarded=False), ratio=0.5, min_kept=1, allocation="even")
     pruned = {layer.layer: layer.pruned for layer in halved.layers}
     means = {layer: novices(calibration.layers[layer], "mean") for layer in pruned}
     errors = {layer: relative_error(calibration.layers[layer], pruned[layer], "mean") for layer in pruned}
     try:
-        damage = engine.damage_by_layer(corpus.tokens, pruned, means, progress=progress)
+        damage = engine_of(model).damage_by_layer(corpus.tokens, pruned, means, progress=progress)
     except (RuntimeError, MoneError) as error:  # out of memory is one
         log.warning("how much the layers matter could not be measured (%s)", first_line(error))
         return calibration

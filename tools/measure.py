@@ -6,6 +6,7 @@
     python tools/measure.py quality      perplexity on held-out text by ratio, score and novice
     python tools/measure.py methods      KL divergence by method, score, novice and ratio
     python tools/measure.py bytes        KL divergence at equal bytes: prune, or only quantise?
+    python tools/measure.py roads        from a checkpoint or from a GGUF: KL divergence, speed
     python tools/measure.py memory       peak memory of the writing stage
     python tools/measure.py server       resident memory of llama-server
     python tools/measure.py large        a 6 GB model in less memory than that; estimates
@@ -31,8 +32,10 @@ from measuring.large import measure_large  # noqa: E402
 from measuring.memory import measure_memory  # noqa: E402
 from measuring.methods import MODELS, VARIANTS, measure_methods  # noqa: E402
 from measuring.quality import measure_quality  # noqa: E402
+from measuring.roads import measure_roads  # noqa: E402
 from measuring.server import measure_server  # noqa: E402
 from measuring.speed import add_options as add_speed_options  # noqa: E402
+from models.random_gguf import BLOCK_TYPES, SHAPES  # noqa: E402
 from pages import readme_tables  # noqa: E402
 
 OUT = ROOT / "docs" / "measurements"
@@ -114,6 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("--minutes", type=float, default=55, help="training time of a model not in the cache")
     same.add_argument("-t", "--threads", type=int, default=2)
     same.set_defaults(measure=measure_bytes)
+
+    roads = commands.add_parser("roads", parents=[common], help="from a checkpoint, or from a GGUF")
+    roads.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    roads.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    roads.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
+    roads.add_argument("--chunks", type=int, default=16, help="rows of 512 tokens of each text")
+    roads.add_argument("--minutes", type=float, default=55, help="training time of a model not in the cache")
+    roads.add_argument("--shape", choices=SHAPES, default="OLMoE", help="of what is timed")
+    roads.add_argument("--weights", choices=BLOCK_TYPES, default="Q4_K", help="of what is timed")
+    roads.add_argument("--rows-timed", type=int, default=8, help="rows of 512 tokens")
+    roads.add_argument("--rounds", type=int, default=5)
+    roads.add_argument("-t", "--threads", type=int, default=2)
+    roads.set_defaults(measure=measure_roads)
 
     memory = commands.add_parser("memory", parents=[common], help="peak memory of the writing stage")
     memory.set_defaults(measure=measure_memory)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from measuring import Json, ask_perplexity, programs, scratch
 from measuring.methods import MODELS, rows_of, trained
@@ -99,11 +100,11 @@ def read_sentencepiece(path: Path) -> None:
     own.set_vocab = own._set_vocab_sentencepiece
 
 
-def write_text(file: Path, kind: str, n_document: int = 400) -> Path:
-    """Write held-out documents of a kind."""
+def write_text(file: Path, kind: str, n_document: int = 400, *, split: Any = "held-out") -> Path:
+    """Write documents of a kind, held-out ones unless another split is named."""
     from mone_export.calibration.documents import builtin_documents
 
-    own = (document.text for document in builtin_documents("held-out") if document.kind == kind)
+    own = (document.text for document in builtin_documents(split) if document.kind == kind)
     file.write_text("\n\n".join(islice(own, n_document)))
     return file
 

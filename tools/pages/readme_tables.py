@@ -419,6 +419,34 @@ def bytes_note(data: Json) -> str:
     )
 
 
+def roads_table(data: Json) -> Iterable[Row]:
+    """Yield the divergences by road."""
+    yield "model", "experts pruned", "road", "size", "like", "unlike"
+    for run in data["runs"]:
+        size, pruned = f"{run['size'] / 1e6:.2f} MB", f"{run['ratio']:.0%}"
+        yield (
+            run["model"],
+            pruned,
+            run["road"],
+            size,
+            *(f"{run[text]['kl']:.4f}" for text in ("like", "unlike")),
+        )
+
+
+def roads_note(data: Json) -> str:
+    """Say what was run, and how fast it was."""
+    settings, writing = data["settings"], data["writing"]
+    return (
+        f"KL divergence from the unpruned, unquantised model in nats per token, by llama-perplexity on "
+        f"{settings['evaluation_tokens']} held-out tokens of each kind, after {settings['calibration_tokens']} "
+        f"tokens of calibration. Calibrating a random {settings['shape']} in {settings['weights']} through "
+        f"llama.cpp runs at {spread_of(data['calibrating']['ratio'])} of llama-bench's prompt speed, "
+        f"{settings['threads']} threads, 512 tokens; writing {writing['size'] / 1e6:.0f} MB at "
+        f"{spread_of(writing['ratio'])} of the speed of copying them (median, smallest and largest of "
+        f"{settings['rounds']} rounds)."
+    )
+
+
 def memory_table(data: Json) -> Iterable[Row]:
     """Yield the peak memory of writing against the bar."""
     yield "checkpoint's experts", "outtype", "largest layer", "bar", "peak", "before", "time"
@@ -539,6 +567,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,
+    "roads": roads_table,
     "server": server_table,
     "large": large_table,
     "large/estimates": large_estimates,
@@ -551,6 +580,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "gpu": gpu_note,
     "bytes": bytes_note,
     "memory": memory_note,
+    "roads": roads_note,
     "server": server_note,
     "large": large_note,
 }
