@@ -6,6 +6,7 @@ one graph, so that a run always begins at the first one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from mone_export.errors import MoneError
 from mone_export.runtime import Progress
 
 N_ROW, N_TOKEN = 8, 128  # what `damage_by_layer` runs
+_N_THREAD = 8  # for statistics: beyond, Python itself would be what they wait for
 
 
 class LlamaEngine:
@@ -39,6 +41,7 @@ class LlamaEngine:
         """Load the model; raises `MoneError` with llama.cpp's own reason where it cannot."""
         self._spec = spec
         self._model = LlamaModel(path, options or LlamaOptions())
+        self._pool = ThreadPoolExecutor(min(self._model.n_thread, _N_THREAD))
 
     def __enter__(self) -> "LlamaEngine":
         """Return the engine itself."""
@@ -51,6 +54,7 @@ class LlamaEngine:
     def close(self) -> None:
         """Free the model."""
         self._model.close()
+        self._pool.shutdown()
 
     def calibrate(
         self,
@@ -196,7 +200,8 @@ class LlamaEngine:
         return self._batches(tokens, Tap(self._spec.moe_layers, partial(self._add, found)), first)
 
     def _add(self, found: dict[int, ExpertStats], layer: int, routed: Routed) -> None:
-        batch = routed_stats(routed.outputs, routed.gates, routed.ids, self._spec.n_expert)
+        outputs, gates, ids = routed.outputs, routed.gates, routed.ids
+        batch = routed_stats(outputs, gates, ids, self._spec.n_expert, pool=self._pool)
         found[layer] = found[layer].merge(batch) if layer in found else batch
 
     def _batches(self, tokens: Tensor, tap: Tap, first: int = 0) -> Iterator[range]:
