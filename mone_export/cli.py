@@ -427,7 +427,8 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
     from mone_export.request import Request
 
     values = vars(args)
-    values["llama"] = LlamaOptions(**{field.name: values[field.name] for field in fields(LlamaOptions)})
+    own = {field.name for field in fields(LlamaOptions)} & values.keys()
+    values["llama"] = LlamaOptions(**{name: values[name] for name in own})
     return {field.name: values[field.name] for field in fields(Request)}
 
 

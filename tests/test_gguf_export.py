@@ -1,4 +1,4 @@
-"""From a GGUF to a GGUF with the demo model: the checkpoint's decisions, the file's bytes, and what goes wrong."""
+"""From a GGUF to a GGUF with the demo: the checkpoint's decisions, the file's bytes, and what goes wrong."""
 
 import itertools
 import json

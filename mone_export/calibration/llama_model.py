@@ -36,6 +36,7 @@ class LlamaModel:
         self._seam = EvalCallback()
         self._callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._seam)
         self._context: Any = None
+        self.n_thread = options.n_threads or torch.get_num_threads()
         self._room = (0, 0)  # sequences, and tokens of all
         self.n_piece = min(options.n_batch, options.n_ubatch)
         self._batch = llama_cpp.llama_batch_init(self.n_piece, 0, 1)
@@ -114,7 +115,7 @@ class LlamaModel:
             batch.seq_id[place][0] = place // n
         self._seam.begin(tap)
         self._log.errors.clear()
-        status = self._in_worker(lambda: self._lib.llama_decode(self._context, batch))
+        status = self._in_worker(lambda: _one_thread(self._lib.llama_decode, self._context, batch))
         if self._seam.error:
             raise self._seam.error
         if status:
@@ -140,8 +141,11 @@ class LlamaModel:
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_token, n_seq, True
         params.n_batch = params.n_ubatch = self.n_piece
-        params.n_threads = params.n_threads_batch = self._options.n_threads or torch.get_num_threads()
+        params.n_threads = params.n_threads_batch = self.n_thread
         params.cb_eval = self._callback
+        if self._options.exact:
+            params.type_k = params.type_v = self._lib.GGML_TYPE_F32
+            params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._log.errors.clear()
         self._context = self._in_worker(lambda: self._lib.llama_init_from_model(self._model, params))
         if not self._context:
@@ -197,6 +201,16 @@ def _log() -> _Log:
 
     llama_cpp.llama_backend_init()
     return _Log()
+
+
+def _one_thread(call: Callable[..., Any], *args: Any) -> Any:
+    """Return what a call returns, torch using one thread meanwhile: others would wait for those of ggml."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return call(*args)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _on_cpu(n_layer: int) -> Any:

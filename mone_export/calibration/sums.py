@@ -3,7 +3,8 @@
 On a CPU one expert comes after the other, so that its rows stay in the cache; on a GPU all come at once.
 """
 
-from dataclasses import replace
+from concurrent.futures import Executor
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from mone_export.artifacts import ExpertStats
 
 _CACHED_ROWS = 128  # of float64 output: 2 MB at 2048 channels
+_SHARE = 8  # experts that one thread takes at a time
 _BLOCK = 32  # slots that are summed in float32 where all experts are taken together
 _CANCELLATION = 1e-3  # a difference that small has lost 3 of float64's 16 digits
 
@@ -29,7 +31,9 @@ def expert_stats(outputs: Tensor, gates: Tensor, count: Tensor, *, n_token: int)
     return replace(sums.stats(), n_token=n_token)
 
 
-def routed_stats(outputs: Tensor, gates: Tensor, ids: Tensor, n_expert: int) -> ExpertStats:
+def routed_stats(
+    outputs: Tensor, gates: Tensor, ids: Tensor, n_expert: int, *, pool: Executor | None = None
+) -> ExpertStats:
     """Return the statistics of one batch whose experts' outputs lie as the tokens do.
 
     Args:
@@ -37,15 +41,26 @@ def routed_stats(outputs: Tensor, gates: Tensor, ids: Tensor, n_expert: int) -> 
         gates: [n_token, top_k], the weights that multiply them.
         ids: int64 [n_token, top_k], the experts.
         n_expert: how many there are.
+        pool: threads that share the experts; the result does not depend on them.
     """
     n_token, _, width = outputs.shape
     rows, gates = outputs.flatten(0, 1), gates.flatten()
     ids, order = torch.sort(ids.flatten())
-    sums = Sums(torch.bincount(ids, minlength=n_expert), width)
-    for expert, own in enumerate(order.split(sums.sizes)):
-        if len(own):
-            sums.add(slice(expert, expert + 1), rows[own], gates[own])
-    return replace(sums.stats(), n_token=n_token)
+    count = torch.bincount(ids, minlength=n_expert)
+    slots = order.split(count.tolist())
+
+    def stats_of(experts: range) -> ExpertStats:
+        sums = Sums(count[experts.start : experts.stop], width)
+        for place, own in enumerate(slots[experts.start : experts.stop]):
+            if len(own):
+                sums.add(slice(place, place + 1), rows[own], gates[own])
+        return sums.stats()
+
+    blocks = [range(e, min(e + _SHARE, n_expert)) for e in range(0, n_expert, _SHARE)]
+    parts = [*(pool.map if pool else map)(stats_of, blocks)]
+    names = [each.name for each in fields(ExpertStats) if each.name != "n_token"]
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return ExpertStats(n_token=n_token, **whole)
 
 
 def grouped_stats(outputs: Tensor, gates: Tensor, count: Tensor, ids: Tensor) -> ExpertStats:

@@ -6,6 +6,7 @@ one graph, so that a run always begins at the first one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from mone_export.errors import MoneError
 from mone_export.llama_options import LlamaOptions
 from mone_export.runtime import Progress
 
-N_ROW, N_TOKEN = 8, 128  # what `damage_by_layer` runs
+N_ROW, N_TOKEN = 8, 256  # what `damage_by_layer` runs: as in `sensitivity`, for the same decisions
+_N_THREAD = 8  # for statistics: beyond, Python itself would be what they wait for
 
 
 class LlamaEngine:
@@ -40,6 +42,7 @@ class LlamaEngine:
         """Load the model; raises `MoneError` with llama.cpp's own reason where it cannot."""
         self._spec = spec
         self._model = LlamaModel(path, options or LlamaOptions())
+        self._pool = ThreadPoolExecutor(min(self._model.n_thread, _N_THREAD))
 
     def __enter__(self) -> "LlamaEngine":
         """Return the engine itself."""
@@ -52,6 +55,7 @@ class LlamaEngine:
     def close(self) -> None:
         """Free the model."""
         self._model.close()
+        self._pool.shutdown()
 
     def observe(
         self,
@@ -110,10 +114,11 @@ class LlamaEngine:
     ) -> dict[int, float]:
         """Return, for each layer of `pruned`, the mean of ||h' - h||^2 / ||h||^2 over some tokens.
 
-        As `sensitivity.damage_by_layer`, with half of its tokens, since all runs go through the whole model.
+        As `sensitivity.damage_by_layer`, of the same tokens; all runs go through the whole model, which takes at
+        most as long as one pass over all text.
         """
         rows = torch.linspace(0, len(tokens) - 1, min(N_ROW, len(tokens))).long()
-        most = max(16, tokens.numel() // (2 * self._spec.n_layer) // N_ROW)
+        most = max(16, tokens.numel() // self._spec.n_layer // N_ROW)
         tokens = tokens[rows, : min(N_TOKEN, most)]
         before, found = self._last_hidden(tokens, {}), {}
         for number, layer in enumerate(pruned, start=1):
@@ -197,7 +202,8 @@ class LlamaEngine:
         return self._batches(tokens, Tap(self._spec.moe_layers, partial(self._add, found)), first)
 
     def _add(self, found: dict[int, ExpertStats], layer: int, routed: Routed) -> None:
-        batch = routed_stats(routed.outputs, routed.gates, routed.ids, self._spec.n_expert)
+        outputs, gates, ids = routed.outputs, routed.gates, routed.ids
+        batch = routed_stats(outputs, gates, ids, self._spec.n_expert, pool=self._pool)
         found[layer] = found[layer].merge(batch) if layer in found else batch
 
     def _batches(self, tokens: Tensor, tap: Tap, first: int = 0) -> Iterator[range]:
