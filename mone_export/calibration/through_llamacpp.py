@@ -114,8 +114,8 @@ class LlamaEngine:
     ) -> dict[int, float]:
         """Return, for each layer of `pruned`, the mean of ||h' - h||^2 / ||h||^2 over some tokens.
 
-        As `sensitivity.damage_by_layer`, of the same tokens; all runs go through the whole model, which takes at
-        most as long as one pass over all text.
+        As `sensitivity.damage_by_layer`, of the same tokens; all runs go through the whole model, which takes
+        at most as long as one pass over all text.
         """
         rows = torch.linspace(0, len(tokens) - 1, min(N_ROW, len(tokens))).long()
         most = max(16, tokens.numel() // self._spec.n_layer // N_ROW)

@@ -353,6 +353,8 @@ def open_source(
         return GgufFile(Path(name))
     if Path(name).is_dir():
         return Checkpoint(Path(name), trust_remote_code=trust_remote_code)
+    if name.endswith(".gguf"):
+        raise MoneError(f"there is no file {name}: check the spelling")
     if isinstance(model, Path) or name.startswith((".", "/", "~")) or not (found := parse(name)):
         raise MoneError(
             f"{name} is neither a folder, a GGUF nor a Hugging Face id like org/model: check the spelling"

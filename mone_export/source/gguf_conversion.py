@@ -6,11 +6,13 @@ held in memory; where the system can, it copies from file to file itself.
 """
 
 import errno
+import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from mone_export.errors import MoneError
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
 from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
-from mone_export.source.gguf_types import block_of, gguf_library
+from mone_export.source.gguf_types import block_of, dequantize, gguf_library
 from mone_export.source.opened import Edits
 
 _CHUNK = 2**23  # bytes that are copied at a time
@@ -38,13 +40,20 @@ class Slice(NamedTuple):
     size: int
 
 
+class Made(NamedTuple):
+    """Bytes that are made when they are to be written."""
+
+    make: Callable[[], bytes]
+    size: int
+
+
 @dataclass(slots=True)
 class _Written:
     """A tensor of the output: its shape in ggml's order, its type, and what it consists of."""
 
     shape: tuple[int, ...]
     kind: str
-    pieces: list[Slice | bytes] = field(default_factory=list)
+    pieces: list[Slice | Made | bytes] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -70,6 +79,10 @@ class GgufConversion:
         self._tensors = {
             name: _edited(info, edits) for name, info in header.tensors.items() if name not in left_out
         }
+        if edits.rewrites:
+            self.remark = (
+                "new experts are made of unpacked ones, and stay unpacked unless --outtype rounds them"
+            )
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -174,6 +187,8 @@ class _Sources:
 def _edited(info: TensorInfo, edits: Edits) -> _Written:
     """Return what becomes of a tensor."""
     if (kept := edits.select(info.name)) is not None:
+        if edits.rewrites:
+            return _made(info, edits, len(kept))
         return _rows(replace(info, shape=(*info.shape, 1)[:3]), 2, kept)
     rows = edits.rows(info.name, info.shape[::-1])
     if rows is None:
@@ -184,10 +199,34 @@ def _edited(info: TensorInfo, edits: Edits) -> _Written:
     return _rows(info, axis, rows.own, rows.others)
 
 
+def _made(info: TensorInfo, edits: Edits, n_kept: int) -> _Written:
+    """Return a tensor of experts that are made of unpacked ones: in float32, or float16 if it is packed."""
+    *inner, n_expert = (*info.shape, 1)[:3]
+    kind = "f32" if info.kind == "f32" else "f16"
+
+    def read(expert: int) -> Any:
+        import torch
+
+        size = info.size // n_expert
+        with info.file.open("rb") as file:
+            file.seek(info.offset + expert * size)
+            packed = np.frombuffer(file.read(size), np.uint8).reshape(inner[1], -1)
+        return torch.from_numpy(dequantize(packed, info.kind).copy())
+
+    def stored(make: Callable[[], Any]) -> bytes:
+        values: np.ndarray = make().float().numpy()
+        return values.astype(np.float32 if kind == "f32" else np.float16).tobytes()
+
+    size = math.prod(inner) * (4 if kind == "f32" else 2)
+    made = [Made(partial(stored, make), size) for make in edits.rewrite(info.name, read)]
+    assert len(made) in (n_kept, n_expert)
+    return _Written((*inner, len(made)), kind, [*made])
+
+
 def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: Any = None) -> _Written:
     """Return a tensor of some of its own slices along its last axis and, after them, PyTorch's `others`."""
     size = info.size // info.shape[axis]
-    pieces: list[Slice | bytes] = []
+    pieces: list[Slice | Made | bytes] = []
     for expert in own:
         last = pieces[-1] if pieces else None
         offset = info.offset + expert * size
@@ -202,10 +241,10 @@ def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: Any = None) -
     return _Written((*info.shape[:axis], n_row, *info.shape[axis + 1 :]), info.kind, pieces)
 
 
-def _copied(piece: Slice | bytes, file: FileIO, sources: _Sources) -> Iterator[int]:
+def _copied(piece: Slice | Made | bytes, file: FileIO, sources: _Sources) -> Iterator[int]:
     """Append a piece to a file, and yield the bytes of each step."""
-    if isinstance(piece, bytes):
-        yield _write(file, piece)
+    if not isinstance(piece, Slice):
+        yield _write(file, piece.make() if isinstance(piece, Made) else piece)
         return
     source, at, left = sources.number(piece.file), piece.offset, piece.size
     while left:

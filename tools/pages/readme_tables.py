@@ -438,9 +438,10 @@ def roads_note(data: Json) -> str:
     settings, writing = data["settings"], data["writing"]
     return (
         f"KL divergence from the unpruned, unquantised model in nats per token, by llama-perplexity on "
-        f"{settings['evaluation_tokens']} held-out tokens of each kind, after {settings['calibration_tokens']} "
-        f"tokens of calibration. Calibrating a random {settings['shape']} in {settings['weights']} through "
-        f"llama.cpp runs at {spread_of(data['calibrating']['ratio'])} of llama-bench's prompt speed, "
+        f"{settings['evaluation_tokens']} held-out tokens of each kind, after "
+        f"{settings['calibration_tokens']} tokens of calibration. Calibrating a random {settings['shape']} "
+        f"in {settings['weights']} through llama.cpp runs at {spread_of(data['calibrating']['ratio'])} of "
+        f"llama-bench's prompt speed, "
         f"{settings['threads']} threads, 512 tokens; writing {writing['size'] / 1e6:.0f} MB at "
         f"{spread_of(writing['ratio'])} of the speed of copying them (median, smallest and largest of "
         f"{settings['rounds']} rounds)."
