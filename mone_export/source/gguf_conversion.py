@@ -81,7 +81,7 @@ class GgufConversion:
         }
         if edits.rewrites:
             self.remark = (
-                "new experts are made of unpacked ones, and stay unpacked unless --outtype rounds them"
+                "new experts are made of unpacked ones and stay so, unless --outtype rounds them"
             )
 
     @property
