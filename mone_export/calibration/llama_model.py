@@ -18,7 +18,7 @@ from mone_export.errors import MoneError
 
 log = logging.getLogger(__name__)
 
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level
 _N_SEQ = 64  # rows of one batch
 
 
