@@ -7,6 +7,8 @@ import torch
 from command import Command
 from tiny import save_small
 
+from mone_export.pipeline import export
+
 # the models are so small that threads would mostly wait for each other
 torch.set_num_threads(1)
 
@@ -28,6 +30,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Mixtral with a small vocabulary; not to be changed."""
     return save_small(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a GGUF in float32, with all its experts; not to be changed."""
+    path = tmp_path_factory.mktemp("gguf") / "demo-f32.gguf"
+    export("demo", ratio=0, outfile=path, outtype="f32")
+    return path
 
 
 @pytest.fixture

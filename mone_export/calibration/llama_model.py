@@ -18,8 +18,7 @@ from mone_export.llama_options import LlamaOptions
 
 log = logging.getLogger(__name__)
 
-_DEBUG = 1  # GGML_LOG_LEVEL_DEBUG: a line for every tensor
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml_log_level; debug: a line for every tensor
 _N_SEQ = 64  # rows of one batch
 
 

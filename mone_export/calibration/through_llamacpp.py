@@ -122,7 +122,7 @@ class LlamaEngine:
         tokens = tokens[rows, : min(N_TOKEN, most)]
         before, found = self._last_hidden(tokens, {}), {}
         for number, layer in enumerate(pruned, start=1):
-            masks = self._masks({layer: pruned[layer]}, novices)
+            masks = self.masks({layer: pruned[layer]}, novices)
             after = self._last_hidden(tokens, masks)
             change = (after - before).square().sum(-1) / before.square().sum(-1).clamp(min=1e-30)
             found[layer] = float(change.mean())
@@ -171,7 +171,7 @@ class LlamaEngine:
                 report(number * n_row + rows.stop, n_layer * n_row)
             so_far = replace(calibration, layers={**calibration.layers, layer: found[layer]})
             experts = next(part.pruned for part in decide(so_far).layers if part.layer == layer)
-            masks |= self._masks({layer: experts}, {layer: novices_of(found[layer])})
+            masks |= self.masks({layer: experts}, {layer: novices_of(found[layer])})
         return replace(calibration, layers=found)
 
     def divergence(
@@ -193,7 +193,7 @@ class LlamaEngine:
         wanted = log_probabilities({})
 
         def measured(pruned: Mapping[int, Sequence[int]], novices: Mapping[int, Tensor]) -> float:
-            found = log_probabilities(self._masks(pruned, novices))
+            found = log_probabilities(self.masks(pruned, novices))
             return float((wanted.exp() * (wanted - found)).sum(-1).double().mean())
 
         return measured
@@ -229,7 +229,8 @@ class LlamaEngine:
             raise MoneError("llama.cpp does not name this model's last hidden states")
         return torch.cat(found)
 
-    def _masks(self, pruned: Mapping[int, Sequence[int]], novices: Mapping[int, Tensor]) -> dict[int, Mask]:
+    def masks(self, pruned: Mapping[int, Sequence[int]], novices: Mapping[int, Tensor]) -> dict[int, Mask]:
+        """Return novices [n_expert, d] in the place of each layer's pruned experts, for a `Tap`."""
         return {
             layer: Mask(self._gone(experts).numpy(), novices[layer].float().numpy())
             for layer, experts in pruned.items()
