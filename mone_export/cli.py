@@ -287,10 +287,7 @@ def _add_pruning_options(group: _Group) -> None:
         "default), the same number (even, the default with drop and dern), the best of the whole model by "
         "relative score (model), or by trying (search: starts at sensitivity)",
     )
-    group.add_rare(
-        "--plan", type=Path, metavar="FILE", help="prune what --plan-out chose, on this or another copy of it"
-    )
-    group.add_rare("--plan-out", type=Path, metavar="FILE", help="keep which experts were chosen, as JSON")
+    _add_plan_options(group)
     group.add_rare("--scope", choices=("layer", "model"), help="model: what --allocate model is called now")
     group.add_rare(
         "--min-kept",
@@ -312,6 +309,13 @@ def _add_pruning_options(group: _Group) -> None:
     group.add_rare(
         "--seed", type=int, default=0, metavar="N", help="for --dataset and --score random (default 0)"
     )
+
+
+def _add_plan_options(group: _Group) -> None:
+    group.add_rare(
+        "--plan", type=Path, metavar="FILE", help="prune what --plan-out chose, on this or another copy of it"
+    )
+    group.add_rare("--plan-out", type=Path, metavar="FILE", help="keep which experts were chosen, as JSON")
 
 
 def _add_output_options(group: _Group) -> None:

@@ -161,7 +161,7 @@ def test_novices_stand_in_as_in_pytorch(engine: LlamaEngine, demo: Model, corpus
     for which in ({}, {0: pruned[0]}, {4: pruned[4]}, pruned):
         print(f"{found(which, vectors):.8f} and {wanted(which, vectors):.8f}")
         assert found(which, vectors) == pytest.approx(wanted(which, vectors), rel=1e-3, abs=1e-8)
-    assert wanted(pruned, vectors) > 0.05
+    assert wanted(pruned, vectors) > 0.01
 
 
 def test_logits_with_novices_are_pytorchs(
@@ -183,7 +183,7 @@ def test_logits_with_novices_are_pytorchs(
 
 
 def test_layers_matter_as_much_as_in_pytorch(
-    engine: LlamaEngine, demo: Model, corpus: Corpus, wanted: Calibration, half: Plan, monkeypatch: Any
+    engine: LlamaEngine, demo: Model, corpus: Corpus, wanted: Calibration, half: Plan
 ) -> None:
     pruned = {layer.layer: layer.pruned for layer in half.layers}
     means = {layer: novices(wanted.layers[layer], "mean") for layer in pruned}
@@ -192,9 +192,6 @@ def test_layers_matter_as_much_as_in_pytorch(
         corpus.tokens, pruned, means, progress=lambda done, total, what: reported.append(done)
     )
     assert reported == [1, 2, 3, 4, 5]
-    # of half the tokens: the same there
-    n_token = max(16, corpus.tokens.numel() // (2 * demo.spec.n_layer) // 8)
-    monkeypatch.setattr(sensitivity, "N_TOKEN", n_token)
     same = sensitivity.damage_by_layer(demo, corpus.tokens, pruned, means)
     print(found, same)
     assert found == {layer: pytest.approx(same[layer], rel=1e-3) for layer in pruned}

@@ -80,9 +80,7 @@ class GgufConversion:
             name: _edited(info, edits) for name, info in header.tensors.items() if name not in left_out
         }
         if edits.rewrites:
-            self.remark = (
-                "new experts are made of unpacked ones and stay so, unless --outtype rounds them"
-            )
+            self.remark = "new experts are made of unpacked ones and stay so, unless --outtype rounds them"
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
