@@ -21,7 +21,12 @@ ORDER = (
     *("calibration.streaming", "calibration.expected"),
     *("calibration.loading", "calibration.stability", "calibration.passes"),
     *("calibration.masking", "calibration.sensitivity", "calibration.merging", "calibration.usage"),
-    *("calibration.eval_callback", "calibration.llama_model", "calibration.through_llamacpp"),
+    *(
+        "calibration.imatrix_sums",
+        "calibration.eval_callback",
+        "calibration.llama_model",
+        "calibration.through_llamacpp",
+    ),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
     *("pruning.allocation", "pruning.planning", "pruning.dern"),
     *("output.gguf_format", "output.quantizing", "output.recombining", "output.provenance"),
