@@ -27,12 +27,15 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 import mone_export
 from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan
+from mone_export.calibration import sensitivity
+from mone_export.calibration.llama_model import LlamaOptions
 from mone_export.calibration.loading import Model, open_streamed
 from mone_export.calibration.masking import masked
 from mone_export.calibration.observer import observe
 from mone_export.calibration.passes import calibrate
 from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
+from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 from mone_export.output.quantizing import quantize
@@ -160,6 +163,45 @@ def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> d
         }
         for layer, rows in novices.items()
     }
+
+
+@pytest.mark.parametrize("row", EXPORTED, ids=name)
+def test_llama_cpp_shows_what_the_experts_do(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics, and how novices in a layer change the last hidden states, as in PyTorch."""
+    folder = save_family(row, tmp_path / "model")
+    spec, outfile = inspect(folder), tmp_path / "model.gguf"
+    module, wanted = calibrated(folder, spec)
+    write(folder, wanted, plan(score(wanted), ratio=0), outfile, outtype="f32")
+    tokens = random_tokens(16, 64)
+    pruned = {layer: range(0, spec.n_expert, 2) for layer in spec.moe_layers}
+    means = {layer: novices(wanted.layers[layer], "mean") for layer in spec.moe_layers}
+    with LlamaEngine(outfile, spec, options=LlamaOptions(n_threads=1, exact=True)) as engine:
+        found = engine.calibrate(Corpus(tokens, "random", ""), model_sha256="", config={})
+        damage = engine.damage_by_layer(tokens, pruned, means)
+    monkeypatch.setattr(sensitivity, "N_TOKEN", max(16, tokens.numel() // (2 * spec.n_layer) // 8))
+    same = damage_by_layer(Model(source=open_source(folder), module=module), tokens, pruned, means)
+    off = max(abs(damage[layer] / same[layer] - 1) for layer in same)
+    keys = [
+        "gated_out_sum",
+        "gated2_norm_sq_sum",
+    ]  # a factor for each expert may be in the weight or the output
+    keys += [] if "scale per expert" in row.routing else ["out_mean", "out_m2", "gate_sum", "max_abs"]
+    n_other, largest = 0, 0.0
+    for layer, stats in wanted.layers.items():
+        other = found.layers[layer].weighted(0.5 if row.hf_class == "Cohere2MoeForCausalLM" else 1)
+        assert other.n_token == stats.n_token
+        n_other += int((other.count - stats.count).abs().sum()) // 2
+        for key in keys:
+            a, b = getattr(other, key), getattr(stats, key)
+            largest = max(largest, float((a - b).abs().max() / b.abs().max()))
+    print(f"{row.name}: {n_other} tokens at other experts, sums within {largest:.1e}, damage {off:.1e}")
+    if not row.as_llama_cpp:
+        roughly = row.packed == "mxfp4" or row.limit >= 1e-3
+        assert largest < (0.2 if roughly else 1e-3)
+        # where the body is not apart from the head, PyTorch compares logits
+        assert off < (0.05 if roughly else 1e-3) or module.base_model is module
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)

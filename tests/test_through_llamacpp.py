@@ -12,15 +12,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import gguf_file
+import numpy as np
 import pytest
 import torch
+from programs import run
 from torch import Tensor
 
+from mone_export import runtime
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, LayerPlan, Plan
 from mone_export.calibration import masking, passes, sensitivity
 from mone_export.calibration import rows as steps
 from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.eval_callback import Routed, Tap
+from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.calibration.loading import Model, load
 from mone_export.calibration.through_llamacpp import LlamaEngine
@@ -31,6 +36,7 @@ from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.source import open_source
+from mone_export.source.imatrix import save_imatrix
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
@@ -227,6 +233,25 @@ def test_layers_are_measured_after_the_pruned_ones(
     assert deviation(found, wanted)[1] > 0.01
     # what ended runs have left behind does no harm
     assert deviation(calibrated(engine, corpus), wanted)[1] < 1e-5
+
+
+def test_importance_matrix_is_llama_cpps_own(
+    demo_gguf: Path, demo: Model, text: Path, tmp_path: Path
+) -> None:
+    corpus = read_corpus([text], demo.source.tokenizer(), n_row=6, seq_len=64)
+    corpus.tokens[:, 0] = corpus.tokens[0, 0]  # llama-imatrix begins every chunk with BOS
+    theirs, ours, sums = tmp_path / "theirs.gguf", tmp_path / "ours.gguf", ImatrixSums()
+    options = ("-c", 64, "-b", 64, "--chunks", 6, "-t", 1, "-fa", "off", "-ctk", "f32", "-ctv", "f32")
+    run(runtime.path() / "llama-imatrix", "-m", demo_gguf, "-f", text, "-o", theirs, "--no-ppl", *options)
+    with LlamaEngine(demo_gguf, demo.spec, options=EXACT) as engine:
+        assert deviation(calibrated(engine, corpus), calibrated(engine, corpus, imatrix=sums))[1] < 1e-12
+    save_imatrix(ours, sums.squares, sums.n_row, dataset=str(text), n_token=6 * 64, chunk_size=64)
+    found, wanted = gguf_file.read(ours), gguf_file.read(theirs)
+    assert found.keys == wanted.keys
+    assert sorted(found.tensors) == sorted(wanted.tensors)
+    for name, tensor in wanted.tensors.items():
+        assert found.tensors[name].data.shape == tensor.data.shape, name
+        np.testing.assert_allclose(found.tensors[name].data, tensor.data, rtol=1e-4, atol=0.01, err_msg=name)
 
 
 def test_exceptions_in_the_callback_surface(engine: LlamaEngine, demo_gguf: Path, corpus: Corpus) -> None:

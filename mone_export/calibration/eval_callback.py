@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.errors import MoneError
 
 _DOWN = re.compile(rb"blk\.(\d+)\.ffn_down_exps\.weight")
 _WEIGHTED, _LAST_HIDDEN = b"ffn_moe_weighted", b"result_norm"
+_N_ROW = 16  # of fewer rows llama.cpp's own importance matrices take no note
 _N_CHAINED = 6  # nodes between the experts' last product and their weighting: a scale, a bias
 _NUMBERS: Mapping[int, Any] = {0: np.float32, 26: np.int32}  # by ggml_type
 
@@ -71,7 +73,9 @@ class Ggml:
             )
         self._check()
         names = {libggml.ggml_op_name(number): number for number in range(64)}
-        self.mul, self.mul_mat_id, self.repeat = (names[name] for name in (b"MUL", b"MUL_MAT_ID", b"REPEAT"))
+        self.mul, self.repeat, self.mul_mat, self.mul_mat_id = (
+            names[name] for name in (b"MUL", b"REPEAT", b"MUL_MAT", b"MUL_MAT_ID")
+        )
 
     def cpu_buffer_type(self) -> int:
         """Return the type of buffers in main memory."""
@@ -167,6 +171,7 @@ class Tap:
     layers: Collection[int] = ()
     see: Callable[[int, Routed], None] | None = None  # what `layers` did, by layer number
     masks: Mapping[int, Mask] = field(default_factory=dict)
+    imatrix: ImatrixSums | None = None  # takes the inputs of the layers' matrices
     hidden: Callable[[Tensor], None] | None = None  # last hidden states float32 [n_token, d]
     until: int | None = None  # the layer after whose experts the run ends; None: after the last hidden states
     logits: bool = False  # nothing ends the run
@@ -220,10 +225,15 @@ class EvalCallback:
         if self._pending:
             return True
         if node.op == self._ggml.mul_mat_id:
-            return self._wanted_layer(node) is not None
+            return self._tap.imatrix is not None or self._wanted_layer(node) is not None
+        if node.op == self._ggml.mul_mat and self._tap.imatrix:
+            inputs = Node.from_address(node.src[1])
+            return _name_of(node).startswith("blk.") and inputs.type == 0 and inputs.ne[1] >= _N_ROW
         return name == _LAST_HIDDEN and not self._tap.logits
 
     def _computed(self, address: int, node: Node) -> bool:
+        if self._tap.imatrix and node.op in (self._ggml.mul_mat, self._ggml.mul_mat_id):
+            self._add_inputs(node, self._tap.imatrix)
         if node.op == self._ggml.mul_mat_id and (layer := self._wanted_layer(node)) is not None:
             # read now: nothing keeps them until the outputs are weighted
             ids = self._ggml.values(node.src[2])[0, 0].astype(np.int64)
@@ -236,6 +246,14 @@ class EvalCallback:
                 self._tap.hidden(torch.from_numpy(self._ggml.values(address)[0, 0]))
             self._ended = True
         return True
+
+    def _add_inputs(self, node: Node, sums: ImatrixSums) -> None:
+        matrix, inputs = Node.from_address(node.src[0]), torch.from_numpy(self._ggml.values(node.src[1]))
+        if node.op == self._ggml.mul_mat_id:
+            ids = torch.from_numpy(self._ggml.values(node.src[2])[0, 0].astype(np.int64))
+            sums.add_routed(_name_of(node), inputs[0], ids, matrix.ne[2])
+        else:
+            sums.add(_name_of(node), inputs.flatten(0, 1), matrix.ne[2] * matrix.ne[3])
 
     def _weighted(self, node: Node) -> None:
         """Take the layer whose outputs are weighted here; or note that the inputs of the next are."""
@@ -287,3 +305,9 @@ class EvalCallback:
             silenced.op = op
             self._silenced = None
         return ask
+
+
+def _name_of(node: Node) -> str:
+    """Return the name of the matrix of a product; copies on a device are called `CUDA0#name#0`."""
+    name: bytes = Node.from_address(node.src[0]).name
+    return (name.split(b"#")[1] if b"#" in name else name).decode()

@@ -18,6 +18,7 @@ from torch import Tensor
 from mone_export import __version__
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Residual
 from mone_export.calibration.eval_callback import Mask, Routed, Tap
+from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.calibration.rows import calibration_of, check_finite, row_by_row, stats_bytes
 from mone_export.calibration.sums import routed_stats
@@ -66,18 +67,21 @@ class LlamaEngine:
         work: WorkFolder | None = None,
         progress: Progress | None = None,
         watch: Callable[[dict[int, Any]], bool] | None = None,
+        imatrix: ImatrixSums | None = None,
     ) -> Calibration:
         """Run the corpus once and return the exact statistics of all experts.
 
         Where `watch` says that the decision is stable, the rest of the corpus is left out. What `work` holds
-        is not computed again. `config` is the part of the model's that decides what is computed. Raises
+        is not computed again. `config` is the part of the model's that decides what is computed. `imatrix`
+        takes what an importance matrix is made of, from the rows that are computed now. Raises
         `MoneError` when the model's outputs are not finite.
         """
         if work:
             work.reserve(2 * stats_bytes(self._spec))  # the new is complete before the old goes
         found: dict[int, ExpertStats] = {}
+        tap = Tap(self._spec.moe_layers, partial(self._add, found), imatrix=imatrix)
         seen = row_by_row(
-            partial(self._observed, corpus.tokens, found),
+            lambda first: self._batches(corpus.tokens, tap, first),
             found,
             n_row=len(corpus.tokens),
             work=work,
@@ -197,9 +201,6 @@ class LlamaEngine:
             return float((wanted.exp() * (wanted - found)).sum(-1).double().mean())
 
         return measured
-
-    def _observed(self, tokens: Tensor, found: dict[int, ExpertStats], first: int) -> Iterator[range]:
-        return self._batches(tokens, Tap(self._spec.moe_layers, partial(self._add, found)), first)
 
     def _add(self, found: dict[int, ExpertStats], layer: int, routed: Routed) -> None:
         outputs, gates, ids = routed.outputs, routed.gates, routed.ids
