@@ -336,6 +336,18 @@ def _add_output_options(group: _Group) -> None:
         "--overwrite", action="store_true", help="replace an existing file that is no GGUF of mone-export"
     )
     group.add_rare(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="keep the importance matrix that the file is rounded with, in llama.cpp's format",
+    )
+    group.add_rare(
+        "--no-imatrix",
+        dest="with_imatrix",
+        action="store_false",
+        help="round without one (it is made by running the pruned model over some of the text)",
+    )
+    group.add_rare(
         "--split-max-size",
         type=_size,
         metavar="SIZE",

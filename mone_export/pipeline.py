@@ -53,7 +53,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         named = {"name": job.source.name, "sha256": job.source.fingerprint(progress=progress)}
         save_plan(job.request.plan_out, chosen, scores, named)
     size = write(
-        job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.outtype, progress=progress
+        job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.rounding, progress=progress
     )
     outfile = job.outfile
     if job.request.split_max_size is not None:

@@ -20,6 +20,7 @@ from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.llama_options import LlamaOptions
+from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts
@@ -85,6 +86,8 @@ class Request:
     plan: str | Path | None = None
     plan_out: str | Path | None = None
     split_max_size: int | None = None
+    imatrix: str | Path | None = None
+    with_imatrix: bool = True
     until_stable: float | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
@@ -185,6 +188,20 @@ class Job:
 
         setup = self.setup
         return open_engine(self.source, replace(setup, stream=stream) if stream else setup)
+
+    @property
+    def rounding(self) -> Rounding:
+        """The type of the file, and the text for its importance matrix where it gets one."""
+        imatrix, text = self.request.imatrix, self.corpus if self.wants_imatrix else None
+        return Rounding(self.outtype, text, None if imatrix is None else Path(imatrix), self.request.llama)
+
+    @property
+    def wants_imatrix(self) -> bool:
+        """Whether an importance matrix is made: asked for, needed, or there is a calibration at hand."""
+        if self.request.imatrix is not None or self.outtype in IMATRIX_TYPES:
+            return True
+        rounded = self.outtype not in self.source.direct_types
+        return self.request.with_imatrix and rounded and self.needs_statistics
 
     @property
     def streamed(self) -> bool:
@@ -310,12 +327,6 @@ def _check_early_end(request: Request, recipe: Recipe) -> None:
 
 def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
     """Refuse what cannot be done with this model."""
-    if outtype in IMATRIX_TYPES:
-        raise MoneError(
-            f"--outtype {outtype} needs an importance matrix of the pruned model: export --outtype f16 "
-            "to F16, then run `llama-imatrix -m F16 -f TEXT -o IMATRIX` "
-            f"and `llama-quantize --imatrix IMATRIX F16 OUT {outtype}`"
-        )
     if outtype not in OUTTYPES:
         raise MoneError(f"unknown --outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     if recipe.novice == "joint" and weights_inputs(source.spec.arch):
@@ -349,6 +360,8 @@ def _check_paths(job: Job) -> None:
         inputs["--plan"] = [Path(request.plan)]
     if request.plan_out is not None:
         outputs["--plan-out"] = Path(request.plan_out)
+    if request.imatrix is not None:
+        outputs["--imatrix"] = Path(request.imatrix)
     if stats is not None and stats.exists():
         inputs["--stats"] = [stats]
     elif request.stats is not None and stats is not None:
@@ -435,7 +448,8 @@ def _with_text(job: Job) -> Job:
     asks_model = searches or request.sequential or recipe.novice == "joint"
     given = bool(request.files or request.datasets)
     saved_is_enough = job.saved and not given and not asks_model
-    if not job.needs_statistics or (saved_is_enough and not job.lacks_sensitivity):
+    enough = saved_is_enough and not job.lacks_sensitivity
+    if not (job.wants_imatrix or (job.needs_statistics and not enough)):
         return job
     n_row, seq_len = request.chunks
     whole = read_corpus(
@@ -448,6 +462,10 @@ def _with_text(job: Job) -> Job:
         seq_len=seq_len,
     )
     if job.saved and saved_is_enough and head(whole, n_row).sha256 != job.saved.corpus_sha256:
-        return job  # what is missing cannot be measured on this text
+        if request.imatrix is None and job.outtype not in IMATRIX_TYPES:
+            if job.wants_imatrix:
+                log.info("rounded without an importance matrix: pass the text again with -f for one")
+            return job  # what is missing cannot be measured on this text
+        log.warning("the importance matrix is made on the built-in text: pass the text again with -f")
     _check_text(job, whole)
     return replace(job, corpus=head(whole, n_row), held_out=whole.tokens[n_row:] if searches else None)

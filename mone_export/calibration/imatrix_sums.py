@@ -25,15 +25,19 @@ class ImatrixSums:
         self._add(name, squares, torch.tensor([inputs.shape[0] * inputs.shape[1] / n_matrix]))
 
     def add_routed(self, name: str, inputs: Tensor, ids: Tensor, n_matrix: int) -> None:
-        """Add rows that went through experts: [n_token, 1 or top_k, n_in], ids int64 [n_token, top_k]."""
-        n_token, top_k = ids.shape
+        """Add rows that went through experts: [n_token, 1 or top_k, n_in], ids int64 [n_token, top_k].
+
+        Ids beyond the matrices are novices', which multiply nothing.
+        """
+        n_row, bank = len(ids), ids.clamp(max=n_matrix)  # one more than there are, for all novices
         if inputs.shape[1] == 1:  # every expert of a token gets the same
-            chosen = torch.zeros(n_token, n_matrix).scatter_add_(1, ids, torch.ones(ids.shape))
+            chosen = torch.zeros(n_row, n_matrix + 1).scatter_add_(1, bank, torch.ones(ids.shape))
             squares = chosen.T @ inputs[:, 0].square()
         else:
-            squares = torch.zeros(n_matrix, inputs.shape[-1])
-            squares.index_add_(0, ids.flatten(), inputs.flatten(0, 1).square())
-        self._add(name, squares, torch.bincount(ids.flatten(), minlength=n_matrix))
+            squares = torch.zeros(n_matrix + 1, inputs.shape[-1])
+            squares.index_add_(0, bank.flatten(), inputs.flatten(0, 1).square())
+        counts = torch.bincount(bank.flatten(), minlength=n_matrix + 1)
+        self._add(name, squares[:n_matrix], counts[:n_matrix])
 
     def _add(self, name: str, squares: Tensor, n_row: Tensor) -> None:
         self.squares[name] = self.squares.get(name, 0) + squares.double()

@@ -99,6 +99,12 @@ class LlamaEngine:
             made_with=self.made_with(),
         )
 
+    def observe_inputs(self, corpus: Corpus, sums: ImatrixSums, *, progress: Progress | None = None) -> None:
+        """Run the corpus once and add up what goes into each matrix: an importance matrix is made of it."""
+        report = _tokens(progress, corpus, "importance matrix")
+        for rows in self._batches(corpus.tokens, Tap(imatrix=sums)):
+            report(rows.stop, len(corpus.tokens))
+
     def made_with(self) -> dict[str, str]:
         """Return what statistics are computed by, as far as it may change a number."""
         return {

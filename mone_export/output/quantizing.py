@@ -11,7 +11,7 @@ QUANTIZE_TYPES = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
     *("q5_k_s", "q5_k_m", "q6_k", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
 )
-# llama-quantize makes these only with an importance matrix, and there is none before the pruned file
+# llama-quantize makes these only with an importance matrix
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
 
 _STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
@@ -20,9 +20,17 @@ _TENSOR = re.compile(
 )
 
 
-def quantize(base: Path, outfile: Path, outtype: str, *, progress: Progress | None = None) -> None:
-    """Quantise the GGUF `base` to one of `QUANTIZE_TYPES`; a `MoneError` gives llama-quantize's reason."""
-    lines = _run(["--allow-requantize", str(base), str(outfile), outtype.upper()], progress=progress)
+def quantize(
+    base: Path,
+    outfile: Path,
+    outtype: str,
+    *,
+    imatrix: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Quantise the GGUF `base`, with an importance matrix; a `MoneError` gives llama-quantize's reason."""
+    options = ["--allow-requantize", *(["--imatrix", str(imatrix)] if imatrix else [])]
+    lines = _run([*options, str(base), str(outfile), outtype.upper()], progress=progress)
     if not outfile.is_file():
         raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 

@@ -29,8 +29,9 @@ from mone_export.output.gguf_format import (
     part_of,
     slot_tensor,
 )
+from mone_export.output.importance import Rounding, importance_matrix
 from mone_export.output.provenance import Keys, origin, provenance
-from mone_export.output.quantizing import QUANTIZE_TYPES, quantize, quantized_types
+from mone_export.output.quantizing import IMATRIX_TYPES, QUANTIZE_TYPES, quantize, quantized_types
 from mone_export.output.recombining import Recombination
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
@@ -43,7 +44,7 @@ from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
-OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES)
+OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
 
 
 def write(
@@ -53,18 +54,20 @@ def write(
     outfile: str | Path,
     *,
     novices: Mapping[int, Tensor] | None = None,
-    outtype: str = "auto",
+    outtype: str | Rounding = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
-    where the statistics alone do not. `calibration` may be None where the plan needs no statistics.
+    where the statistics alone do not. `calibration` may be None where the plan needs no statistics. `outtype`
+    is the type, with an importance matrix where a `Rounding` gives the text for it.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
     source, target = open_source(model), Path(outfile)
+    rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
     stored: dict[int, Tensor] = {}
@@ -78,18 +81,19 @@ def write(
         text = calibration.corpus_sha256, calibration.n_token
     keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
     with replacing(target) as part:
-        if outtype in source.direct_types:
-            _convert(source, edits, keys, part, outtype=outtype, progress=progress)
-        else:
+        direct = rounding.outtype in source.direct_types
+        base = part if direct else part.with_name("base.gguf")
+        base_type = rounding.outtype if direct else "auto"
+        _convert(source, edits, keys, base, outtype=base_type, progress=progress)
+        imatrix = importance_matrix(base, rounding, progress=progress)
+        if not direct:
             if source.packed:
                 log.warning(
                     "%s is rounded to %s already, and --outtype %s rounds it once more: a copy in F16 or "
                     "BF16 would lose less",
-                    *(source.name, source.packed, outtype),
+                    *(source.name, source.packed, rounding.outtype),
                 )
-            base = part.with_name("base.gguf")
-            _convert(source, edits, keys, base, outtype="auto", progress=progress)
-            quantize(base, part, outtype, progress=progress)
+            quantize(base, part, rounding.outtype, imatrix=imatrix, progress=progress)
             base.unlink()
     return target.stat().st_size
 
