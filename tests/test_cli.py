@@ -268,10 +268,6 @@ def test_ratio_that_cannot_be_is_one_line(export: Callable[..., Outcome], ratio:
     ("arguments", "message"),
     [
         (["--outtype", "q9_9"], f"unknown --outtype q9_9: choose from {', '.join(OUTTYPES)}"),
-        (
-            ["--outtype", "iq2_xs"],
-            r"--outtype iq2_xs needs an importance matrix .*llama-quantize --imatrix .* iq2_xs`",
-        ),
         (["--chunks", "0"], "--chunks 0 of --ctx-size 32 tokens: at least 1 row"),
         (["-c", "0"], "--chunks 2 of --ctx-size 0 tokens: at least 1 row"),
         (["--chunks", "-5"], "--chunks -5 of"),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Command
+from gguf_parts import taken_apart
 from gguf_reference import assert_pruned_copy, keys_of, orders_of
 from llama_logits import logits
 from programs import run
@@ -265,3 +266,31 @@ def test_ten_kills_one_result(packed: Path, text: Path, tmp_path: Path) -> None:
     while kills < N_KILL:
         assert complete(mercy=False) == wanted
     print(f"\n{kills} kills")
+
+
+@pytest.mark.parametrize("road", ["checkpoint", "gguf"])
+def test_two_bits_in_one_command(road: str, whole: Path, text: Path, tmp_path: Path) -> None:
+    model, imatrix = "demo" if road == "checkpoint" else whole, tmp_path / "imatrix.gguf"
+    outfile, plain = tmp_path / "iq2_xs.gguf", tmp_path / "plain.gguf"
+    options: dict[str, Any] = {"ratio": 0.5, "files": [text], **ROWS}
+    mone.export(model, outfile=outfile, outtype="iq2_xs", imatrix=imatrix, **options)
+    kept = {layer: count for layer, (count, _) in orders_of(outfile).items()}
+    found = read_header(imatrix).tensors
+    for layer, count in kept.items():
+        for matrix in ("gate", "up", "down"):
+            assert found[f"blk.{layer}.ffn_{matrix}_exps.weight.counts"].shape[-1] == count
+        assert f"blk.{layer}.attn_q.weight.in_sum2" in found
+    assert "iq2_xs" in {info.kind for info in read_header(outfile).tensors.values()}
+    # the matrix is what llama-quantize has used, and it changes what it makes
+    again = tmp_path / "again.gguf"
+    mone.export(model, outfile=plain, outtype="auto" if road == "gguf" else "f32", **options)
+    run(runtime.path() / "llama-quantize", "--imatrix", imatrix, plain, again, "q3_k_m")
+    mone.export(model, outfile=outfile, outtype="q3_k_m", **options)
+    assert same_tensors(outfile, again)
+    mone.export(model, outfile=outfile, outtype="q3_k_m", with_imatrix=False, **options)
+    assert not same_tensors(outfile, again)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    a, b = taken_apart(one).tensors, taken_apart(other).tensors
+    return a.keys() == b.keys() and all(a[name].data == b[name].data for name in a)
