@@ -14,8 +14,18 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory", "runtime"),
-*("recipe", "llama_options", "artifacts", "architectures", "source"),
+    *(
+        "errors",
+        "lazily",
+        "transformers_internals",
+        "files",
+        "terminal",
+        "locks",
+        "paths",
+        "memory",
+        "runtime",
+    ),
+    *("recipe", "llama_options", "artifacts", "architectures", "source"),
     *("calibration.chats", "calibration.documents", "calibration.corpus", "calibration.sums"),
     *("calibration.observer", "calibration.ranks", "calibration.work_folder", "calibration.rows"),
     *("calibration.streaming", "calibration.loading", "calibration.stability", "calibration.passes"),
