@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
 
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import Tensor, torch
 from mone_export.paths import replacing
 from mone_export.recipe import Recipe, ScoreName
 
@@ -54,19 +52,29 @@ class MoeSpec:
         return self.n_group > 1 or layer in self.numbered
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
     """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values.
 
-    `sources` says how many of the tokens each text gave, by name; `origin`, int16 [n_row, seq_len], which of
-    them each token is from.
+    `tokens` has them as a tensor, `ids` as an array of the same memory. `sources` says how many of the tokens
+    each text gave, by name; `origin`, int16 [n_row, seq_len], which of them each token is from.
     """
 
-    tokens: Tensor
-    name: str
-    sha256: str
-    sources: Mapping[str, int] = field(default_factory=dict)
-    origin: Tensor | None = None
+    def __init__(
+        self,
+        tokens: "Tensor | np.ndarray",
+        name: str,
+        sha256: str,
+        sources: Mapping[str, int] | None = None,
+        origin: np.ndarray | None = None,
+    ) -> None:
+        """Take rows as either; they become a tensor where one is asked for, as a dry run never does."""
+        self.ids: np.ndarray = np.asarray(tokens)
+        self.name, self.sha256, self.sources, self.origin = name, sha256, sources or {}, origin
+
+    @property
+    def tokens(self) -> Tensor:
+        """The rows as a tensor."""
+        return torch.from_numpy(self.ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +102,7 @@ class ExpertStats:
     max_abs: Tensor  # [M] largest |f| over tokens and channels
 
     @classmethod
-    def empty(cls, n_expert: int, hidden_size: int, *, device: torch.device | None = None) -> "ExpertStats":
+    def empty(cls, n_expert: int, hidden_size: int, *, device: "torch.device | None" = None) -> "ExpertStats":
         """Return the statistics of no tokens at all, the neutral element of `merge`."""
         shapes = {
             "out_mean": (n_expert, hidden_size),
@@ -142,7 +150,7 @@ class ExpertStats:
             self, **{name: getattr(self, name) * times for name in _STAT_TENSORS if name not in kept}
         )
 
-    def to(self, device: torch.device | str) -> "ExpertStats":
+    def to(self, device: "torch.device | str") -> "ExpertStats":
         """Return the statistics on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _STAT_TENSORS})
 
@@ -279,6 +287,9 @@ def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[s
 
     The file appears when it is complete. Raises `MoneError` when it cannot be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     n_token = {str(layer): stats.n_token for layer, stats in layers.items()}
     metadata = {"mone_calibration": json.dumps({"version": _VERSION, **header, "layer_n_token": n_token})}
     tensors = {
@@ -298,6 +309,8 @@ def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[s
 
 def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
     """Read what `save_layers` wrote: (header, statistics by layer)."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["mone_calibration"])

@@ -449,7 +449,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace, display: Display) -> None:
-    _quiet_transformers()
+    _quiet_transformers(args.model)
     from mone_export.pipeline import export
 
     report = export(**request_options(args), progress=display)
@@ -474,7 +474,7 @@ def _restore_check(args: argparse.Namespace, display: Display) -> None:
 
 
 def _dry_run(args: argparse.Namespace, display: Display) -> None:
-    _quiet_transformers()
+    _quiet_transformers(args.model)
     from mone_export.artifacts import Part
     from mone_export.pipeline import rehearse
 
@@ -619,11 +619,13 @@ def _durations(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items())
 
 
-def _quiet_transformers() -> None:
+def _quiet_transformers(model: str) -> None:
     """Keep Hugging Face's own bars and notices off the terminal: errors reach the user as ours."""
     level = os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    if Path(model).is_file():  # a GGUF, of which it loads nothing
+        return
     from transformers.utils import logging as transformers_logging
 
     # The variable alone is read once, when transformers is first imported: perhaps before this.

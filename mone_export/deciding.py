@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
-
 from mone_export.artifacts import Calibration, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
 from mone_export.fitting import judge
+from mone_export.lazily import Tensor
 from mone_export.output.writing import measure
 from mone_export.pruning.allocation import Counts, allocate, possible
 from mone_export.pruning.novices import joint_novices, novices

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
+
+from mone_export.lazily import torch
 
 _PROC, _CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from mone_export.architectures import weights_inputs
 from mone_export.artifacts import Calibration, Candidate, Corpus, Plan, differing
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
+from mone_export.lazily import Tensor
 from mone_export.llama_options import LlamaOptions
 from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
@@ -217,7 +216,7 @@ class Job:
 
         request = self.request
         return Setup(
-            device=self.device,
+            device=resolve_device(self.device),
             dtype=request.dtype,
             stream=request.stream,
             memory=request.memory,
@@ -374,7 +373,9 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
 
     Raises `MoneError` for a model llama.cpp cannot convert, and a size that nothing fits.
     """
-    device = resolve_device(ranks.own_device(request.device))
+    device = ranks.own_device(request.device)
+    if device != "auto":
+        resolve_device(device)
     if request.fit is not None and source.spec.kept_before:
         raise MoneError(f"--fit cannot tell yet what {source.name} loses, which has novices: pass --ratio")
     if request.fit is None:
@@ -421,12 +422,12 @@ def _announce(job: Job) -> None:
 def _check_text(job: Job, corpus: Corpus) -> None:
     """Refuse tokens that the model has no embeddings for; warn of rows longer than it was made for."""
     n_vocab, window = job.source.limits
-    if n_vocab is not None and (largest := int(corpus.tokens.max())) >= n_vocab:
+    if n_vocab is not None and (largest := int(corpus.ids.max())) >= n_vocab:
         raise MoneError(
             f"the tokenizer gives token {largest}, the model has embeddings for {n_vocab}: the tokenizer is "
             "another model's, get this model's own"
         )
-    if window is not None and (seq_len := corpus.tokens.shape[1]) > window:
+    if window is not None and (seq_len := corpus.ids.shape[1]) > window:
         log.warning(
             "rows of %d tokens are longer than the model's window of %d: -c %d", seq_len, window, window
         )

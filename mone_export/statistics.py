@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mone_export import __version__
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Stability, differing
 from mone_export.calibration import ranks
@@ -22,6 +20,7 @@ from mone_export.calibration.corpus import head
 from mone_export.calibration.stability import Watch
 from mone_export.calibration.work_folder import WorkFolder, alone_in, begun
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import torch
 from mone_export.pruning.allocation import sensitivities
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.novices import novices

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "mone_export"
 
 # a module imports only from modules before it
 ORDER = (
-    *("errors", "transformers_internals", "files", "terminal", "locks", "paths", "memory", "runtime"),
+    *("errors", "lazily", "transformers_internals", "files", "terminal", "locks", "paths"),
+    *("memory", "runtime"),
     *("recipe", "llama_options", "artifacts", "architectures", "source"),
     *("calibration.chats", "calibration.documents", "calibration.corpus", "calibration.sums"),
     *("calibration.observer", "calibration.ranks", "calibration.work_folder", "calibration.rows"),

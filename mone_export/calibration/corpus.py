@@ -18,12 +18,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from mone_export.artifacts import Corpus
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor
 from mone_export.source.tokenizing import Encoder, TextReader, as_reader
 
 if TYPE_CHECKING:
@@ -91,18 +91,18 @@ def make_corpus(
 
 def head(corpus: Corpus, n_row: int) -> Corpus:
     """Return the first rows of a corpus as one of its own."""
-    tokens, origin, sources = corpus.tokens[:n_row], None, {}
+    ids, origin, sources = corpus.ids[:n_row], None, {}
     if corpus.origin is not None:
         origin = corpus.origin[:n_row]
-        counts = torch.bincount(origin.flatten(), minlength=len(corpus.sources)).tolist()
+        counts = np.bincount(origin.ravel(), minlength=len(corpus.sources)).tolist()
         sources = dict(zip(corpus.sources, counts, strict=True))
-    return Corpus(tokens, corpus.name, fingerprint_rows(tokens), sources, origin)
+    return Corpus(ids, corpus.name, fingerprint_rows(ids), sources, origin)
 
 
-def fingerprint_rows(tokens: Tensor) -> str:
+def fingerprint_rows(tokens: Tensor | np.ndarray) -> str:
     """Return the SHA-256 of rows of tokens, int64 [n_row, seq_len]: of their shape and values."""
     header = json.dumps(list(tokens.shape)).encode()
-    return hashlib.sha256(header + tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(header + np.asarray(tokens, "<i8").tobytes()).hexdigest()
 
 
 def _corpus(texts: Sequence[_Text], encoder: Encoder, *, n_row: int, seq_len: int) -> Corpus:
@@ -132,10 +132,10 @@ def _corpus(texts: Sequence[_Text], encoder: Encoder, *, n_row: int, seq_len: in
         )
     for unused in (source for source, n_token in sources.items() if not n_token):
         log.info("%s is not used: the text before it fills the rows; =WEIGHT gives each a share", unused)
-    tokens = torch.tensor(ids[:wanted], dtype=torch.int64).reshape(n_row, seq_len)
-    numbers = torch.arange(len(sources), dtype=torch.int16)
-    origin = numbers.repeat_interleave(torch.tensor(list(sources.values()))).reshape(n_row, seq_len)
-    return Corpus(tokens, name, fingerprint_rows(tokens), sources, origin)
+    rows = np.array(ids[:wanted], np.int64).reshape(n_row, seq_len)
+    numbers = np.arange(len(sources), dtype=np.int16)
+    origin = numbers.repeat(list(sources.values())).reshape(n_row, seq_len)
+    return Corpus(rows, name, fingerprint_rows(rows), sources, origin)
 
 
 def _append_ids(ids: list[int], documents: Iterable[Document], encoder: Encoder, wanted: int) -> None:
@@ -159,18 +159,18 @@ def _ids(documents: Iterable[Document], encoder: Encoder) -> Iterator[list[int]]
 def _interleaved(parts: Sequence[Corpus]) -> Corpus:
     """Put the rows of several corpora in one order: row k of n comes at (k + 1/2) / n, equals as given."""
     places = [
-        ((2 * row + 1) / (2 * len(part.tokens)), number, row)
+        ((2 * row + 1) / (2 * len(part.ids)), number, row)
         for number, part in enumerate(parts)
-        for row in range(len(part.tokens))
+        for row in range(len(part.ids))
     ]
     order = sorted(places)
-    tokens = torch.stack([parts[number].tokens[row] for _, number, row in order])
-    numbers = torch.tensor([number for _, number, _ in order], dtype=torch.int16)
+    ids = np.stack([parts[number].ids[row] for _, number, row in order])
+    numbers = np.array([number for _, number, _ in order], np.int16)
     names = [part.name for part in parts]
     labels = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
-    sources = {label: part.tokens.numel() for label, part in zip(labels, parts, strict=True)}
-    origin = numbers[:, None].expand_as(tokens)
-    return Corpus(tokens, ", ".join(names), fingerprint_rows(tokens), sources, origin)
+    sources = {label: part.ids.size for label, part in zip(labels, parts, strict=True)}
+    origin = np.broadcast_to(numbers[:, None], ids.shape)
+    return Corpus(ids, ", ".join(names), fingerprint_rows(ids), sources, origin)
 
 
 def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int) -> list[int]:

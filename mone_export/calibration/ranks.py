@@ -12,12 +12,9 @@ from contextlib import contextmanager
 from functools import reduce
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from mone_export.artifacts import ExpertStats
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(hours=6)  # between the first rank that is done and the last
@@ -39,11 +36,13 @@ def joined() -> Iterator[None]:
     if n_rank() == 1:
         yield
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)  # what travels lies in the machine's memory: sums
+    torch.distributed.init_process_group(
+        "gloo", timeout=_PATIENCE
+    )  # what travels lies in the machine's memory: sums
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def own_device(device: str) -> str:
@@ -72,17 +71,17 @@ def share(tokens: Tensor) -> Tensor:
 
 def from_first(value: T) -> T:
     """Return rank 0's value on all ranks; the own one where they are not, or no longer, joined."""
-    if n_rank() == 1 or not dist.is_initialized():
+    if n_rank() == 1 or not torch.distributed.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def wait() -> None:
     """Return when all ranks have come this far."""
     if n_rank() > 1:
-        dist.barrier()
+        torch.distributed.barrier()
 
 
 def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
@@ -92,7 +91,7 @@ def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
     result = {}
     for layer, own in layers.items():  # one layer at a time: they may be large
         parts: list[ExpertStats | None] | None = [None] * n_rank() if rank() == 0 else None
-        dist.gather_object(own, parts)
+        torch.distributed.gather_object(own, parts)
         if parts is not None:
             result[layer] = reduce(ExpertStats.merge, (part for part in parts if part is not None))
     return result

@@ -10,14 +10,11 @@ from pathlib import Path
 
 from mone_export.artifacts import Corpus
 from mone_export.calibration.corpus import head
-from mone_export.calibration.imatrix_sums import ImatrixSums
-from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.llama_options import LlamaOptions
 from mone_export.memory import free_memory
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.runtime import Progress
 from mone_export.source import GgufFile
-from mone_export.source.imatrix import save_imatrix
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +46,11 @@ def importance_matrix(base: Path, rounding: Rounding, *, progress: Progress | No
     if not needed and base.stat().st_size * _WITH_WORK > free_memory():
         log.warning("rounded without an importance matrix: %s does not fit into memory to be run", base.name)
         return None
+    # which need PyTorch; what only asks for types and sizes does not
+    from mone_export.calibration.imatrix_sums import ImatrixSums
+    from mone_export.calibration.through_llamacpp import LlamaEngine
+    from mone_export.source.imatrix import save_imatrix
+
     seq_len = rounding.text.tokens.shape[1]
     text = head(rounding.text, max(1, N_TOKEN // seq_len))
     sums = ImatrixSums()

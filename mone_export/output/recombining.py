@@ -3,11 +3,9 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from mone_export.artifacts import Plan
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 from mone_export.pruning.dern import recombine
 
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from mone_export.artifacts import Calibration, MoeSpec, Plan
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 from mone_export.output.gguf_format import (
     COUNT_KEY,
     GROUP_COUNT_KEY,
@@ -70,7 +70,7 @@ def write(
     rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
-    stored: dict[int, Tensor] = {}
+    stored: dict[int, np.ndarray] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
         stored = _stored(calibration, plan, source, novices)
@@ -173,7 +173,7 @@ def layouts(
     our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
     more of the same model's experts by method `mone`: how many there are makes no difference.
     """
-    blank = torch.zeros(plan.spec.n_expert, plan.spec.hidden_size)
+    blank = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
     text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
     keys = provenance(plan) | origin(source, "0" * 64, text)
     found: dict[str, Layout] = {}
@@ -218,8 +218,10 @@ def _temporary_folder() -> Iterator[Path]:
 class Edits:
     """What becomes of each tensor of a model, by its GGUF name: what `Conversion` asks about every one."""
 
-    def __init__(self, plan: Plan, stored: Mapping[int, Tensor], importance: Mapping[int, Tensor]) -> None:
-        """Take a plan, and the novices [n_expert, d] of its layers where its method has some.
+    def __init__(
+        self, plan: Plan, stored: Mapping[int, np.ndarray], importance: Mapping[int, Tensor]
+    ) -> None:
+        """Take a plan, and the novices, float32 [n_expert, d], of its layers where its method has some.
 
         `importance` [n_expert] weighs the experts of each layer where new ones are made of them.
         """
@@ -229,7 +231,7 @@ class Edits:
         self._novices = {layer: stored[layer] for layer in self._pruned} if with_novices else {}
         self.added: list[str] = []  # tensors that are not the model's own
         self._before: PrunedBefore | None = None  # by an earlier pruning
-        self._scales: dict[int, Tensor] = {}  # [M], what the runtime multiplies experts' outputs by
+        self._scales: dict[int, np.ndarray] = {}  # [M], what the runtime multiplies experts' outputs by
         self._recombination = Recombination(plan, importance) if plan.recipe.method == "dern" else None
 
     @property
@@ -275,7 +277,7 @@ class Edits:
             return None if self.plan.spec.keeps_numbers(number) else Rows(layer.order)
         if part == "down bias":
             return Rows(layer.kept, self._novices[number][list(layer.pruned)])
-        others = torch.full((len(layer.pruned), *shape[1:]), float(part == "scale"))
+        others = np.full((len(layer.pruned), *shape[1:]), part == "scale", np.float32)
         return Rows(layer.kept, others)
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
@@ -289,7 +291,7 @@ class Edits:
         own = _pick(tensor, rows.own, self.plan.spec.n_expert)
         if rows.others is None:
             return own
-        return torch.cat([own, type(tensor).from_eager(rows.others)])  # type: ignore[attr-defined]
+        return torch.cat([own, type(tensor).from_eager(torch.from_numpy(rows.others))])  # type: ignore[attr-defined]
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""
@@ -298,24 +300,24 @@ class Edits:
             return self._recombination.rewrite(layer, matrix_of(name), read)
         return [partial(read, expert) for expert in range(self.plan.spec.n_expert)]
 
-    def _add_novices(self, conversion: Rewriting, number: int, novices: Tensor) -> None:
+    def _add_novices(self, conversion: Rewriting, number: int, novices: np.ndarray) -> None:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
         if novice_tensor(number) not in conversion.shapes:
             gone = list(layer.pruned)
-            rows = torch.zeros_like(novices)
+            rows = np.zeros_like(novices)
             rows[len(layer.kept) :] = novices[gone]
             if number in self._scales:
                 rows[len(layer.kept) :] *= self._scales[number][gone, None]
             self._add(conversion, novice_tensor(number), rows)
         if self.plan.spec.keeps_numbers(number):
-            slots = torch.argsort(torch.tensor(layer.order)).to(torch.int32)
+            slots = np.argsort(layer.order).astype(np.int32)
             if self._before and (slots_before := self._before.slots(number)) is not None:
-                slots = slots[torch.from_numpy(slots_before).long()]
+                slots = slots[slots_before]
             self._add(conversion, slot_tensor(number), slots[:, None])
 
-    def _add(self, conversion: Rewriting, name: str, tensor: Tensor) -> None:
-        conversion.add_tensor(name, tensor)
+    def _add(self, conversion: Rewriting, name: str, values: np.ndarray) -> None:
+        conversion.add_tensor(name, values)
         self.added.append(name)
 
 
@@ -333,7 +335,7 @@ def _renumbered(plan: Plan, source: Source) -> Plan:
 
 def _stored(
     calibration: Calibration, plan: Plan, source: Source, novices: Mapping[int, Tensor] | None
-) -> dict[int, Tensor]:
+) -> dict[int, np.ndarray]:
     """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d].
 
     Those that an earlier pruning has made stay as they are.
@@ -347,11 +349,11 @@ def _stored(
             if novices
             else novices_of(calibration.layers[layer.layer], plan.recipe.novice)
         )
-        found[layer.layer] = given.float()
+        found[layer.layer] = given.float().numpy()
         if source.before and layer.layer in source.before.order:
             first = plan.spec.present[layer.layer]
-            found[layer.layer][first:] = torch.from_numpy(source.before.novices(layer.layer)[first:])
-        if not torch.isfinite(found[layer.layer]).all():
+            found[layer.layer][first:] = source.before.novices(layer.layer)[first:]
+        if not np.isfinite(found[layer.layer]).all():
             raise MoneError(
                 f"layer {layer.layer}: novices are not finite in float32; calibrate again with --dtype "
                 "float32, or without this --stats file"
@@ -388,12 +390,12 @@ def _pick(tensor: Tensor, experts: Sequence[int], n_expert: int) -> Tensor:
     return tensor[list(experts)] if tensor.shape[0] == n_expert else tensor[:, list(experts)]
 
 
-def _scale(name: str, tensor: Tensor) -> Tensor:
+def _scale(name: str, tensor: Tensor) -> np.ndarray:
     """Return the experts' output scale, [M]: the runtime applies it before the novices are added."""
     if not name.endswith("ffn_down_exps.scale") or not tensor.is_floating_point():
         raise MoneError(f"{name}: experts in blocks with scales cannot be pruned: pass a BF16 checkpoint")
     values: Tensor = type(tensor).to_eager(tensor)  # type: ignore[attr-defined]
-    return values.float()
+    return values.float().numpy()
 
 
 def _check_complete(conversion: Rewriting, plan: Plan) -> None:

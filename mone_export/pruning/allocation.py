@@ -24,11 +24,10 @@ from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mone_export.artifacts import Calibration, MoeSpec, Scores
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 from mone_export.pruning.damage import error_left
 from mone_export.pruning.novices import novices
 from mone_export.pruning.uncertainty import possible_use
@@ -124,12 +123,15 @@ def least_kept(spec: MoeSpec, min_kept: int | None = None) -> int:
     return max(enough if min_kept is None else min_kept, 1)
 
 
-def ranking(spec: MoeSpec, values: Tensor, n_kept: int) -> list[int]:
+def ranking(spec: MoeSpec, values: Tensor | None, n_kept: int) -> list[int]:
     """Return the experts of a layer, scored by `values` [n_expert], the last to be pruned first.
 
-    Equal scores go to the lower id. `n_kept` is how many stay: each group's best ones come first.
+    Equal scores go to the lower id, and so do all without scores. `n_kept` is how many stay: each group's best
+    ones come first.
     """
-    order = torch.argsort(values, descending=True, stable=True).tolist()
+    order: Sequence[int] = range(spec.n_expert)
+    if values is not None:
+        order = torch.argsort(values, descending=True, stable=True).tolist()
     in_group = min(_kept_per_group(spec), n_kept // spec.n_group)
     return _groups_first(order, spec.n_expert // spec.n_group, in_group)
 

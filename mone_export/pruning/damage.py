@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from mone_export.artifacts import Calibration, ExpertStats, Plan
+from mone_export.lazily import Tensor
 from mone_export.pruning.novices import novices
 from mone_export.recipe import NoviceName
 

@@ -15,9 +15,7 @@ Source: "Dropping Experts, Recombining Neurons", arXiv 2509.10377, which has no 
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from mone_export.lazily import Tensor, torch
 
 ALPHA = 0.6  # best in the paper: 0 admits too much, more admits too little
 _GATE, _UP = 0, 1
@@ -84,7 +82,7 @@ def cluster(segments: Tensor, weight: Tensor, n_cluster: int) -> Tensor:
     for _ in range(_STEPS):
         sums = torch.zeros_like(centres).index_add_(0, nearest, weight * keys)
         filled = torch.zeros(n_cluster, dtype=torch.bool).index_fill_(0, nearest, True)[:, None]
-        centres = torch.where(filled, normalize(sums, dim=1), centres)
+        centres = torch.where(filled, torch.nn.functional.normalize(sums, dim=1), centres)
         moved = _nearest(keys, centres)[1]
         if torch.equal(moved, nearest):
             break
@@ -122,7 +120,7 @@ def _starts(segments: Tensor, keys: Tensor, n_cluster: int) -> Tensor:
 
 def _keys(segments: Tensor) -> Tensor:
     """Return what segments are compared by, of norm 1: up row and down column, [n, 2 d]."""
-    return normalize(segments[:, _UP:].flatten(1), dim=1)
+    return torch.nn.functional.normalize(segments[:, _UP:].flatten(1), dim=1)
 
 
 def _nearest(keys: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ ordinary ones stay within a few times their median, the extreme ones are beyond 
 
 from dataclasses import replace
 
-import torch
-
 from mone_export.artifacts import Calibration, Scores
+from mone_export.lazily import torch
 
 FACTOR = 10.0
 

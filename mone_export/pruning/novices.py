@@ -6,14 +6,13 @@ the output the runtime still multiplies by the router's weight. Add one by writi
 is known (`joint_novices`).
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from mone_export.artifacts import ExpertStats, Residual
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 from mone_export.recipe import NoviceName
 
 
@@ -59,7 +58,7 @@ def joint_novices(stats: ExpertStats, residual: Residual) -> Tensor:
 
 
 _RIDGE = 1e-3
-_TINY = torch.finfo(torch.float64).tiny
+_TINY = sys.float_info.min
 
 NOVICES: dict[NoviceName, Novice] = {
     "mean": Novice(

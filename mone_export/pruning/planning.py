@@ -1,11 +1,9 @@
 """plan(): scores and the layers' counts in, the experts that stay out. Pure, exact counts, stable ties."""
 
-from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
+from mone_export.lazily import Tensor
 from mone_export.pruning.allocation import Counts, allocate, even_counts, possible, ranking
 from mone_export.recipe import Recipe
 
@@ -20,18 +18,17 @@ def plan(
     """
     recipe = possible(recipe or Recipe.of(**{"score": scores.score, **choices}), scores.calibration)
     counts = counts or allocate(scores, recipe)
-    layers = []
-    for layer, values in zip(scores.spec.moe_layers, scores.values, strict=True):
-        order = ranking(scores.spec, values, counts[layer])
-        kept, pruned = sorted(order[: counts[layer]]), sorted(order[counts[layer] :])
-        layers.append(LayerPlan(layer=layer, kept=tuple(kept), pruned=tuple(pruned)))
-    return Plan(spec=scores.spec, recipe=recipe, layers=tuple(layers))
+    layers = zip(scores.spec.moe_layers, scores.values, strict=True)
+    return Plan(scores.spec, recipe, tuple(_layer(scores.spec, layer, counts, own) for layer, own in layers))
 
 
 def plan_without_scores(spec: MoeSpec, recipe: Recipe) -> Plan:
     """Return a plan with the same number of arbitrary experts in every layer: enough to know a size."""
-    blank = Scores(spec=spec, score=recipe.score, values=torch.zeros(len(spec.moe_layers), spec.n_expert))
     counts = even_counts(spec, recipe)
-    for row, n_expert in enumerate(spec.present.values()):
-        blank.values[row, n_expert:] = -torch.inf
-    return replace(plan(blank, counts, recipe=replace(recipe, allocation="even")), recipe=recipe)
+    return Plan(spec, recipe, tuple(_layer(spec, layer, counts, None) for layer in spec.moe_layers))
+
+
+def _layer(spec: MoeSpec, layer: int, counts: Counts, values: Tensor | None) -> LayerPlan:
+    order = ranking(spec, values, counts[layer])
+    kept, pruned = sorted(order[: counts[layer]]), sorted(order[counts[layer] :])
+    return LayerPlan(layer=layer, kept=tuple(kept), pruned=tuple(pruned))

@@ -9,11 +9,9 @@ An expert never seen (`count` 0) scores minus infinity: it is pruned first, as n
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Scores
 from mone_export.errors import MoneError
+from mone_export.lazily import Tensor, torch
 from mone_export.pruning.guard import guard
 from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import SCORE_NAMES, ScoreName
@@ -74,7 +72,7 @@ def score_weights(spec: MoeSpec, layers: Iterable[tuple[int, Any]]) -> Scores:
         stacks = [
             getattr(experts, name).detach().flatten(1)  # [n_expert, weights of one]
             for name in ("gate_up_proj", "up_proj", "down_proj")
-            if isinstance(getattr(experts, name, None), Tensor)
+            if isinstance(getattr(experts, name, None), torch.Tensor)
         ]
         n = sum(stack.shape[1] for stack in stacks)
         total, squares = torch.stack([_absolute_sums(stack) for stack in stacks]).sum(0).cpu()

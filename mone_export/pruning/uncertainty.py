@@ -11,9 +11,8 @@ many thousands of tokens as what it is, and with more text the bound and the cou
 below that bound; any value from 5 to 10 does as well (docs/methods.md).
 """
 
-from torch import Tensor
-
 from mone_export.artifacts import ExpertStats
+from mone_export.lazily import Tensor
 
 MARGIN = 7.0
 

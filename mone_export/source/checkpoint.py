@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError
@@ -127,7 +126,7 @@ class Rewriting(Protocol):
     def key(self, name: str) -> Any:
         """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
 
-    def add_tensor(self, name: str, tensor: Tensor) -> None:
+    def add_tensor(self, name: str, values: np.ndarray) -> None:
         """Add a float32 or int32 tensor of our own."""
 
     def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:

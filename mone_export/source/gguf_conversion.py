@@ -96,9 +96,8 @@ class GgufConversion:
         """Return what the file states under a key (with `{arch}` in place of the architecture), or None."""
         return self._header.value(name.format(arch=self.arch))
 
-    def add_tensor(self, name: str, tensor: Any) -> None:
-        """Add a float32 or int32 tensor (PyTorch's) of our own, or put it in the place of the file's."""
-        values: np.ndarray = tensor.numpy()
+    def add_tensor(self, name: str, values: np.ndarray) -> None:
+        """Add a float32 or int32 tensor of our own, or put it in the place of the file's."""
         kind = {"float32": "f32", "int32": "i32"}[str(values.dtype)]
         self._tensors[name] = _Written(values.shape[::-1], kind, [values.tobytes()])
 
@@ -221,8 +220,8 @@ def _made(info: TensorInfo, edits: Edits, n_kept: int) -> _Written:
     return _Written((*inner, len(made)), kind, [*made])
 
 
-def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: Any = None) -> _Written:
-    """Return a tensor of some of its own slices along its last axis and, after them, PyTorch's `others`."""
+def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: np.ndarray | None = None) -> _Written:
+    """Return a tensor of some of its own slices along its last axis and, after them, `others`."""
     size = info.size // info.shape[axis]
     pieces: list[Slice | Made | bytes] = []
     for expert in own:
@@ -234,7 +233,7 @@ def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: Any = None) -
             pieces.append(Slice(info.file, offset, size))
     n_row = len(own)
     if others is not None:
-        pieces.append(others.numpy().tobytes())
+        pieces.append(others.tobytes())
         n_row += len(others)
     return _Written((*info.shape[:axis], n_row, *info.shape[axis + 1 :]), info.kind, pieces)
 

@@ -15,11 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+import numpy as np
 
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import torch
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress, tree
 from mone_export.source.gguf_types import gguf_library
@@ -64,6 +63,8 @@ class Conversion:
         its id on the hub, `org/model`; the folder's where none is given. Code that comes with the model runs
         only with `trust_remote_code`.
         """
+        from mone_export.source.stacking import LazyStack
+
         if not trust_remote_code:
             refuse_remote_code(path)
         self._path = path
@@ -77,7 +78,7 @@ class Conversion:
             "trust_remote_code": trust_remote_code,
         }
         self._ftype = self._gguf.LlamaFileType[CONVERTER_TYPES[outtype]]
-        with torch.inference_mode(), _LazyStack(self._conversion.LazyTorchTensor):
+        with torch.inference_mode(), LazyStack(self._conversion.LazyTorchTensor):
             try:
                 self._model, self.remark = self._opened(mtp)
                 self._model.prepare_tensors()
@@ -126,9 +127,9 @@ class Conversion:
         value = self._model.gguf_writer.kv_data[0].get(name.format(arch=self.arch))
         return value and value.value
 
-    def add_tensor(self, name: str, tensor: Tensor) -> None:
+    def add_tensor(self, name: str, values: np.ndarray) -> None:
         """Add a float32 or int32 tensor of our own."""
-        self._model.gguf_writer.add_tensor(name, tensor.numpy())
+        self._model.gguf_writer.add_tensor(name, values)
 
     def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
         """Write header, metadata and tensor list to `part`, and return the size the finished file will have.
@@ -197,31 +198,6 @@ class Conversion:
             except (Exception, SystemExit) as error:
                 raise _cannot_convert(self._path, error) from None
         self._metadata_ready = True
-
-
-class _LazyStack(TorchFunctionMode):
-    """Stacks llama.cpp's lazy tensors by the shape alone.
-
-    It would ask PyTorch to stack tensors without data, and for that PyTorch imports its compiler and a
-    computer algebra system: 1.6 of 8.0 seconds of CPU time of `mone-export demo --ratio 0.5 --stats saved`,
-    and 38 MB (means of five interleaved runs each).
-    """
-
-    def __init__(self, lazy: Any) -> None:
-        super().__init__()
-        self._lazy = lazy
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        if func is not torch.stack or not all(isinstance(part, self._lazy) for part in args[0]):
-            return func(*args, **named)
-        shape = list(args[0][0].shape)
-        dim = args[1] if len(args) > 1 else named.get("dim", 0)
-        shape.insert(dim % (len(shape) + 1), len(args[0]))
-        meta = self._lazy.meta_with_dtype_and_shape(args[0][0].dtype, tuple(shape))
-        return self._lazy(meta=meta, args=tuple(args), kwargs=named, func=func)
 
 
 def projector_command(path: Path, outfile: Path) -> str | None:

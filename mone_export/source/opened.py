@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import Tensor, torch
 from mone_export.source.naming import card_folder, completed
 
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
@@ -23,7 +22,7 @@ class Rows:
     """What an axis of experts consists of after an edit: entries of the tensor's own, then others of ours."""
 
     own: Sequence[int]
-    others: Tensor | None = None  # float32 [n, ...]
+    others: np.ndarray | None = None  # float32 [n, ...]
 
 
 class Edits(Protocol):
@@ -182,6 +181,6 @@ def _read(lazy: Any, experts: dict[int, Any], expert: int) -> Tensor:
     return tensor
 
 
-def _chunk(expert: Callable[[], Tensor], dtype: torch.dtype) -> np.ndarray:
+def _chunk(expert: Callable[[], Tensor], dtype: "torch.dtype") -> np.ndarray:
     array: np.ndarray = expert().to(dtype).contiguous().numpy()
     return array

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
 from mone_export.architectures import REFUSED, family_of
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import torch
 
 if TYPE_CHECKING:  # what builds models takes seconds to import: where it is not needed it is not imported
     from transformers import PreTrainedModel
@@ -151,7 +149,7 @@ def misfit(what: str, config: Any, error: BaseException) -> MoneError:
     )
 
 
-def expert_modules(module: nn.Module) -> Iterator[tuple[int, Any]]:
+def expert_modules(module: "torch.nn.Module") -> Iterator[tuple[int, Any]]:
     """Yield (layer number, experts module) for every expert stack laid out as in transformers' interface."""
     for name, child in module.named_modules():
         if not hasattr(child, "has_post_expert_norm"):
@@ -164,7 +162,7 @@ def _mark(module: Any) -> None:
     """Mark experts that do not use the interface, but are laid out like those, as its decorator would."""
     stacks = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     first, down = (
-        stack if isinstance(stack, nn.Parameter) and stack.dim() == 3 else None for stack in stacks
+        stack if isinstance(stack, torch.nn.Parameter) and stack.dim() == 3 else None for stack in stacks
     )
     if first is not None and down is not None:
         module.has_gate, module.has_bias, module.has_post_expert_norm = True, False, False

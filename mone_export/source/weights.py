@@ -13,11 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from mone_export.errors import MoneError, first_line
+from mone_export.lazily import Tensor, torch
 from mone_export.runtime import Progress
 from mone_export.source.fingerprints import remembered
 from mone_export.source.hub import INDEX, SINGLE
@@ -60,6 +57,8 @@ def open_weights(folder: Path) -> dict[str, Any]:
 
     Raises `MoneError` when there are no such files, or when one is missing, cut off or something else.
     """
+    from safetensors import SafetensorError, safe_open
+
     owner: dict[str, Any] = {}
     for file in weight_files(folder):
         try:
@@ -84,6 +83,8 @@ def fingerprint(folder: Path, *, progress: Progress | None = None) -> str:
 
 def _hash(folder: Path, progress: Progress | None) -> str:
     """Read and hash all tensors; the next one is read while one is hashed."""
+    from safetensors import SafetensorError
+
     owner = open_weights(folder)
     digest, names = hashlib.sha256(), sorted(owner)
     try:
