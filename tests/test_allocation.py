@@ -71,7 +71,7 @@ def test_search_goes_on_from_what_the_curves_say() -> None:
         asked.append(counts)
         return sum(float(curves[layer][n]) * (5 if layer == 2 else 1) for layer, n in counts.items())
 
-    found = search(curves, 8, dict.fromkeys(curves, 2), measure, n_step=8)
+    found = search(curves, dict.fromkeys(curves, 8), dict.fromkeys(curves, 2), measure, n_step=8)
     assert sum(found.values()) == 24 and min(found.values()) >= 2
     assert len(asked) <= 2 + 8
     start = share_out(curves, 24, dict.fromkeys(curves, 2))
@@ -85,7 +85,7 @@ def test_search_keeps_even_counts_where_nothing_measured_is_better() -> None:
     def measure(counts: Mapping[int, int]) -> float:
         return float(sum(abs(n - 2) for n in counts.values()))
 
-    assert search(curves, 2, dict.fromkeys(curves, 1), measure) == {0: 2, 1: 2}
+    assert search(curves, dict.fromkeys(curves, 2), dict.fromkeys(curves, 1), measure) == {0: 2, 1: 2}
 
 
 def test_places_are_the_same_as_by_looking_at_all_layers_for_each() -> None:

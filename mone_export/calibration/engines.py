@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
-from mone_export.calibration import loading
+from mone_export.calibration import loading, ranks
 from mone_export.calibration.loading import Model, choose, loaded_experts
 from mone_export.calibration.masking import Divergence, measure_residuals, recalibrate
 from mone_export.calibration.passes import calibrate
@@ -18,6 +18,7 @@ from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.stability import Watch
 from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.calibration.work_folder import WorkFolder
+from mone_export.errors import MoneError
 from mone_export.llama_options import LlamaOptions
 from mone_export.runtime import Progress
 from mone_export.source import GgufFile, Source, open_source
@@ -149,6 +150,8 @@ class InLlama(LlamaEngine):
 
     def __init__(self, source: GgufFile, options: LlamaOptions) -> None:
         """Load the model; raises `MoneError` where llama.cpp cannot."""
+        if ranks.n_rank() > 1:
+            raise MoneError(f"torchrun shares out the rows of checkpoints only: run {source.name} without it")
         super().__init__(source.files[0], source.spec, options=options)
         self._source = source
 

@@ -195,7 +195,7 @@ class EvalCallback:
         self._tap = tap
         self.error: BaseException | None = None
         self.seen: list[int] = []  # layers whose experts came by
-        self._ended = self._interrupted = False
+        self._ended = self.interrupted = False
         self._copied = False  # experts go from main memory to a device, by ids that must have been computed
         self._inputs_weighted = False
         self._pending: tuple[int, int, np.ndarray[Any, Any]] | None = None  # layer, address, ids
@@ -203,13 +203,13 @@ class EvalCallback:
 
     def interrupt(self) -> None:
         """End the run from another thread."""
-        self._interrupted = True
+        self.interrupted = True
 
     def __call__(self, address: int, ask: bool, _: object) -> bool:
         """Say whether a node matters or, after it was computed, whether to go on."""
         node = Node.from_address(address)
         try:
-            self._ended = self._ended or self._interrupted
+            self._ended = self._ended or self.interrupted
             if not self._ended:
                 matters = self._asked(address, node) if ask else self._computed(address, node)
             if not self._ended:

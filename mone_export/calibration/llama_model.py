@@ -35,6 +35,7 @@ class LlamaModel:
         self._seam = EvalCallback()
         self._callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._seam)
         self._context: Any = None
+        self._model: Any = None
         self.n_thread = options.n_threads or torch.get_num_threads()
         self._room = (0, 0)  # sequences, and tokens of all
         self.n_piece = min(options.n_batch, options.n_ubatch)
@@ -87,6 +88,8 @@ class LlamaModel:
             params.n_gpu_layers = self._options.n_gpu_layers
         overrides = _on_cpu(self._options.n_cpu_moe)  # alive until the model is loaded
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        going_on = self._lib.llama_progress_callback(lambda done, _: not self._seam.interrupted)
+        params.progress_callback = going_on
         return self._lib.llama_model_load_from_file(str(self._path).encode(), params)
 
     def _run(self, rows: Tensor, tap: Tap, outputs: Tensor | None) -> list[tuple[list[int], Tensor]]:
@@ -137,6 +140,7 @@ class LlamaModel:
             return
         if self._context:
             self._lib.llama_free(self._context)
+            self._context, self._room = None, (0, 0)
         params = self._lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = n_token, n_seq, True
         params.n_batch = params.n_ubatch = self.n_piece

@@ -126,8 +126,8 @@ def least_kept(spec: MoeSpec, min_kept: int | None = None) -> int:
 def ranking(spec: MoeSpec, values: Tensor | None, n_kept: int) -> list[int]:
     """Return the experts of a layer, scored by `values` [n_expert], the last to be pruned first.
 
-    Equal scores go to the lower id, and so do all without scores. `n_kept` is how many stay: each group's best
-    ones come first.
+    Equal scores go to the lower id, and so do all without scores. `n_kept` is how many stay: each group's
+    best ones come first.
     """
     order: Sequence[int] = range(spec.n_expert)
     if values is not None:
