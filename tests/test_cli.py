@@ -240,9 +240,10 @@ def test_notices_of_transformers_are_not_shown(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere/to/be/found", "neither a folder nor a Hugging Face id like org/model"),
-        ("./missing", "neither a folder nor a Hugging Face id"),
-        (__file__, "neither a folder nor a Hugging Face id"),
+        ("nowhere/to/be/found", "neither a folder, a GGUF nor a Hugging Face id like org/model"),
+        ("./missing", "neither a folder, a GGUF nor a Hugging Face id"),
+        (__file__, "is no GGUF: pass one, or the folder of a checkpoint"),
+        ("nowhere/model.gguf", "there is no file nowhere/model.gguf"),
     ],
 )
 def test_model_that_is_no_folder_is_one_line(
@@ -755,7 +756,7 @@ def test_a_probe_that_fails_costs_neither_the_statistics_nor_the_file(
         assert (tmp_path / "s").exists(), "saved first"
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("mone_export.calibration.sensitivity.damage_by_layer", fail)
+    monkeypatch.setattr("mone_export.calibration.engines.damage_by_layer", fail)
     outcome = export("--stats", tmp_path / "s", "-o", tmp_path / "model.gguf")
     assert outcome.status == 0, outcome.err
     assert gguf_file.read(tmp_path / "model.gguf").keys["mone.scope"][1] == "layer"
