@@ -88,7 +88,7 @@ def file_size(job: Job, chosen: Plan) -> int:
     """Return the bytes of a plan's file."""
     if len(set(chosen.n_kept.values())) == 1 and chosen.recipe.allocation == job.recipe.allocation:
         return job.size  # what was measured before
-    size, _ = measure(job.source, chosen, outtype=job.outtype)
+    size, _ = measure(job.source, chosen, outtype=job.rounding)
     return size
 
 

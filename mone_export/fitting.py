@@ -42,6 +42,7 @@ def candidates(
     *,
     outtype: str = "auto",
     any_ratio: bool = True,
+    imatrix: bool = False,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Return for each type the candidate with the most experts that `budget` bytes hold, exactest type first.
@@ -51,7 +52,7 @@ def candidates(
     naming the smallest size there is, when nothing fits.
     """
     outtypes = LADDER if outtype == "auto" and not source.packed else (outtype,)
-    sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio)
+    sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio, imatrix=imatrix)
     n_expert = source.spec.n_expert
     found: list[Candidate] = []
     for number, name in enumerate(outtypes, start=1):
@@ -90,14 +91,16 @@ def candidates(
 class _Layouts:
     """The layouts of a model's files by type and number of experts kept, the same in every layer."""
 
-    def __init__(self, source: Source, recipe: Recipe, outtypes: Sequence[str], *, any_ratio: bool) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, outtypes: Sequence[str], *, any_ratio: bool, imatrix: bool
+    ) -> None:
         """Measure the smallest and the largest file of each type; by method `mone` all others follow."""
-        self._source, self._recipe = source, recipe
+        self._source, self._recipe, self._imatrix = source, recipe, imatrix
         spec = source.spec
         self.floor = least_kept(spec, recipe.min_kept) if any_ratio else kept_per_layer(spec, recipe)
-        few = layouts(source, self._blank(self.floor), outtypes)
+        few = layouts(source, self._blank(self.floor), outtypes, imatrix=imatrix)
         types = {name: layout.types for name, layout in few.items()} if recipe.method == "mone" else None
-        many = layouts(source, self._blank(spec.n_expert), outtypes, types=types)
+        many = layouts(source, self._blank(spec.n_expert), outtypes, types=types, imatrix=imatrix)
         self._known = {(name, spec.n_expert): layout for name, layout in many.items()}
         self._known |= {(name, self.floor): layout for name, layout in few.items()}
 
@@ -115,7 +118,8 @@ class _Layouts:
         if self._recipe.method == "mone":
             moe_layers = self._source.spec.moe_layers
             return self._known[outtype, self.floor].with_kept(dict.fromkeys(moe_layers, n_kept))
-        return layouts(self._source, self._blank(n_kept), (outtype,))[outtype]
+        found = layouts(self._source, self._blank(n_kept), (outtype,), imatrix=self._imatrix)
+        return found[outtype]
 
     def _blank(self, n_kept: int) -> Plan:
         spec = self._source.spec

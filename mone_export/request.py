@@ -197,10 +197,7 @@ class Job:
     @property
     def wants_imatrix(self) -> bool:
         """Whether an importance matrix is made: asked for, needed, or there is a calibration at hand."""
-        if self.request.imatrix is not None or self.outtype in IMATRIX_TYPES:
-            return True
-        rounded = self.outtype not in self.source.direct_types
-        return self.request.with_imatrix and rounded and self.needs_statistics
+        return _with_imatrix(self.request, self.source, self.recipe, self.outtype)
 
     @property
     def streamed(self) -> bool:
@@ -247,7 +244,11 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         _announce(job)
     if recipe.allocation == "search" and not chosen:
         _check_search(job)
-    return _with_text(job)
+    job = _with_text(job)
+    if job.wants_imatrix and job.corpus is None:  # there will be none
+        found = _sized(replace(request, with_imatrix=False), source, recipe, progress)
+        job = replace(found, request=request, saved=saved, plan=chosen)
+    return job
 
 
 def _saved(request: Request, source: Source) -> Calibration | None:
@@ -263,6 +264,14 @@ def _saved(request: Request, source: Source) -> Calibration | None:
     if saved and saved.spec != source.spec:
         raise MoneError(f"{stats} was made from another model: choose another --stats file")
     return saved
+
+
+def _with_imatrix(request: Request, source: Source, recipe: Recipe, outtype: str) -> bool:
+    """Return whether a file of a type gets an importance matrix, if there is text for it."""
+    if request.imatrix is not None or outtype in IMATRIX_TYPES:
+        return True
+    at_hand = recipe.needs_statistics or request.fit is not None
+    return request.with_imatrix and at_hand and outtype not in source.direct_types
 
 
 def _check_plan(request: Request) -> None:
@@ -380,7 +389,9 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
         raise MoneError(f"--fit cannot tell yet what {source.name} loses, which has novices: pass --ratio")
     if request.fit is None:
         outtype = request.outtype
-        layout = layouts(source, plan_without_scores(source.spec, recipe), (outtype,))[outtype]
+        imatrix = _with_imatrix(request, source, recipe, outtype)
+        blank = plan_without_scores(source.spec, recipe)
+        layout = layouts(source, blank, (outtype,), imatrix=imatrix)[outtype]
         whole = layout.size_with_all(source.spec)
         return Job(request, source, recipe, outtype, layout.size, layout.size_between, whole, device)
     found = candidates(
@@ -389,6 +400,7 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
         request.fit,
         outtype=request.outtype,
         any_ratio=request.ratio is None,
+        imatrix=request.with_imatrix,
         progress=progress,
     )
     if found[0].ratio == 0 and request.ratio is None:

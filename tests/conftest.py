@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families-json", help="keep what tests/test_families.py measured in this file")
+    parser.addoption("--archs-json", help="keep what tests/test_gguf_architectures.py measured in this file")
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_notices_of_transformers_are_not_shown(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere/to/be/found", "neither a folder, a GGUF nor a Hugging Face id like org/model"),
+        ("nowhere/to/be/found", "neither a folder nor a Hugging Face id like org/model"),
         ("./missing", "neither a folder, a GGUF nor a Hugging Face id"),
         (__file__, "is no GGUF: pass one, or the folder of a checkpoint"),
         ("nowhere/model.gguf", "there is no file nowhere/model.gguf"),

@@ -34,6 +34,7 @@ from typing import Literal
 
 FORMAT_VERSION = 1
 KEPT_COUNT_KEY = "{arch}.expert_kept_count"
+GGUF_ALIGNMENT = 32  # of tensors, unless a file says otherwise
 COUNT_KEY = "{arch}.expert_count"
 GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
 

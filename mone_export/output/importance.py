@@ -8,11 +8,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mone_export.artifacts import Corpus
 from mone_export.calibration.corpus import head
 from mone_export.llama_options import LlamaOptions
 from mone_export.memory import free_memory
-from mone_export.output.quantizing import IMATRIX_TYPES
+from mone_export.output.quantizing import IMATRIX_FILE, IMATRIX_TEXT, IMATRIX_TYPES
 from mone_export.runtime import Progress
 from mone_export.source import GgufFile
 
@@ -36,7 +38,7 @@ class Rounding:
 
 
 def importance_matrix(base: Path, rounding: Rounding, *, progress: Progress | None = None) -> Path | None:
-    """Make the importance matrix of a file and return where it is; None where there is no text for it.
+    """Make the importance matrix of a file, beside it, and return where; None where there is no text for it.
 
     A file that does not fit into memory is not run unless its type, or the user, asks for the matrix.
     """
@@ -56,13 +58,25 @@ def importance_matrix(base: Path, rounding: Rounding, *, progress: Progress | No
     sums = ImatrixSums()
     with LlamaEngine(base, GgufFile(base).spec, options=rounding.llama) as engine:
         engine.observe_inputs(text, sums, progress=progress)
-    outfile = rounding.imatrix or base.with_name("imatrix.gguf")
-    save_imatrix(
-        outfile,
-        sums.squares,
-        sums.n_row,
-        dataset=text.name,
-        n_token=text.tokens.numel(),
-        chunk_size=seq_len,
-    )
+    outfile = base.with_name(IMATRIX_FILE)
+    for path, name in ((outfile, IMATRIX_TEXT), (rounding.imatrix, text.name)):
+        if path is not None:
+            save_imatrix(
+                path,
+                {matrix: values.numpy() for matrix, values in sums.squares.items()},
+                {matrix: values.numpy() for matrix, values in sums.n_row.items()},
+                dataset=name,
+                n_token=text.tokens.numel(),
+                chunk_size=seq_len,
+            )
+    return outfile
+
+
+def any_imatrix(folder: Path) -> Path:
+    """Make an importance matrix of nothing, for asking which types a file would have with a real one."""
+    from mone_export.source.imatrix import save_imatrix
+
+    nothing = {"none": np.ones((1, 1), np.float32)}
+    outfile = folder / "nothing.gguf"
+    save_imatrix(outfile, nothing, {"none": np.ones(1)}, dataset=IMATRIX_TEXT, n_token=1, chunk_size=1)
     return outfile

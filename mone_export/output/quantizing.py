@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from mone_export.errors import MoneError
@@ -13,6 +14,15 @@ QUANTIZE_TYPES = (
 )
 # llama-quantize makes these only with an importance matrix
 IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
+
+# what the file then says of it: the same for every text, so that sizes are known before
+IMATRIX_FILE, IMATRIX_TEXT = "imatrix.gguf", "calibration"
+IMATRIX_KEYS: Mapping[str, str | int] = {
+    "quantize.imatrix.file": IMATRIX_FILE,
+    "quantize.imatrix.dataset": IMATRIX_TEXT,
+    "quantize.imatrix.entries_count": 0,
+    "quantize.imatrix.chunks_count": 0,
+}
 
 _STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _TENSOR = re.compile(
@@ -28,28 +38,41 @@ def quantize(
     imatrix: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Quantise the GGUF `base`, with an importance matrix; a `MoneError` gives llama-quantize's reason."""
-    options = ["--allow-requantize", *(["--imatrix", str(imatrix)] if imatrix else [])]
-    lines = _run([*options, str(base), str(outfile), outtype.upper()], progress=progress)
+    """Quantise the GGUF `base`, with an importance matrix `IMATRIX_FILE` beside it, if given.
+
+    A `MoneError` gives llama-quantize's reason.
+    """
+    options = ["--allow-requantize", *(["--imatrix", imatrix.name] if imatrix else [])]
+    arguments = [*options, str(base.absolute()), str(outfile.absolute()), outtype.upper()]
+    lines = _run(arguments, folder=imatrix and imatrix.parent, progress=progress)
     if not outfile.is_file():
         raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 
 
-def quantized_types(head: Path, outtype: str) -> dict[str, str]:
-    """Return the type that quantising `head` would give to each of its tensors, from its header alone."""
-    lines = _run(["--dry-run", "--allow-requantize", str(head), outtype.upper()])
+def quantized_types(head: Path, outtype: str, *, imatrix: Path | None = None) -> dict[str, str]:
+    """Return the type that quantising `head` would give to each of its tensors, from its header alone.
+
+    Some depend on whether there is an importance matrix: any will do.
+    """
+    options = ["--dry-run", "--allow-requantize", *(["--imatrix", str(imatrix)] if imatrix else [])]
+    lines = _run([*options, str(head), outtype.upper()])
     types = {name: new or old for name, old, new in _TENSOR.findall("\n".join(lines))}
     if not types:
         raise MoneError(f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}")
     return {name: kind.lower() for name, kind in types.items()}
 
 
-def _run(arguments: list[str], *, progress: Progress | None = None) -> list[str]:
-    """Run llama-quantize and return the lines it printed."""
+def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress | None = None) -> list[str]:
+    """Run llama-quantize, in a folder, and return the lines it printed."""
     lines: list[str] = []
     command = [str(path() / "llama-quantize"), *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=folder,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -21,6 +21,7 @@ from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
 from mone_export.output.gguf_format import (
     COUNT_KEY,
+    GGUF_ALIGNMENT,
     GROUP_COUNT_KEY,
     KEPT_COUNT_KEY,
     holds_ids,
@@ -29,9 +30,15 @@ from mone_export.output.gguf_format import (
     part_of,
     slot_tensor,
 )
-from mone_export.output.importance import Rounding, importance_matrix
+from mone_export.output.importance import Rounding, any_imatrix, importance_matrix
 from mone_export.output.provenance import Keys, origin, provenance
-from mone_export.output.quantizing import IMATRIX_TYPES, QUANTIZE_TYPES, quantize, quantized_types
+from mone_export.output.quantizing import (
+    IMATRIX_KEYS,
+    IMATRIX_TYPES,
+    QUANTIZE_TYPES,
+    quantize,
+    quantized_types,
+)
 from mone_export.output.recombining import Recombination
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
@@ -98,9 +105,11 @@ def write(
     return target.stat().st_size
 
 
-def measure(model: "str | Path | Source", plan: Plan, *, outtype: str = "auto") -> tuple[int, int]:
+def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding = "auto") -> tuple[int, int]:
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
-    layout = layouts(open_source(model), plan, (outtype,))[outtype]
+    rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
+    with_imatrix = rounding.text is not None
+    layout = layouts(open_source(model), plan, (rounding.outtype,), imatrix=with_imatrix)[rounding.outtype]
     return layout.size, layout.size_between
 
 
@@ -166,12 +175,14 @@ def layouts(
     outtypes: Sequence[str],
     *,
     types: Mapping[str, Mapping[str, str]] | None = None,
+    imatrix: bool = False,
 ) -> dict[str, Layout]:
     """Return the layout of a plan's file in each of several types, without reading a weight.
 
     Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
     our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
-    more of the same model's experts by method `mone`: how many there are makes no difference.
+    more of the same model's experts by method `mone`: how many there are makes no difference. With `imatrix`
+    it is to have an importance matrix.
     """
     blank = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
     text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
@@ -186,8 +197,9 @@ def layouts(
             conversion = edits.apply(source, outtype=base_type)
             size = conversion.write_head(head, _loading_keys(conversion, plan, source) | keys)
             conversion.close()
-            head_size = head.stat().st_size
-            base = Layout(head_size, conversion.shapes, conversion.types, added=frozenset(edits.added))
+            base = Layout(
+                head.stat().st_size, conversion.shapes, conversion.types, added=frozenset(edits.added)
+            )
             if base_type in outtypes:
                 found[base_type] = base
             quantized = set(outtypes).difference(direct) if base_type == "auto" else ()
@@ -195,12 +207,29 @@ def layouts(
                 with head.open("r+b") as file:
                     file.truncate(size)
             with ThreadPoolExecutor() as pool:
-                asked = pool.map(partial(quantized_types, head), () if types else quantized)
+                ask = partial(quantized_types, head, imatrix=any_imatrix(folder) if imatrix else None)
+                asked = pool.map(ask, () if types else quantized)
                 known = types or dict(zip(quantized, asked, strict=True))
             for outtype in quantized:
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
                 found[outtype] = replace(base, types=own, types_between=base.types)
+                if imatrix:
+                    found[outtype] = replace(found[outtype], head_size=_head_with_imatrix(conversion))
     return found
+
+
+def _head_with_imatrix(conversion: Rewriting) -> int:
+    """Return the bytes of a head in which llama-quantize says which importance matrix it had."""
+    n_byte = conversion.head_length
+    for key, value in IMATRIX_KEYS.items():
+        n_byte += _value_bytes(value) + 12 + len(key)
+        if (stated := conversion.key(key)) is not None:
+            n_byte -= _value_bytes(stated) + 12 + len(key)
+    return -(-n_byte // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
+
+
+def _value_bytes(value: str | int) -> int:
+    return 8 + len(value.encode()) if isinstance(value, str) else 4
 
 
 @contextmanager

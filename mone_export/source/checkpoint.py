@@ -113,6 +113,7 @@ class Rewriting(Protocol):
 
     arch: str
     block_count: int
+    head_length: int  # bytes of the head that was written, without padding
     remark: str | None
 
     @property

@@ -119,6 +119,7 @@ class GgufConversion:
             head.append(struct.pack("<IQ", number, offset))
             offset += _padded(tensor.size, alignment)
         written = b"".join(head)
+        self.head_length = len(written)
         self._file = FileIO(part, "w")
         _write(self._file, written.ljust(_padded(len(written), alignment), b"\0"))
         return self._file.tell() + offset

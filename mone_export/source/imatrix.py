@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
 from mone_export.errors import MoneError
 from mone_export.paths import replacing
+from mone_export.source.gguf_types import gguf_library
 
 
 def save_imatrix(
     path: Path,
-    squares: Mapping[str, Tensor],
-    n_row: Mapping[str, Tensor],
+    squares: Mapping[str, np.ndarray],
+    n_row: Mapping[str, np.ndarray],
     *,
     dataset: str,
     n_token: int,
@@ -25,20 +26,19 @@ def save_imatrix(
 
     Source: `IMatrixCollector::save_imatrix` in llama.cpp's `tools/imatrix/imatrix.cpp`.
     """
-    from gguf import GGUFWriter
-
+    library = gguf_library()
     try:
         with replacing(path) as part:
-            writer = GGUFWriter(part, "")  # of no architecture
+            writer = library.GGUFWriter(part, "")  # of no architecture
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", [dataset])
             writer.add_uint32("imatrix.chunk_count", n_token // chunk_size)
             writer.add_uint32("imatrix.chunk_size", chunk_size)
             for name in sorted(squares):
-                count = n_row[name].float()
+                count = n_row[name].astype(np.float32)
                 shape = (len(count), -1) if len(count) > 1 else (-1,)
-                writer.add_tensor(f"{name}.in_sum2", squares[name].float().reshape(shape).numpy())
-                writer.add_tensor(f"{name}.counts", count.reshape(shape).numpy())
+                writer.add_tensor(f"{name}.in_sum2", squares[name].astype(np.float32).reshape(shape))
+                writer.add_tensor(f"{name}.counts", count.reshape(shape))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()

@@ -152,7 +152,8 @@ class Conversion:
         except (struct.error, TypeError, ValueError, AttributeError) as error:
             raise self._cannot_state(error) from None
         writer.write_ti_data_to_file()
-        writer.write_padding(writer.fout[0], writer.fout[0].tell())
+        self.head_length = writer.fout[0].tell()
+        writer.write_padding(writer.fout[0], self.head_length)
         padded = (writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
         return int(writer.fout[0].tell() + sum(padded))
 

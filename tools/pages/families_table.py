@@ -2,6 +2,7 @@
 """Write docs/families.md from docs/measurements/families.json, which the tests write:
 
 pytest -m families --families-json=docs/measurements/families.json
+pytest tests/test_gguf_architectures.py --archs-json=docs/measurements/archs.json
 python tools/pages/families_table.py
 """
 
@@ -21,13 +22,21 @@ llama.cpp. NMSE: squared difference to the logits of the definition in plain PyT
 100 tokens, float32. A family works when the pruned file is no worse than twice the unpruned one, or 1e-6.
 Selection bias: added to the scores for choosing experts, not to their weights. Groups: a token's experts
 come from so many of so many groups. MTP block: after the last layer, for predicting further tokens; rows
-without an entry were tested without one.
+without an entry were tested without one. From a GGUF: the largest relative difference between the statistics
+that llama.cpp gives of the unpruned file and PyTorch's of the checkpoint, for families that llama.cpp computes
+as transformers does.
+"""
+ARCHS = """
+Architectures by llama.cpp's names, each as a tiny random GGUF of its own test's shape with more experts than
+are used: half of them replaced, by statistics from llama.cpp. NMSE: of the pruned file's logits, to those of
+the unpruned file with the novices put into its graph. {known}have no road from a checkpoint here.
 """
 
 
 def main() -> None:
     """Write the page."""
     data = json.loads((DOCS / "measurements" / "families.json").read_text())
+    archs = json.loads((DOCS / "measurements" / "archs.json").read_text())["rows"]
     works = [row for row in data["rows"] if "novice" in row]
     refused = [row for row in data["rows"] if "refused" in row]
     lines = [
@@ -35,11 +44,20 @@ def main() -> None:
         f"## {len(works)} models of {len({row['name'].split()[0] for row in works})} classes that work",
         "",
         "| transformers class | GGUF arch | routing | selection bias | shared experts | groups | MTP block "
-        "| status | NMSE unpruned | half novices |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(_line(*_facts(row), *(f"{row[key]:.0e}" for key in ("unpruned", "novice"))) for row in works),
+        "| status | NMSE unpruned | half novices | from a GGUF |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(
+            _line(*_facts(row), *(f"{row[key]:.0e}" for key in ("unpruned", "novice", "gguf")))
+            for row in works
+        ),
         "",
         *(f"- {row['name']}: {row['note']}." for row in works if row["note"]),
+        "",
+        f"## {sum('nmse' in row for row in archs)} models that can be pruned as a GGUF",
+        ARCHS.format(known=_known(archs)),
+        "| GGUF arch | layers with experts | NMSE | what happens |",
+        "|---|---|---|---|",
+        *(_line(*_arch(row)) for row in archs),
         "",
         f"## {len(refused)} that are refused, before any weights are read",
         "",
@@ -55,6 +73,17 @@ def main() -> None:
 def _facts(row: dict[str, Any]) -> tuple[str, ...]:
     bias = "yes" if row["bias"] else ""
     return row["name"], row["arch"], row["routing"], bias, row["shared"], row["groups"], row["mtp"], "works"
+
+
+def _known(archs: list[dict[str, Any]]) -> str:
+    named = [f"{row['known_as']} ({row['name']})" for row in archs if row["known_as"]]
+    return f"{', '.join(named[:-1])} and {named[-1]} "
+
+
+def _arch(row: dict[str, Any]) -> tuple[str, ...]:
+    if "refused" in row:
+        return row["name"], "", "", row["refused"]
+    return row["name"], str(row["layers"]), f"{row['nmse']:.0e}", "works"
 
 
 def _message(row: dict[str, Any]) -> str:

@@ -1,0 +1,102 @@
+"""Every architecture of llama.cpp with routed experts, as a tiny GGUF: what is predicted is what is written.
+
+The unpruned file with novices put into llama.cpp's graph by its eval callback is the prediction; the pruned
+file must give the same logits. `--archs-json=FILE` keeps the measurements; `tools/pages/families_table.py`
+puts them into docs/families.md.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_models import ARCHS, KNOWN_AS, VARIANTS, tiny_gguf
+from gguf_reference import assert_pruned_copy
+from torch import Tensor
+
+import mone_export as mone
+from mone_export.artifacts import Corpus
+from mone_export.calibration.corpus import fingerprint_rows
+from mone_export.calibration.engines import load
+from mone_export.calibration.eval_callback import Tap
+from mone_export.calibration.llama_model import LlamaModel
+from mone_export.errors import MoneError
+from mone_export.llama_options import LlamaOptions
+from mone_export.output.restore_check import restore_check
+from mone_export.pruning.novices import novices
+
+pytestmark = [pytest.mark.slow, pytest.mark.upstream]
+
+NAMES = (*ARCHS, *VARIANTS)
+# what llama.cpp does not run, or runs without its experts
+REFUSED = {"refact": "only [] could be observed"}
+# where a table of tokens names experts: it stays, and a slot tensor maps them
+MAPPED = ("deepseek4 hashed",)
+RATIO = {"deepseek2 in groups": 0.0, "glm4moe in groups": 0.0}  # groups so small that all experts stay
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("architectures")
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What was found, by name; kept where `--archs-json` says."""
+    found: dict[str, Any] = {}
+    yield found
+    if target := request.config.getoption("--archs-json"):
+        known = {arch: name for name, arch in KNOWN_AS.items()}
+        rows = [
+            {"name": name, "known_as": known.get(name, ""), **found[name]} for name in NAMES if name in found
+        ]
+        Path(target).write_text(json.dumps({"kind": "archs", "rows": rows}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record: dict[str, Any]) -> None:
+    file, outfile = tiny_gguf(name, folder), tmp_path / "pruned.gguf"
+    source = mone.open_source(file)
+    n_vocab, _ = source.limits
+    assert n_vocab is not None
+    tokens = torch.randint(0, n_vocab, (6, 48), generator=torch.Generator().manual_seed(0))
+    corpus = Corpus(tokens, "random", fingerprint_rows(tokens), {"random": tokens.numel()})
+    engine: Any = load(file, n_threads=1)
+    if name in REFUSED:
+        with pytest.raises(MoneError) as refused:
+            mone.calibrate(engine, corpus)
+        assert REFUSED[name] in str(refused.value)
+        record[name] = {"refused": str(refused.value)}
+        return
+    calibration = mone.calibrate(engine, corpus)
+    ratio = RATIO.get(name, 0.5)
+    chosen = mone.plan(mone.score(calibration), ratio=ratio, allocation="even")
+    mone.write(source, calibration, chosen, outfile)
+    if name not in MAPPED:
+        assert_pruned_copy(file, outfile)
+    pruned = {layer.layer: layer.pruned for layer in chosen.layers}
+    assert restore_check(outfile, file) == (sum(chosen.n_kept.values()), len(pruned))
+    vectors = {layer: novices(calibration.layers[layer], "least-squares") for layer in pruned}
+    predicted = logits(file, tokens[:2], Tap(masks=engine.masks(pruned, vectors), logits=True))
+    engine.close()
+    whole, found = (logits(path, tokens[:2], Tap(logits=True)) for path in (file, outfile))
+    error, effect = nmse(found, predicted), nmse(whole, predicted)
+    record[name] = {"nmse": error, "effect": effect, "layers": len(pruned)}
+    print(f"{name}: NMSE {error:.1e}, without novices {effect:.1e}")
+    assert error < 1e-9
+    assert effect > 1e-3 or not ratio, "a file that is not pruned must not pass"
+
+
+def logits(file: Path, rows: Tensor, tap: Tap) -> Tensor:
+    model = LlamaModel(file, LlamaOptions(n_threads=1))
+    try:
+        every = torch.ones(rows.shape[1], dtype=torch.bool)
+        return torch.cat([model.logits(row, tap, every) for row in rows])
+    finally:
+        model.close()
+
+
+def nmse(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).square().sum() / wanted.square().sum())
