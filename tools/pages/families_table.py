@@ -23,8 +23,7 @@ llama.cpp. NMSE: squared difference to the logits of the definition in plain PyT
 Selection bias: added to the scores for choosing experts, not to their weights. Groups: a token's experts
 come from so many of so many groups. MTP block: after the last layer, for predicting further tokens; rows
 without an entry were tested without one. From a GGUF: the largest relative difference between the statistics
-that llama.cpp gives of the unpruned file and PyTorch's of the checkpoint, for families that llama.cpp computes
-as transformers does.
+that llama.cpp gives of the unpruned file and PyTorch's of the checkpoint.
 """
 ARCHS = """
 Architectures by llama.cpp's names, each as a tiny random GGUF of its own test's shape with more experts than
