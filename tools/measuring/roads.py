@@ -1,26 +1,28 @@
 """Two roads to a pruned Q4_K_M: from the checkpoint, and from the GGUF that people already have.
 
 Both are calibrated on the same text and compared with the unpruned model in its own precision, by
-llama-perplexity. Beside them: how fast a GGUF is calibrated, against llama-bench's prompt, which computes no
-statistics and the product with the vocabulary for one token only; and how fast it is written, against `cp` of
-the file that comes out. Competitors take turns.
+llama-perplexity. Beside them: how fast a GGUF is calibrated, against llama-perplexity; and how fast it is
+written, against `cp` of the file that comes out, both until the data is on the disk. Competitors take turns.
 """
 
 import argparse
-import resource
-import shutil
+import multiprocessing
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import Json, pairwise, programs, scratch, spread
+from measuring import Json, pairwise, programs, scratch
 from measuring.bytes import divergence, read_sentencepiece, write_text
 from measuring.methods import MODELS, trained
 from models.random_gguf import SHAPES, write_model
 
 OUTTYPE = "q4_k_m"
+_QUIET: Mapping[str, Any] = {"capture_output": True, "stdin": subprocess.DEVNULL}
 TEXTS = ("like", "unlike")
 
 
@@ -90,7 +92,7 @@ def _ask(bin_dir: Path, whole: Path, text: Path, args: argparse.Namespace) -> No
 
 
 def _calibrating(bin_dir: Path, args: argparse.Namespace) -> Json:
-    """Return tokens per second of a calibration and of llama-bench's prompt, on one random GGUF."""
+    """Return tokens per second of a calibration and of llama-perplexity, on one random GGUF."""
     import torch
 
     from mone_export.artifacts import Corpus
@@ -99,57 +101,118 @@ def _calibrating(bin_dir: Path, args: argparse.Namespace) -> Json:
 
     runs: list[Json] = []
     with scratch() as folder:
-        shape = SHAPES[args.shape]
-        file = write_model(folder / "random.gguf", shape, args.weights, "full", shape.n_expert)
-        tokens = torch.randint(0, shape.n_vocab, (args.rows_timed, 512))
-        corpus = Corpus(tokens, "random", fingerprint_rows(tokens))
+        file = _with_vocabulary(args, folder)
+        text = write_text(folder / "text", "python")
+        tokens = torch.randint(0, 3000, (args.rows_timed, 512))
+        corpus = Corpus(tokens, "random", fingerprint_rows(tokens), {"random": tokens.numel()})
         engine: Any = load(file, n_threads=args.threads)
+
+        def perplexity(chunks: int) -> float:
+            command = [bin_dir / "llama-perplexity", "-m", file, "-f", text, "-c", 512, "-b", 512]
+            options = ["-t", args.threads, "--chunks", chunks]
+            return _seconds(lambda: subprocess.run([str(part) for part in (*command, *options)], **_QUIET))
+
         for number in range(args.rounds):
-            start = time.perf_counter()
-            engine.calibrate(corpus, model_sha256="")
-            rate = tokens.numel() / (time.perf_counter() - start)
-            runs.append({"round": number, "name": "calibration", "tokens_per_second": rate})
-            command = [bin_dir / "llama-bench", "-m", file, "-p", 512, "-n", 0, "-r", args.rows_timed]
-            options = ["-t", args.threads, "-o", "jsonl"]
-            done = subprocess.run(
-                [str(part) for part in (*command, *options)], capture_output=True, text=True
-            )
-            rate = float(done.stdout.split('"avg_ts": ')[1].split(",")[0])
-            runs.append({"round": number, "name": "llama-bench", "tokens_per_second": rate})
+            seconds = _seconds(lambda: engine.calibrate(corpus, model_sha256=""))
+            runs.append(_rate(number, "calibration", tokens.numel() / seconds))
+            seconds = perplexity(args.rows_timed) - perplexity(1)  # without the start
+            runs.append(_rate(number, "llama-perplexity", 512 * (args.rows_timed - 1) / seconds))
             print(runs[-2:], file=sys.stderr, flush=True)
         engine.close()
-    return {"runs": runs, "ratio": pairwise(runs, "tokens_per_second", "calibration", "llama-bench")}
+    return {"runs": runs, "ratio": pairwise(runs, "tokens_per_second", "calibration", "llama-perplexity")}
+
+
+def _rate(number: int, name: str, rate: float) -> Json:
+    return {"round": number, "name": name, "tokens_per_second": rate}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _with_vocabulary(args: argparse.Namespace, folder: Path) -> Path:
+    """Write a random GGUF of four layers with the demo's vocabulary, which llama-perplexity needs."""
+    from mone_export.pipeline import export
+    from mone_export.source.gguf_conversion import GgufConversion
+    from mone_export.source.gguf_header import ARRAY, read_header
+    from mone_export.source.gguf_types import gguf_library
+
+    export("demo", ratio=0, outfile=folder / "demo.gguf")
+    demo, kinds = read_header(folder / "demo.gguf"), gguf_library().GGUFValueType
+    own = {key: entry for key, entry in demo.keys.items() if key.startswith("tokenizer.")}
+    n_vocab = len(demo.value("tokenizer.ggml.tokens"))
+    shape = replace(SHAPES[args.shape], n_layer=4, n_vocab=n_vocab)
+    bare = write_model(folder / "bare.gguf", shape, args.weights, "full", shape.n_expert)
+    conversion = GgufConversion(read_header(bare), NoEdits())
+    number = {key: entry.raw[0] if entry.kind == ARRAY else entry.kind for key, entry in own.items()}
+    file = folder / "random.gguf"
+    conversion.write_head(file, {key: (kinds(number[key]).name, demo.value(key)) for key in own})
+    conversion.write_tensors()
+    bare.unlink()
+    return file
+
+
+class NoEdits:
+    """Leaves every tensor as it is."""
+
+    rewrites = False
+    spec: Any = None
+
+    def select(self, name: str) -> None:
+        """Choose no experts."""
+
+    def rows(self, name: str, shape: Sequence[int]) -> None:
+        """Change no rows."""
+
+    def edit(self, name: str, tensor: Any) -> Any:
+        """Return a tensor as it is."""
+        return tensor
+
+    def rewrite(self, name: str, read: Any) -> Any:
+        """Make no experts."""
 
 
 def _writing(args: argparse.Namespace) -> Json:
-    """Return the seconds of writing a pruned GGUF over those of copying it, and the process's memory."""
+    """Return the seconds of writing a pruned GGUF and of copying it, both until it is on the disk."""
+    with scratch() as folder:
+        shape = replace(SHAPES[args.shape], n_layer=4)
+        write_model(folder / "random.gguf", shape, "Q8_0", "full", shape.n_expert)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process: no old memory
+            found: Json = pool.apply(write_and_copy, (folder, args.rounds))
+    return found | {"ratio": pairwise(found["runs"], "seconds", "copy", "write")}
+
+
+def write_and_copy(folder: Path, rounds: int) -> Json:
+    """Write half of the experts of a GGUF, and copy the result; return seconds and the process's memory."""
     from mone_export.output.writing import write
     from mone_export.pruning.planning import plan_without_scores
     from mone_export.recipe import Recipe
     from mone_export.source import open_source
 
-    runs: list[Json] = []
-    with scratch() as folder:
-        shape = SHAPES[args.shape]
-        file = write_model(folder / "random.gguf", shape, "Q8_0", "full", shape.n_expert)
-        source = open_source(file)
-        source.fingerprint()  # is known by then, from the calibration
-        chosen = plan_without_scores(source.spec, Recipe.of(0.5, method="drop", score="random"))
-        outfile, copy = folder / "pruned.gguf", folder / "copy.gguf"
-        for number in range(args.rounds):
-            for path in (outfile, copy):
-                path.unlink(missing_ok=True)
-            start = time.perf_counter()
-            size = write(source, None, chosen, outfile)
-            runs.append({"round": number, "name": "write", "seconds": time.perf_counter() - start})
-            start = time.perf_counter()
-            with outfile.open("rb") as source_file, copy.open("wb") as target:
-                shutil.copyfileobj(source_file, target, 2**20)
-            runs.append({"round": number, "name": "copy", "seconds": time.perf_counter() - start})
+    source = open_source(folder / "random.gguf")
+    source.fingerprint()  # is known by then, from the calibration
+    chosen = plan_without_scores(source.spec, Recipe.of(0.5, method="drop", score="random"))
+    outfile, copy = folder / "pruned.gguf", folder / "copy.gguf"
+    before, runs = peak_resident(), []
+    for number in range(rounds):
+        for path in (outfile, copy):
+            path.unlink(missing_ok=True)
+        seconds = _seconds(lambda: write(source, None, chosen, outfile))
+        runs.append({"round": number, "name": "write", "seconds": seconds})
+        seconds = _seconds(lambda: subprocess.run(["cp", outfile, copy], check=True))
+        seconds += _seconds(lambda: subprocess.run(["sync", copy], check=True))
+        runs.append({"round": number, "name": "copy", "seconds": seconds})
     return {
-        "size": size,
+        "size": outfile.stat().st_size,
         "runs": runs,
-        "ratio": pairwise(runs, "seconds", "copy", "write"),
-        "seconds": spread([run["seconds"] for run in runs if run["name"] == "write"]),
-        "peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident_before": before,
+        "resident_peak": peak_resident(),
     }
+
+
+def peak_resident() -> int:
+    """Return the most memory this process has had, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0

@@ -441,9 +441,10 @@ def roads_note(data: Json) -> str:
         f"{settings['evaluation_tokens']} held-out tokens of each kind, after "
         f"{settings['calibration_tokens']} tokens of calibration. Calibrating a random {settings['shape']} "
         f"in {settings['weights']} through llama.cpp runs at {spread_of(data['calibrating']['ratio'])} of "
-        f"llama-bench's prompt speed, "
-        f"{settings['threads']} threads, 512 tokens; writing {writing['size'] / 1e6:.0f} MB at "
-        f"{spread_of(writing['ratio'])} of the speed of copying them (median, smallest and largest of "
+        f"llama-perplexity's speed, {settings['threads']} threads, 512 tokens; writing "
+        f"{writing['size'] / 1e6:.0f} MB at {spread_of(writing['ratio'])} of the speed of `cp` and `sync`, "
+        f"resident memory {writing['resident_before'] / 1e6:.0f} MB before and "
+        f"{writing['resident_peak'] / 1e6:.0f} MB at most (median, smallest and largest of "
         f"{settings['rounds']} rounds)."
     )
 
