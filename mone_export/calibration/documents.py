@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import lzma
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -456,11 +457,12 @@ def stdlib_sources() -> dict[str, Path]:
     """Return the source files of the standard library, by their path in it; tests and tables are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "encodings"}
-    return {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*.py")
-        if not skipped.intersection(path.relative_to(root).parts) and path.stat().st_size > 0
-    }
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        found |= {path.relative_to(root).as_posix(): path for path in paths if path.stat().st_size > 0}
+    return found
 
 
 def _manual_topics() -> dict[str, str]:
@@ -483,9 +485,12 @@ def _package_descriptions() -> dict[str, str]:
 
 def _docstrings(source: str) -> str:
     try:
-        nodes = ast.walk(ast.parse(source))
+        nodes: list[Any] = [ast.parse(source)]
     except (SyntaxError, ValueError):
         return ""
+    for node in nodes:  # breadth first, and past all expressions: only statements hold definitions
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes += getattr(node, part, ())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
     return "\n\n".join(text for text in found if text)

@@ -36,9 +36,8 @@ def joined() -> Iterator[None]:
     if n_rank() == 1:
         yield
         return
-    torch.distributed.init_process_group(
-        "gloo", timeout=_PATIENCE
-    )  # what travels lies in the machine's memory: sums
+    # gloo: what travels lies in the machine's memory, sums
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield
     finally:

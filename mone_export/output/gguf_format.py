@@ -41,6 +41,7 @@ GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
 Part = Literal["experts", "down bias", "bias", "scale", "router"]
 
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale|input_scale)")
+_HOLDS_IDS = re.compile(r"blk\.(\d+)\.(ffn_gate_tid2eid|ffn_(gate|up|down)_chexps)\..*")
 _ROUTER = re.compile(r"blk\.(\d+)\.(ffn_gate_inp\.(weight|bias)|exp_probs_b(_vl)?(\.bias)?)")
 
 
@@ -65,10 +66,9 @@ def matrix_of(name: str) -> str:
     return match[2]
 
 
-def holds_ids(names: Iterable[str], layer: int) -> str | None:
-    """Return the first tensor of a layer that depends on the numbers of experts, if there is one."""
-    pattern = re.compile(rf"blk\.{layer}\.(ffn_gate_tid2eid|ffn_(gate|up|down)_chexps)\..*")
-    return next((name for name in names if pattern.fullmatch(name)), None)
+def holds_ids(names: Iterable[str]) -> dict[int, str]:
+    """Return, for each layer that has one, a tensor that depends on the numbers of experts."""
+    return {int(match[1]): name for name in names if (match := _HOLDS_IDS.fullmatch(name))}
 
 
 def novice_tensor(layer: int) -> str:

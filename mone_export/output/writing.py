@@ -7,6 +7,7 @@ from an intermediate file beside the output.
 
 import logging
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -280,8 +281,9 @@ class Edits:
         conversion = source.convert(edits=self, outtype=outtype, mtp=self.plan.recipe.mtp)
         if self._recombination:
             self._recombination.check()
+        own = set(conversion.shapes)
         for number, novices in self._novices.items():
-            self._add_novices(conversion, number, novices)
+            self._add_novices(conversion, number, novices, has_bias=novice_tensor(number) in own)
         _check_complete(conversion, self.plan)
         return conversion
 
@@ -329,10 +331,12 @@ class Edits:
             return self._recombination.rewrite(layer, matrix_of(name), read)
         return [partial(read, expert) for expert in range(self.plan.spec.n_expert)]
 
-    def _add_novices(self, conversion: Rewriting, number: int, novices: np.ndarray) -> None:
+    def _add_novices(
+        self, conversion: Rewriting, number: int, novices: np.ndarray, *, has_bias: bool
+    ) -> None:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
-        if novice_tensor(number) not in conversion.shapes:
+        if not has_bias:
             gone = list(layer.pruned)
             rows = np.zeros_like(novices)
             rows[len(layer.kept) :] = novices[gone]
@@ -435,15 +439,18 @@ def _check_complete(conversion: Rewriting, plan: Plan) -> None:
             f"{plan.spec.arch} chooses experts in {plan.spec.n_group} groups, the file would in {n_group}: "
             "llama.cpp would route differently from the model"
         )
+    with_ids, stacks = holds_ids(conversion.shapes), defaultdict[int, dict[str, tuple[int, ...]]](dict)
+    for name, shape in conversion.shapes.items():
+        number, part = part_of(name) or (-1, None)
+        if part == "experts":
+            stacks[number][name] = shape
     for layer in plan.layers:
-        name = holds_ids(conversion.shapes, layer.layer)
-        if layer.pruned and name and not plan.spec.keeps_numbers(layer.layer):
-            raise MoneError(f"{name} refers to experts by their number: such layers are not supported yet")
-        experts = {
-            name: shape
-            for name, shape in conversion.shapes.items()
-            if part_of(name) == (layer.layer, "experts")
-        }
+        if layer.pruned and layer.layer in with_ids and not plan.spec.keeps_numbers(layer.layer):
+            raise MoneError(
+                f"{with_ids[layer.layer]} refers to experts by their number: such layers are not supported "
+                "yet"
+            )
+        experts = stacks[layer.layer]
         wrong = {name: shape for name, shape in experts.items() if shape[0] != len(layer.kept)}
         if wrong or not experts:
             found = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "no expert tensors"

@@ -48,7 +48,7 @@ class GgufReader:
         """Load the tokenizer, no weights; raises `MoneError` when llama.cpp finds none that it can use."""
         self._llama = _library()
         self._model = _load(self._llama, path)
-        weakref.finalize(self, self._llama.llama_model_free, self._model)
+        weakref.finalize(self, self._llama.llama_model_free, self._model).atexit = False
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         if self._llama.llama_vocab_type(self._vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:
             raise MoneError(
