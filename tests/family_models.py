@@ -65,9 +65,10 @@ def save_family(row: Row, folder: Path) -> Path:
 
 def _block_behind(tensors: dict[str, Tensor], style: str) -> dict[str, Tensor]:
     """Return a block that predicts the token after the next: the last layer again, and what joins it on."""
-    last, width = f"layers.{N_LAYER - 1}.", COMMON["hidden_size"]
+    last = f"layers.{N_LAYER - 1}."
     prefix = next(name for name in tensors if last in name).partition(last)[0]
     layer = {name.removeprefix(prefix + last): value for name, value in tensors.items() if last in name}
+    width = len(layer["input_layernorm.weight"])
     if style == "mtp":
         block = {f"layers.0.{name}": tensor.clone() for name, tensor in layer.items()}
         join, norms = "fc", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")

@@ -4,6 +4,7 @@ Which number of a checkpoint goes where in the GGUF is found by converting a che
 0, 1, 2, ...: no table of names, and no knowledge of how a converter turns, splits and merges matrices.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from families import ROWS, Row
+from families import COMMON, ROWS, Row
 from family_models import save_family, without_vocabulary
 from gguf import GGMLQuantizationType
 from gguf_parts import Parts, plain_tokenizer, put_together, taken_apart
@@ -30,7 +31,7 @@ WIDTH = 256  # matrices that the types with blocks of 256 can hold
 NAMES = (
     *("OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "MixtralForCausalLM"),
     *("GptOssForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM with groups"),
-    *("Glm4MoeForCausalLM with an MTP block", "Qwen3NextForCausalLM", "MiniMaxM2ForCausalLM"),
+    *("Glm4MoeForCausalLM with an MTP block", "Qwen3NextForCausalLM", "Dots1ForCausalLM"),
 )
 
 
@@ -38,7 +39,9 @@ def wide_row(name: str) -> Row:
     """Return a family's row with matrices that quantise by 256."""
     (row,) = (row for row in ROWS if row.name == name)
     experts = "moe_intermediate_size" if "moe_intermediate_size" in row.config else "intermediate_size"
-    wide = {"hidden_size": WIDTH, experts: WIDTH, "num_hidden_layers": row.config.get("num_hidden_layers", 4)}
+    wide = {"hidden_size": WIDTH, experts: WIDTH}
+    if "kv_lora_rank" not in row.config:
+        wide["head_dim"] = WIDTH // COMMON["num_attention_heads"]
     return replace(row, config=row.config | wide)
 
 
@@ -83,6 +86,7 @@ def _numbered(checkpoint: Path, folder: Path, state: dict[str, Tensor]) -> dict[
 
 def _like(checkpoint: Path, folder: Path, state: dict[str, Tensor]) -> None:
     """Write a checkpoint with other numbers."""
+    shutil.rmtree(folder, ignore_errors=True)  # of another type
     folder.mkdir()
     for file in checkpoint.iterdir():
         if file.suffix != ".safetensors":
