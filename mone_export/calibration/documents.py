@@ -457,7 +457,7 @@ def stdlib_sources() -> dict[str, Path]:
     """Return the source files of the standard library, by their path in it; tests and tables are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "encodings"}
-    found = {}
+    found: dict[str, Path] = {}
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped]
         paths = [Path(folder, name) for name in names if name.endswith(".py")]

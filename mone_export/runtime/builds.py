@@ -55,8 +55,8 @@ _COMMON_ARGS = (
     "-DBUILD_SHARED_LIBS=ON",
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
     "-DGGML_NATIVE=ON",
-    # no kernels for AMX: GCC 12 drops their tile configuration (SIGILL), the loader puts matrices of MLA where
-    # nothing can multiply them, and those of DeepSeek in Q8_0 and Q4_0 gave other numbers every time
+    # no kernels for AMX: GCC 12 drops their tile configuration (SIGILL), the loader puts MLA's matrices where
+    # nothing can multiply them, and DeepSeek's in Q8_0 and Q4_0 gave other numbers every time
     "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__",
     "-DGGML_RPC=ON",  # a model split over machines; nothing listens unless ggml-rpc-server is started
     "-DLLAMA_BUILD_EXAMPLES=OFF",
