@@ -4,7 +4,7 @@ Shares no code with the package. The format is described in `mone_export/output/
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,11 @@ def assert_pruned_copy(
     else:
         orders = orders_of(pruned)
         novices = {layer: _novices(after, layer, count) for layer, (count, _) in orders.items()}
-        wanted = dict(pruned_tensors(before, orders, novices, numbered=is_numbered(keys_of(files[0]))))
+        slotted = {layer for layer in orders if f"blk.{layer}.ffn_exps_slot" in after.tensors}
+        assert slotted or not is_numbered(keys_of(files[0])), (
+            "no slots where the experts' numbers mean groups"
+        )
+        wanted = dict(pruned_tensors(before, orders, novices, slotted))
     assert [name for name in after.tensors if name in before.tensors] == [*before.tensors], "tensors' order"
     assert after.tensors.keys() == wanted.keys(), after.tensors.keys() ^ wanted.keys()
     for name, tensor in wanted.items():
@@ -133,25 +137,26 @@ def _smaller(before: Parts, kept: Mapping[int, Sequence[int]]) -> Iterator[tuple
 
 
 def pruned_tensors(
-    before: Parts, orders: Orders, novices: Mapping[int, bytes], *, numbered: bool
+    before: Parts, orders: Orders, novices: Mapping[int, bytes], slotted: Collection[int]
 ) -> Iterator[tuple[str, Stored]]:
     """Yield what a file with novices must hold, by layer the rows of the pruned experts in the file's order.
 
-    `numbered` says that the number of an expert has a meaning, so that the router stays as it is.
+    In the layers `slotted` the number of an expert has a meaning, so that the router stays as it is.
     """
     for name, tensor in before.tensors.items():
         match = _PER_EXPERT.fullmatch(name)
         if match is None or int(match[1]) not in orders:
             yield name, tensor
         elif not match["down"]:
-            yield name, _changed(tensor, match, *orders[int(match[1])], numbered=numbered)
+            layer = int(match[1])
+            yield name, _changed(tensor, match, *orders[layer], numbered=layer in slotted)
     for layer, (count, order) in orders.items():
         name = f"blk.{layer}.ffn_down_exps.bias"
         n_out = before.tensors[f"blk.{layer}.ffn_down_exps.weight"].shape[1]
         none = Stored(GGMLQuantizationType.F32, (n_out, len(order)), bytes(4 * n_out * len(order)))
         own = before.tensors.get(name, none)
         yield name, own._replace(data=_rows(own, order[:count]).data + novices[layer])
-        if numbered:
+        if layer in slotted:
             slots = np.argsort(order).astype(np.int32)
             shape = (1, len(order))
             yield f"blk.{layer}.ffn_exps_slot", Stored(GGMLQuantizationType.I32, shape, slots.tobytes())
@@ -169,7 +174,7 @@ def prune_by_hand(original: Path, outfile: Path, orders: Orders, novices: Mappin
             "mone.expert_order", [each for _, order in orders.values() for each in order], integer=5
         ),
     }
-    tensors = dict(pruned_tensors(parts, orders, novices, numbered=is_numbered(keys)))
+    tensors = dict(pruned_tensors(parts, orders, novices, orders if is_numbered(keys) else ()))
     in_order = {name: tensors.pop(name) for name in parts.tensors} | tensors
     outfile.write_bytes(put_together(Parts(parts.keys | added, in_order)))
     return outfile

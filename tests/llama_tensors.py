@@ -72,6 +72,7 @@ def _main(model: str, out: str, names: str, *tokens: str) -> None:
     settings.n_ctx = settings.n_batch = settings.n_ubatch = len(tokens)
     settings.n_threads = settings.n_threads_batch = 1
     settings.type_k = settings.type_v = bindings.GGML_TYPE_F32
+    settings.flash_attn_type = bindings.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cb_eval = callback
     context = bindings.llama_init_from_model(handle, settings)
     ids = (bindings.llama_token * len(tokens))(*map(int, tokens))

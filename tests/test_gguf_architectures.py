@@ -32,8 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 NAMES = (*ARCHS, *VARIANTS)
 # what llama.cpp does not run, or runs without its experts
 REFUSED = {"refact": "only [] could be observed"}
-# where a table of tokens names experts: it stays, and a slot tensor maps them
-MAPPED = ("deepseek4 hashed",)
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +71,7 @@ def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record
     # groups are so small here that by default all experts would stay
     chosen = mone.plan(mone.score(calibration), ratio=0.5, min_kept=4, allocation="even")
     mone.write(source, calibration, chosen, outfile)
-    if name not in MAPPED:
-        assert_pruned_copy(file, outfile)
+    assert_pruned_copy(file, outfile)
     pruned = {layer.layer: layer.pruned for layer in chosen.layers}
     assert restore_check(outfile, file) == (sum(chosen.n_kept.values()), len(pruned))
     vectors = {layer: novices(calibration.layers[layer], "least-squares") for layer in pruned}
