@@ -39,7 +39,7 @@ def test_dry_run_of_a_gguf_imports_nothing_heavy(whole: Path, options: tuple[str
     if "--chunks" in options:
         assert "add text or pass --chunks" in done.stderr
     else:
-        assert any("keep 8" in line or '"n_kept"' in line for line in said) or "--json" in options
+        assert any("keep 16" in line or '"n_kept"' in line for line in said) or "--json" in options
         assert ("built-in" in done.stdout) is ("random" not in options)
 
 
