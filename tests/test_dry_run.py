@@ -27,7 +27,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--outtype", "q4_k_m"),
         ("--allocate", "even", "--json"),
         ("--chunks", "9999999"),
-        ("--score", "random"),
+        ("--method", "drop", "--score", "random"),
     ],
 )
 def test_dry_run_of_a_gguf_imports_nothing_heavy(whole: Path, options: tuple[str, ...]) -> None:
