@@ -8,24 +8,7 @@ from typing import Any
 
 import numpy as np
 
-
-class GgmlTensor(ctypes.Structure):
-    """The beginning of llama.cpp's `struct ggml_tensor` (ggml.h), as far as its name."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    ]
+from mone_export.calibration.eval_callback import Node
 
 
 def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int) -> float:
@@ -39,7 +22,7 @@ def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int
 
     @llama_cpp.ggml_backend_sched_eval_callback
     def see(address: int, ask: bool, _: Any) -> bool:
-        tensor = GgmlTensor.from_address(address)
+        tensor = Node.from_address(address)
         wanted = tensor.name.startswith(b"ffn_moe_topk")
         if wanted and not ask:
             slots.append(_selected_ids(tensor))
@@ -71,7 +54,7 @@ def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int
     return float((np.concatenate([ids.ravel() for ids in slots]) < n_kept).mean())
 
 
-def _selected_ids(tensor: GgmlTensor) -> np.ndarray:
+def _selected_ids(tensor: Node) -> np.ndarray:
     """Copy the expert ids [n_token, top_k] out of a tensor that is a view of a wider one."""
     top_k, n_token = tensor.ne[:2]
     raw = ctypes.string_at(tensor.data, (n_token - 1) * tensor.nb[1] + top_k * 4)
