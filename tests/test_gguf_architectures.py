@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import ARCHS, KNOWN_AS, VARIANTS, tiny_gguf
+from gguf_models import ARCHS, KNOWN_AS, TYPES, VARIANTS, quantised, tiny_gguf
 from gguf_reference import assert_pruned_copy
 from torch import Tensor
 
@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 NAMES = (*ARCHS, *VARIANTS)
 # what llama.cpp does not run, or runs without its experts
 REFUSED = {"refact": "only [] could be observed"}
+# llama-quantize rounds a factor of these, and then llama.cpp aborts, pruned or not: "unsupported types"
+ABORTS = ("qwen4exp",)
 
 
 @pytest.fixture(scope="session")
@@ -55,18 +57,38 @@ def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record: dict[str, Any]) -> None:
     file, outfile = tiny_gguf(name, folder), tmp_path / "pruned.gguf"
+    if name in REFUSED:
+        with pytest.raises(MoneError) as refused:
+            prune(file, outfile)
+        assert REFUSED[name] in str(refused.value)
+        record[name] = {"refused": str(refused.value)}
+        return
+    error, effect, n_layer = prune(file, outfile)
+    record[name] = {"nmse": float(error.mean()), "effect": float(effect.mean()), "layers": n_layer}
+    print(f"{name}: NMSE {error.mean():.1e}, without novices {effect.mean():.1e}")
+    assert error.mean() < 1e-9
+    assert effect.mean() > 1e-3, "a file that is not pruned must not pass"
+
+
+@pytest.mark.parametrize("outtype", TYPES)
+@pytest.mark.parametrize("name", [name for name in KNOWN_AS.values() if name not in ABORTS])
+def test_quantised_files_without_a_checkpoints_road(
+    name: str, outtype: str, folder: Path, tmp_path: Path
+) -> None:
+    error, effect, _ = prune(quantised(tiny_gguf(name, folder), outtype), tmp_path / "pruned.gguf")
+    print(f"{name} {outtype}: median {error.median():.1e}, without novices {effect.median():.1e}")
+    assert error.median() < 1e-9, "except for tokens whose experts are a tie"
+    assert effect.median() > 1e-3
+
+
+def prune(file: Path, outfile: Path) -> tuple[Tensor, Tensor, int]:
+    """Prune half of a file; return each token's error and what the novices do to it, and the layers."""
     source = mone.open_source(file)
     n_vocab, _ = source.limits
     assert n_vocab is not None
     tokens = torch.randint(0, n_vocab, (6, 48), generator=torch.Generator().manual_seed(0))
     corpus = Corpus(tokens, "random", fingerprint_rows(tokens), {"random": tokens.numel()})
     engine: Any = load(file, n_threads=1)
-    if name in REFUSED:
-        with pytest.raises(MoneError) as refused:
-            mone.calibrate(engine, corpus)
-        assert REFUSED[name] in str(refused.value)
-        record[name] = {"refused": str(refused.value)}
-        return
     calibration = mone.calibrate(engine, corpus)
     # groups are so small here that by default all experts would stay
     chosen = mone.plan(mone.score(calibration), ratio=0.5, min_kept=4, allocation="even")
@@ -78,11 +100,7 @@ def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record
     predicted = logits(file, tokens[:2], Tap(masks=engine.masks(pruned, vectors), logits=True))
     engine.close()
     whole, found = (logits(path, tokens[:2], Tap(logits=True)) for path in (file, outfile))
-    error, effect = nmse(found, predicted), nmse(whole, predicted)
-    record[name] = {"nmse": error, "effect": effect, "layers": len(pruned)}
-    print(f"{name}: NMSE {error:.1e}, without novices {effect:.1e}")
-    assert error < 1e-9
-    assert effect > 1e-3, "a file that is not pruned must not pass"
+    return errors(found, predicted), errors(whole, predicted), len(pruned)
 
 
 def logits(file: Path, rows: Tensor, tap: Tap) -> Tensor:
@@ -94,5 +112,6 @@ def logits(file: Path, rows: Tensor, tap: Tap) -> Tensor:
         model.close()
 
 
-def nmse(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).square().sum() / wanted.square().sum())
+def errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return each token's squared error relative to its logits."""
+    return (found - wanted).square().sum(-1) / wanted.square().sum(-1)
