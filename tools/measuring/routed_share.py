@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mone_export.calibration.eval_callback import Node
-
 
 def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int) -> float:
     """Return the share of slots with an id below `n_kept` over all layers of a model.
@@ -17,6 +15,8 @@ def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int
     `runs` are token sequences, each from an empty context and in batches of the given size.
     """
     import llama_cpp
+
+    from mone_export.calibration.eval_callback import Node
 
     slots: list[np.ndarray] = []
 
@@ -54,7 +54,7 @@ def routed_share(file: Path, runs: Sequence[tuple[np.ndarray, int]], n_kept: int
     return float((np.concatenate([ids.ravel() for ids in slots]) < n_kept).mean())
 
 
-def _selected_ids(tensor: Node) -> np.ndarray:
+def _selected_ids(tensor: Any) -> np.ndarray:
     """Copy the expert ids [n_token, top_k] out of a tensor that is a view of a wider one."""
     top_k, n_token = tensor.ne[:2]
     raw = ctypes.string_at(tensor.data, (n_token - 1) * tensor.nb[1] + top_k * 4)
