@@ -2,7 +2,7 @@
 
 Two steps, since llama.cpp rounds what goes into a quantised product, and then routes some tokens otherwise.
 The pruned file gives about what its unpruned one gives with the novices put into its graph. And the same
-numbers as F32 give what transformers' model does that holds them, experts replaced one by one (`reference.py`).
+numbers as F32 give what the model does in transformers, experts replaced one by one (`reference.py`).
 """
 
 from pathlib import Path
