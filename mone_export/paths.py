@@ -19,7 +19,7 @@ from mone_export.locks import NoLocksError, locked, tried
 
 Inputs = Mapping[str, Path | Sequence[Path]]
 
-_OUR_KEY = b"mone.format_version"  # `output.gguf_format` says what it means
+_OUR_KEY = b"mone.format_version"  # `source.gguf_format` says what it means
 _HEAD = 2**26  # bytes of a GGUF in which its keys end: a vocabulary of 256k tokens takes a quarter of it
 _N_TRY = 10
 

@@ -1,6 +1,6 @@
 """What a pruned copy of a GGUF must be, and what its layers compute: by definition, in numpy and PyTorch.
 
-Shares no code with the package. The format is described in `mone_export/output/gguf_format.py`.
+Shares no code with the package. The format is described in `mone_export/source/gguf_format.py`.
 """
 
 import re

@@ -10,7 +10,11 @@ import pytest
 from command import Command, names
 from gguf_models import tiny_gguf
 
+from mone_export.artifacts import Calibration, ExpertStats
 from mone_export.errors import MoneError
+from mone_export.output.writing import write
+from mone_export.pruning.planning import plan_without_scores
+from mone_export.recipe import Recipe
 from mone_export.source import GgufFile
 from mone_export.source.gguf_header import read_header
 
@@ -135,6 +139,22 @@ def test_mutated_heads_raise_nothing_else(sound: bytes, tmp_path: Path) -> None:
             refused += 1
     print(f"{refused} of {N_MUTATED} refused")
     assert refused > N_MUTATED // 3
+
+
+@pytest.mark.parametrize("number", [8, -1, 1])
+def test_an_order_that_is_none(number: int, sound: bytes, tmp_path: Path, command: Command) -> None:
+    """A pruned file whose order names an expert that is none, or one twice."""
+    file, half, out = tmp_path / "model.gguf", tmp_path / "half.gguf", tmp_path / "out"
+    out.mkdir()
+    file.write_bytes(sound)
+    blank = plan_without_scores(GgufFile(file).spec, Recipe.of(0.5))
+    layers = {layer: ExpertStats.empty(8, GgufFile(file).spec.hidden_size) for layer in blank.n_kept}
+    write(file, Calibration(blank.spec, "", "", "", 1, layers), blank, half)
+    data = half.read_bytes()
+    half.write_bytes(changed(data, after(data, b"mone.expert_order", 4 + 4 + 8), struct.pack("<i", number)))
+    with pytest.raises(MoneError, match="mone.expert_order does not number the experts of 2 layers"):
+        _ = GgufFile(half).before
+    command("--restore-check", file, "-o", out / "x.gguf", model=half, text="").is_one_line("does not number")
 
 
 def test_a_sound_file_is_read(sound: bytes, tmp_path: Path) -> None:

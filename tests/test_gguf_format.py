@@ -2,7 +2,7 @@
 
 import pytest
 
-from mone_export.output.gguf_format import KEPT_COUNT_KEY, novice_tensor, part_of, slot_tensor
+from mone_export.source.gguf_format import KEPT_COUNT_KEY, novice_tensor, part_of, slot_tensor
 
 NAMES = {
     "ffn_gate_exps.weight": "experts",

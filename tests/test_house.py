@@ -26,7 +26,7 @@ ORDER = (
     *("calibration.engines", "calibration.merging", "calibration.usage"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
     *("pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
-    *("output.gguf_format", "output.quantizing", "output.recombining", "output.provenance"),
+    *("output.quantizing", "output.recombining", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
     *("fitting", "request", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )

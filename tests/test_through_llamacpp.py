@@ -244,7 +244,9 @@ def test_importance_matrix_is_llama_cpps_own(
     options = ("-c", 64, "-b", 64, "--chunks", 6, "-t", 1, "-fa", "off", "-ctk", "f32", "-ctv", "f32")
     run(runtime.path() / "llama-imatrix", "-m", demo_gguf, "-f", text, "-o", theirs, "--no-ppl", *options)
     with LlamaEngine(demo_gguf, demo.spec, options=EXACT) as engine:
-        assert deviation(calibrated(engine, corpus), calibrated(engine, corpus, imatrix=sums))[1] < 1e-12
+        before = calibrated(engine, corpus)
+        engine.observe_inputs(corpus, sums)
+        assert deviation(before, calibrated(engine, corpus))[1] < 1e-12
     squares, n_row = (
         {name: values.numpy() for name, values in each.items()} for each in (sums.squares, sums.n_row)
     )

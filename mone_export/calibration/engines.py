@@ -5,7 +5,7 @@ An engine measures the unpruned model's experts, and what the model does with no
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,52 +30,6 @@ if TYPE_CHECKING:
 Pruned = Mapping[int, Sequence[int]]
 Novices = Mapping[int, Tensor]
 """By layer: the experts that are pruned, and what each of all experts would be replaced by, [n_expert, d]."""
-
-
-class Engine(Protocol):
-    """A loaded model, as the stages use it."""
-
-    @property
-    def source(self) -> Source:
-        """What it was loaded from."""
-
-    def calibrate(
-        self,
-        corpus: Corpus,
-        *,
-        model_sha256: str,
-        work: WorkFolder | None = None,
-        progress: Progress | None = None,
-        watch: Watch | None = None,
-    ) -> Calibration:
-        """Return the statistics of all experts over a text."""
-
-    def damage_by_layer(
-        self, tokens: Tensor, pruned: Pruned, novices: Novices, *, progress: Progress | None = None
-    ) -> dict[int, float]:
-        """Return how much the last hidden states change when one layer is pruned, for each."""
-
-    def recalibrate(
-        self,
-        corpus: Corpus,
-        calibration: Calibration,
-        decide: Callable[[Calibration], Plan],
-        novices_of: Callable[[ExpertStats], Tensor],
-        *,
-        progress: Progress | None = None,
-    ) -> Calibration:
-        """Return the statistics of each layer after the pruned layers before it."""
-
-    def measure_residuals(
-        self, corpus: Corpus, plan: Plan, *, progress: Progress | None = None
-    ) -> dict[int, Residual]:
-        """Return what each layer's pruned experts add to its output."""
-
-    def divergence(self, rows: Tensor) -> Callable[[Pruned, Novices], float]:
-        """Return what measures the mean KL divergence on rows of tokens of the model with novices in it."""
-
-    def experts(self) -> Iterator[tuple[int, Any]]:
-        """Yield (layer, what holds its experts' stacked matrices) in ascending order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +136,10 @@ class InLlama(LlamaEngine):
     def experts(self) -> Iterator[tuple[int, Any]]:
         """Yield (layer, what holds its experts' stacked matrices) in ascending order."""
         return self._source.experts()
+
+
+Engine = InTorch | InLlama
+"""A loaded model as the stages use it; both have the same methods."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

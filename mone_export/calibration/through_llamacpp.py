@@ -67,19 +67,17 @@ class LlamaEngine:
         work: WorkFolder | None = None,
         progress: Progress | None = None,
         watch: Callable[[dict[int, Any]], bool] | None = None,
-        imatrix: ImatrixSums | None = None,
     ) -> Calibration:
         """Run the corpus once and return the exact statistics of all experts.
 
         Where `watch` says that the decision is stable, the rest of the corpus is left out. What `work` holds
-        is not computed again. `config` is the part of the model's that decides what is computed. `imatrix`
-        takes what an importance matrix is made of, from the rows that are computed now. Raises
+        is not computed again. `config` is the part of the model's that decides what is computed. Raises
         `MoneError` when the model's outputs are not finite.
         """
         if work:
             work.reserve(2 * stats_bytes(self._spec))  # the new is complete before the old goes
         found: dict[int, ExpertStats] = {}
-        tap = Tap(self._spec.moe_layers, partial(self._add, found), imatrix=imatrix)
+        tap = Tap(self._spec.moe_layers, partial(self._add, found))
         seen = row_by_row(
             lambda first: self._batches(corpus.tokens, tap, first),
             found,

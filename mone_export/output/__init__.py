@@ -1,7 +1,9 @@
 """A model, its statistics and a plan in; a GGUF out.
 
-gguf_format.py   what a file adds to an ordinary GGUF
+importance.py    the pruned model's importance matrix, for rounding it
 quantizing.py    llama-quantize
+splitting.py     in several files
+restore_check.py is every expert that stayed the original's?
 recombining.py   DERN, one layer at a time
 provenance.py    what a file says about how it was made
 writing.py       write(): what each tensor becomes

@@ -4,8 +4,8 @@ from typing import Any
 
 from mone_export import __version__
 from mone_export.artifacts import Plan
-from mone_export.output.gguf_format import FORMAT_VERSION
 from mone_export.source import Source
+from mone_export.source.gguf_format import FORMAT_VERSION
 
 Keys = dict[str, tuple[str, Any]]  # key -> (GGUF type, value)
 

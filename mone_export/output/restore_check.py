@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.output.gguf_format import part_of
 from mone_export.runtime import Progress
 from mone_export.source import GgufFile
+from mone_export.source.gguf_format import part_of
 from mone_export.source.gguf_header import TensorInfo
 
 

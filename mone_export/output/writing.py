@@ -20,17 +20,6 @@ import numpy as np
 from mone_export.artifacts import Calibration, MoeSpec, Plan
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
-from mone_export.output.gguf_format import (
-    COUNT_KEY,
-    GGUF_ALIGNMENT,
-    GROUP_COUNT_KEY,
-    KEPT_COUNT_KEY,
-    holds_ids,
-    matrix_of,
-    novice_tensor,
-    part_of,
-    slot_tensor,
-)
 from mone_export.output.importance import Rounding, any_imatrix, importance_matrix
 from mone_export.output.provenance import Keys, origin, provenance
 from mone_export.output.quantizing import (
@@ -45,6 +34,17 @@ from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.runtime import Progress
 from mone_export.source import Rewriting, Source, open_source
+from mone_export.source.gguf_format import (
+    COUNT_KEY,
+    GGUF_ALIGNMENT,
+    GROUP_COUNT_KEY,
+    KEPT_COUNT_KEY,
+    holds_ids,
+    matrix_of,
+    novice_tensor,
+    part_of,
+    slot_tensor,
+)
 from mone_export.source.gguf_types import padded_bytes
 from mone_export.source.llamacpp import CONVERTER_TYPES
 from mone_export.source.opened import Read, Rows

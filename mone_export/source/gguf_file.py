@@ -16,6 +16,7 @@ from mone_export.errors import MoneError
 from mone_export.runtime import Progress
 from mone_export.source.fingerprints import remembered
 from mone_export.source.gguf_conversion import GgufConversion
+from mone_export.source.gguf_format import holds_ids
 from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
 from mone_export.source.gguf_types import dequantize
 from mone_export.source.opened import Edits
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mone_export.source.tokenizing import TextReader
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
-_NUMBERED = re.compile(r"blk\.(\d+)\.(ffn_gate_tid2eid|ffn_(?:gate|up|down)_chexps)\..*")
 _EXACT = ("f32", "f16", "bf16", "q8_0")
 _CHUNK = 2**24
 
@@ -165,7 +165,7 @@ def _shape(header: Header, path: Path) -> MoeSpec:
         expert_size=expert_size,
         topk_group=max(1, header.integer(f"{arch}.expert_group_used_count")),
         kept_before=kept,
-        numbered=tuple(sorted({int(match[1]) for match, _ in _matching(_NUMBERED, header)} & downs.keys())),
+        numbered=tuple(sorted(holds_ids(header.tensors).keys() & downs.keys())),
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_export.errors import MoneError
+from mone_export.source.gguf_format import GGUF_ALIGNMENT
 from mone_export.source.gguf_types import gguf_library
 
 STRING, ARRAY = 8, 9
@@ -70,7 +71,7 @@ class Header:
     @property
     def alignment(self) -> int:
         """The number of bytes that every tensor's place is a multiple of."""
-        return self.integer("general.alignment", 32)
+        return self.integer("general.alignment", GGUF_ALIGNMENT)
 
 
 def read_header(path: Path) -> Header:

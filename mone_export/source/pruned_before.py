@@ -7,9 +7,9 @@ import numpy as np
 
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError
+from mone_export.source.gguf_format import KEPT_COUNT_KEY, novice_tensor, slot_tensor
 from mone_export.source.gguf_header import Header, TensorInfo
 
-KEPT_COUNT = "{arch}.expert_kept_count"
 _ORDER = "mone.expert_order"
 
 
@@ -36,7 +36,7 @@ def kept_counts(header: Header, n_block: int) -> list[int]:
 
     Raises `MoneError` for counts of another form.
     """
-    name = KEPT_COUNT.format(arch=header.value("general.architecture"))
+    name = KEPT_COUNT_KEY.format(arch=header.value("general.architecture"))
     found = header.value(name)
     if found is None:
         return []
@@ -53,19 +53,24 @@ def pruned_before(header: Header, spec: MoeSpec) -> PrunedBefore | None:
     own = tuple(range(spec.n_expert))
     found = header.value(_ORDER)
     if found is None:  # another tool's file: its numbers are the original ones for all that anybody knows
-        found = own * len(layers)
-    if len(found) != len(own) * len(layers):
+        found = [*own] * len(layers)
+    rows = (
+        [found[at : at + len(own)] for at in range(0, len(found), len(own))]
+        if isinstance(found, list)
+        else []
+    )
+    if len(rows) != len(layers) or any(sorted(row) != list(own) for row in rows):
         raise MoneError(
             f"{header.files[0]} is broken: {_ORDER} does not number the experts of {len(layers)} layers"
         )
-    order = {layer: tuple(found[i * len(own) : (i + 1) * len(own)]) for i, layer in enumerate(layers)}
-    biases = {layer: header.tensors.get(f"blk.{layer}.ffn_down_exps.bias") for layer in layers}
+    order = {layer: tuple(row) for layer, row in zip(layers, rows, strict=True)}
+    biases = {layer: header.tensors.get(novice_tensor(layer)) for layer in layers}
     for layer, info in biases.items():
         if info is None or info.kind != "f32" or info.shape != (spec.hidden_size, spec.n_expert):
             raise MoneError(
                 f"{header.files[0]} is broken: layer {layer} lacks the novices of its pruned experts"
             )
-    tables = {layer: header.tensors.get(f"blk.{layer}.ffn_exps_slot") for layer in layers}
+    tables = {layer: header.tensors.get(slot_tensor(layer)) for layer in layers}
     return PrunedBefore(
         order,
         {layer: info for layer, info in biases.items() if info},
