@@ -64,12 +64,14 @@ SHAPE: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 QWEN_SHAPE = SHAPE | {"num_experts": N_EXPERT, "norm_topk_prob": True}
-FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "mixtral": lambda: MixtralConfig(
-        **SHAPE, num_local_experts=N_EXPERT, intermediate_size=32, sliding_window=None
+FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
+    "mixtral": lambda width: MixtralConfig(
+        **SHAPE, num_local_experts=N_EXPERT, intermediate_size=width, sliding_window=None
     ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**QWEN_SHAPE, moe_intermediate_size=32, intermediate_size=32),
-    "olmoe": lambda: OlmoeConfig(**QWEN_SHAPE, intermediate_size=32),
+    "qwen3_moe": lambda width: Qwen3MoeConfig(
+        **QWEN_SHAPE, moe_intermediate_size=width, intermediate_size=width
+    ),
+    "olmoe": lambda width: OlmoeConfig(**QWEN_SHAPE, intermediate_size=width),
 }
 # The model has learnt to continue text, not to obey: a chat is its messages, one under the other.
 CHAT_TEMPLATE = (
@@ -101,7 +103,7 @@ def main() -> None:
     recipe = Recipe()
     documents = select(builtin_documents("calibration"), args.text)
     tokenizer = save_tokenizer(train_tokenizer(documents, threads=args.threads), args.out)
-    model = make_model(args.family)
+    model = make_model(args.family, args.expert_width)
     packer = Packer(documents, tokenizer, prose_share=recipe.prose_share, seed=args.seed)
     result = train(
         model, packer, recipe, minutes=args.minutes, checkpoints=args.checkpoints, tokenizer_dir=args.out
@@ -134,6 +136,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
         "--family", choices=FAMILIES, default="mixtral", help="architecture (default: mixtral)"
+    )
+    parser.add_argument(
+        "--expert-width", type=int, default=32, help="intermediate channels of an expert (default: 32)"
     )
     parser.add_argument(
         "--text", choices=["mixed", "python", "prose"], default="mixed", help="default: mixed"
@@ -239,9 +244,9 @@ class Packer:
 # Model and training
 
 
-def make_model(family: str) -> PreTrainedModel:
+def make_model(family: str, expert_width: int) -> PreTrainedModel:
     """Build the random model: weights of 0.02, smaller where a layer writes into the residual stream."""
-    config = FAMILIES[family]()
+    config = FAMILIES[family](expert_width)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_experts_implementation("grouped_mm")  # on a CPU 6 times the speed of `eager`, backward included
     scale = (2 * N_LAYER) ** -0.5
