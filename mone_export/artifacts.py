@@ -211,6 +211,55 @@ class Residual:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ChannelStats:
+    """What a second pass measured of a layer's hidden activations h [I], each expert's own tokens; float64.
+
+    An expert's output is its down projection of h. Each token counts with the square of its routing weight g.
+    """
+
+    count: Tensor  # int64 [M] tokens routed to each expert
+    weight: Tensor  # [M] sum of g^2
+    first: Tensor  # [M, I] sum of g^2 h
+    second: Tensor  # [M, I, I] sum of g^2 h h'
+
+    @classmethod
+    def empty(cls, n_expert: int, size: int) -> "ChannelStats":
+        """Return the sums of no tokens at all, the neutral element of `merge`."""
+        shapes = ((n_expert,), (n_expert, size), (n_expert, size, size))
+        count = torch.zeros(n_expert, dtype=torch.int64)
+        return cls(count, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def weighted(self, factor: float) -> "ChannelStats":
+        """Return the sums as they are when a model multiplies all weights by a constant."""
+        times = factor**2
+        return replace(self, weight=self.weight * times, first=self.first * times, second=self.second * times)
+
+    def merge(self, other: "ChannelStats") -> "ChannelStats":
+        """Return the sums of both token sets together."""
+        return ChannelStats(*(getattr(self, name) + getattr(other, name) for name in _CHANNEL_TENSORS))
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, the second moments in float32."""
+        from safetensors.torch import save_file
+
+        tensors = {name: getattr(self, name) for name in _CHANNEL_TENSORS} | {"second": self.second.float()}
+        try:
+            save_file(tensors, path)
+        except OSError as error:
+            raise MoneError(f"cannot write {path}: {first_line(error)}; free some space there") from None
+
+    @classmethod
+    def load(cls, path: Path) -> "ChannelStats":
+        """Read what `save` wrote; the second moments stay in float32."""
+        from safetensors.torch import load_file
+
+        return cls(**load_file(path))
+
+
+_CHANNEL_TENSORS = tuple(field.name for field in fields(ChannelStats))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
     """The statistics of all mixture-of-experts layers, with what they were measured on.
 
@@ -348,17 +397,34 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Tier:
+    """Experts of one layer that keep `width` of their intermediate channels: original ids, ascending."""
+
+    width: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Which experts of one layer stay and which become novices: original ids, each ascending."""
+    """Which experts of one layer stay and which become novices: original ids, each ascending.
+
+    Experts of `tiers`, the widest first, are in between: thin.
+    """
 
     layer: int
     kept: tuple[int, ...]
     pruned: tuple[int, ...]
+    tiers: tuple[Tier, ...] = ()
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """The experts that are not as they were, in the order the file numbers them: thin ones first."""
+        return tuple(expert for tier in self.tiers for expert in tier.experts) + self.pruned
 
     @property
     def order(self) -> tuple[int, ...]:
         """The original ids in the order the file numbers them: kept ones first."""
-        return self.kept + self.pruned
+        return self.kept + self.replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,8 +442,16 @@ class Plan:
 
     @property
     def share_pruned(self) -> float:
-        """The share of experts replaced, over all mixture-of-experts layers."""
-        return sum(len(layer.pruned) for layer in self.layers) / (len(self.layers) * self.spec.n_expert)
+        """The share of experts replaced, over all mixture-of-experts layers; of a thin one, the part gone."""
+        size = self.spec.expert_size
+        thinned = sum((1 - tier.width / size) * len(tier.experts) for at in self.layers for tier in at.tiers)
+        gone = thinned + sum(len(layer.pruned) for layer in self.layers)
+        return gone / (len(self.layers) * self.spec.n_expert)
+
+    @property
+    def n_tier(self) -> int:
+        """How many tiers of thin experts the layer with most of them has."""
+        return max((len(layer.tiers) for layer in self.layers), default=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,25 @@ searching the layers' counts, calibrating layer after layer, `joint` novices, th
 
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
-from mone_export.artifacts import Calibration, Corpus, Plan, Scores
+from mone_export.artifacts import Calibration, ChannelStats, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
 from mone_export.fitting import judge
 from mone_export.lazily import Tensor
+from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import measure
+from mone_export.paths import check_room
 from mone_export.pruning.allocation import Counts, allocate, possible
+from mone_export.pruning.fates import plan_fates
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import random_scores, score, score_weights
+from mone_export.pruning.thinning import channel_bytes, channel_file, down_projections, thin, widths_of
 from mone_export.recipe import Recipe
 from mone_export.request import Job
 from mone_export.runtime import Progress
@@ -82,6 +88,28 @@ def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Pl
         n_less += math.ceil((size - limit) / per_expert)
         chosen = plan(scores, allocate(scores, recipe, n_less=n_less), recipe=recipe)
     return chosen
+
+
+def thinned(
+    job: Job, calibration: Calibration, scores: Scores, *, progress: Progress | None = None
+) -> tuple[Plan, Thinner]:
+    """Return the plan that spends the budget on whole and thin experts, and what makes the thin ones.
+
+    The text runs once more; what it finds is in a temporary folder as long as there is what makes them.
+    """
+    engine, spec = job.engine(), job.source.spec
+    temporary = tempfile.TemporaryDirectory(prefix="mone-export-")
+    folder = Path(temporary.name)
+    check_room(folder / "layer", needed=channel_bytes(spec), option="TMPDIR")
+    engine.measure_channels(_corpus(job, calibration), folder, progress=progress)
+    widths, found = widths_of(spec), {}
+    files = {layer: channel_file(folder, layer) for layer in spec.moe_layers}
+    for number, (layer, experts) in enumerate(engine.experts(), start=1):
+        found[layer] = thin(ChannelStats.load(files[layer]), down_projections(experts), widths)
+        if progress:
+            progress(number, len(files), "fitting thin experts (layers)")
+    errors = {layer: each.errors.numpy() for layer, each in found.items()}
+    return plan_fates(scores, errors, widths, job.recipe), Thinner(found, files, temporary)
 
 
 def file_size(job: Job, chosen: Plan) -> int:

@@ -10,7 +10,15 @@ from typing import Any
 
 from mone_export.artifacts import Plan, Report
 from mone_export.calibration import ranks
-from mone_export.deciding import after_pruned, decided, file_size, fitted_novices, scored, with_best_candidate
+from mone_export.deciding import (
+    after_pruned,
+    decided,
+    file_size,
+    fitted_novices,
+    scored,
+    thinned,
+    with_best_candidate,
+)
 from mone_export.output.splitting import split
 from mone_export.output.writing import write
 from mone_export.pruning.plan_files import save_plan
@@ -39,9 +47,12 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         return None
     scores = scored(job, calibration)
     job = with_best_candidate(job, scores)
-    chosen = decided(job, scores, progress=progress)
+    joint = thinner = None
+    if calibration and job.recipe.novice == "thin":
+        chosen, thinner = thinned(job, calibration, scores, progress=progress)
+    else:
+        chosen = decided(job, scores, progress=progress)
     clock.lap("plan")
-    joint = None
     if calibration and job.request.sequential:
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)
         chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
@@ -53,7 +64,14 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         named = {"name": job.source.name, "sha256": job.source.fingerprint(progress=progress)}
         save_plan(job.request.plan_out, chosen, scores, named)
     size = write(
-        job.source, calibration, chosen, job.outfile, novices=joint, outtype=job.rounding, progress=progress
+        job.source,
+        calibration,
+        chosen,
+        job.outfile,
+        novices=joint,
+        thinner=thinner,
+        outtype=job.rounding,
+        progress=progress,
     )
     outfile = job.outfile
     if job.request.split_max_size is not None:

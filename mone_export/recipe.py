@@ -24,14 +24,15 @@ ScoreName = Literal[
     "random",
     "aimer",
 ]
-NoviceName = Literal["least-squares", "mean", "gate-weighted", "zero", "joint", "none"]
-Allocation = Literal["even", "model", "sensitivity", "search"]
+NoviceName = Literal["least-squares", "mean", "gate-weighted", "zero", "joint", "thin", "none"]
+Allocation = Literal["even", "model", "sensitivity", "search", "budget"]
 Mtp = Literal["keep", "drop"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
 NOVICE_NAMES: tuple[NoviceName, ...] = get_args(NoviceName)[:-1]  # `none` is what the other methods have
-ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)[:-1]  # `budget` is what thin experts have
+DEFAULT_NOVICE: NoviceName = "least-squares"
 
 # the papers' own of `drop` and `dern`, the best in docs/methods.md of `mone`
 OWN_SCORE: Mapping[Method, ScoreName] = {"mone": "error", "drop": "reap", "dern": "gate"}
@@ -57,9 +58,11 @@ class Recipe:
     """What is done to a model's experts; `Recipe.of` fills in and checks what a user left open.
 
     `ratio` is the share of the experts to prune, 0 <= ratio < 1, over all layers together. `score` ranks the
-    experts of a layer, `novice` stands in for a pruned one, `allocation` says how many each layer keeps: the
+    experts of a layer, `novice` stands in for a pruned one (`thin`: with what channels pay for themselves,
+    and the ratio is one of channels), `allocation` says how many each layer keeps: the
     same number (`even`), by scores that compete over the model (`model`), by how much harm an error in the
-    layer does (`sensitivity`), or by trying it out (`search`). At least `min_kept` stay in a layer (None: as
+    layer does (`sensitivity`), by trying it out (`search`), or by what each expert's channels are worth
+    (`budget`, of thin ones). At least `min_kept` stay in a layer (None: as
     many as a token uses). With `guarded`, experts of extreme outputs are never pruned. `seed`
     serves the score `random`. `mtp` says whether blocks that predict further tokens stay in the file.
     """
@@ -90,10 +93,12 @@ class Recipe:
             )
         own: dict[str, Any] = {
             "score": OWN_SCORE[method],
-            "novice": "least-squares" if with_novices else "none",
+            "novice": DEFAULT_NOVICE if with_novices else "none",
             "allocation": "sensitivity" if with_novices else "even",
             "mtp": "keep" if with_novices else "drop",
         }
+        if given.get("novice") == "thin":
+            own["allocation"] = "budget"
         recipe = cls(ratio=ratio, **{**own, **given})
         _check(recipe)
         return recipe
@@ -109,8 +114,8 @@ class Recipe:
 
     @property
     def known_novice(self) -> NoviceName:
-        """The novice to reckon with while there is no plan, which `joint` novices belong to."""
-        if self.novice == "joint":
+        """The constants to reckon with while there is no plan, which `joint` and `thin` need."""
+        if self.novice in ("joint", "thin"):
             return "least-squares"
         return "zero" if self.novice == "none" else self.novice
 
@@ -131,7 +136,16 @@ def _check(recipe: Recipe) -> None:
     _known("--score", recipe.score, SCORE_NAMES)
     if recipe.method == "mone":
         _known("--novice", recipe.novice, NOVICE_NAMES)
-    _known("--allocate", recipe.allocation, ALLOCATIONS)
+    _known("--allocate", recipe.allocation, (*ALLOCATIONS, "budget"))
+    if (recipe.novice == "thin") != (recipe.allocation == "budget"):
+        raise MoneError(
+            f"--novice {recipe.novice} with --allocate {recipe.allocation}: thin experts share out the "
+            "channels of all layers in one budget: leave one of them out"
+        )
+    if recipe.novice == "thin" and recipe.score in ("aimer", "random"):
+        raise MoneError(
+            f"--novice thin with --score {recipe.score}, which knows no text: leave one of them out"
+        )
     if not 0 <= recipe.ratio < 1:
         raise MoneError(
             f"--ratio {recipe.ratio:g} is out of range: it is the share of experts to prune, 0 <= ratio < 1"

@@ -27,7 +27,7 @@ from mone_export.paths import check_outputs, check_room
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
-from mone_export.recipe import Mtp, Recipe
+from mone_export.recipe import DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
 from mone_export.source.shape import Dtype, Stream, resolve_device
@@ -304,6 +304,8 @@ def _check_together(request: Request, recipe: Recipe) -> None:
             "--sequential and --novice joint each measure the layers again, in ways that do not combine: "
             "leave one of them out"
         )
+    if recipe.novice == "thin":
+        _check_thin(request)
     if request.split_max_size is not None and request.split_max_size < LEAST_SPLIT:
         raise MoneError("--split-max-size is below a million bytes: pass a larger one, such as 4G")
     if request.fit is not None and recipe.allocation not in ("even", "sensitivity"):
@@ -317,6 +319,22 @@ def _check_together(request: Request, recipe: Recipe) -> None:
             "or pass --allocate sensitivity"
         )
     _check_early_end(request, recipe)
+
+
+def _check_thin(request: Request) -> None:
+    """Refuse what does not know thin experts yet."""
+    others = {
+        "--sequential": request.sequential or None,
+        "--plan": request.plan,
+        "--plan-out": request.plan_out,
+        "--fit": request.fit,
+        "--until-stable": request.until_stable,
+        "torchrun": ranks.n_rank() > 1 or None,
+    }
+    if said := [option for option, value in others.items() if value is not None]:
+        raise MoneError(
+            f"{said[0]} does not know thin experts: leave it out, or pass --novice {DEFAULT_NOVICE}"
+        )
 
 
 def _check_early_end(request: Request, recipe: Recipe) -> None:
@@ -342,12 +360,20 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
             f"--novice joint fits novices to the weights of experts' outputs, but {source.spec.arch} weights "
             "their inputs: use --novice mean"
         )
+    if recipe.novice == "thin" and (reason := source.not_thin or _pruned_before(source)):
+        raise MoneError(
+            f"{source.name} can have no thin experts, since {reason}: pass --novice {DEFAULT_NOVICE}"
+        )
     even_counts(source.spec, recipe)
     if source.spec.kept_before and recipe.method != "mone":
         raise MoneError(
             f"{source.name} has novices, and a file by --method {recipe.method} has none: prune the file "
             "that it was made from, or use --method mone"
         )
+
+
+def _pruned_before(source: Source) -> str:
+    return "it was pruned before" if source.spec.kept_before else ""
 
 
 def _check_place(request: Request) -> None:
@@ -458,7 +484,7 @@ def _with_text(job: Job) -> Job:
     """Return the job with the text it needs: none where the statistics are enough, or not needed."""
     request, recipe = job.request, job.recipe
     searches = recipe.allocation == "search" and not job.plan
-    asks_model = searches or request.sequential or recipe.novice == "joint"
+    asks_model = searches or request.sequential or recipe.novice in ("joint", "thin")
     given = bool(request.files or request.datasets)
     saved_is_enough = job.saved and not given and not asks_model
     enough = saved_is_enough and not job.lacks_sensitivity

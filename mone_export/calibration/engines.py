@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan, Residual
 from mone_export.calibration import loading, ranks
+from mone_export.calibration.channels import measure_channels
 from mone_export.calibration.loading import Model, choose, loaded_experts
 from mone_export.calibration.masking import Divergence, measure_residuals, recalibrate
 from mone_export.calibration.passes import calibrate
@@ -89,6 +90,10 @@ class InTorch:
     ) -> dict[int, Residual]:
         """Return what each layer's pruned experts add to its output."""
         return measure_residuals(self.model, corpus, plan, memory=self.memory, progress=progress)
+
+    def measure_channels(self, corpus: Corpus, folder: "Path", *, progress: Progress | None = None) -> None:
+        """Leave what thin experts are made of in a folder, layer by layer (`channels.channel_file`)."""
+        measure_channels(self.model, corpus, folder, memory=self.memory, progress=progress)
 
     def divergence(self, rows: Tensor) -> Callable[[Pruned, Novices], float]:
         """Return what measures the mean KL divergence on rows of tokens of the model with novices in it."""

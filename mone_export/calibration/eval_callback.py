@@ -149,6 +149,7 @@ class Routed:
     ids: Tensor  # int64 [n_token, top_k], the experts
     gates: Tensor  # float32 [n_token, top_k], what multiplies their outputs
     outputs: Tensor  # float32 [n_token, top_k, d], before weighting
+    channels: Tensor | None = None  # float32 [n_token, top_k, I], what goes into the last product
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +176,7 @@ class Tap:
     hidden: Callable[[Tensor], None] | None = None  # last hidden states float32 [n_token, d]
     until: int | None = None  # the layer after whose experts the run ends; None: after the last hidden states
     logits: bool = False  # nothing ends the run
+    channels: bool = False  # `see` gets them, too
 
 
 class EvalCallback:
@@ -198,6 +200,7 @@ class EvalCallback:
         self._ended = self.interrupted = False
         self._copied = False  # experts go from main memory to a device, by ids that must have been computed
         self._inputs_weighted = False
+        self._channels: Tensor | None = None  # of the layer whose outputs come next
         self._pending: tuple[int, int, np.ndarray[Any, Any]] | None = None  # layer, address, ids
         self._silenced: tuple[Node, int] | None = None  # a node, and what it would have done
 
@@ -237,6 +240,8 @@ class EvalCallback:
         if node.op == self._ggml.mul_mat_id and (layer := self._wanted_layer(node)) is not None:
             # read now: nothing keeps them until the outputs are weighted
             ids = self._ggml.values(node.src[2])[0, 0].astype(np.int64)
+            if self._tap.channels:
+                self._channels = torch.from_numpy(self._ggml.values(node.src[1])[0].copy())
             if self._inputs_weighted:
                 self._take(layer, ids, np.ones(ids.shape, dtype=np.float32), address)
             else:
@@ -276,7 +281,8 @@ class EvalCallback:
         outputs = values[0]
         self.seen.append(layer)
         if tap.see and layer in tap.layers:
-            tap.see(layer, Routed(*(torch.from_numpy(each) for each in (ids, gates, outputs))))
+            own = [torch.from_numpy(each) for each in (ids, gates, outputs)]
+            tap.see(layer, Routed(own[0], own[1], own[2], self._channels))
         if layer in tap.masks:
             tap.masks[layer].apply(ids, outputs)
             self._ggml.store(address, values)

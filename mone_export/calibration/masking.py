@@ -32,7 +32,7 @@ def masked(
         for layer, experts in expert_modules(model)
         if len(pruned.get(layer, ()))
     }
-    with _standing_in(forwards):
+    with standing_in(forwards):
         yield
 
 
@@ -140,7 +140,7 @@ def _observed_residuals(model: PreTrainedModel, plan: Plan) -> Iterator[dict[int
         for layer, experts in expert_modules(model)
         if layer in pruned
     }
-    with _standing_in(forwards):
+    with standing_in(forwards):
         yield found
 
 
@@ -169,7 +169,7 @@ class _MeasuredResidual:
 
 
 @contextmanager
-def _standing_in(forwards: Mapping[Any, Any]) -> Iterator[None]:
+def standing_in(forwards: Mapping[Any, Any]) -> Iterator[None]:
     """Let each of `forwards` stand in for the forward of its experts module inside the block."""
     before = {experts: vars(experts).get("forward") for experts in forwards}  # of an observer
     try:

@@ -177,19 +177,30 @@ def _expert_outputs(module: Any, rows: Tensor, experts: slice, ids: Tensor, coun
 
     `ids` [n_slot] names each row's expert, `count` [n_expert] all experts' numbers of rows.
     """
-    ends = torch.cumsum(count[experts], dim=0, dtype=torch.int32)
+    hidden = hidden_channels(module, rows, experts, ids, count)
+    return outputs_of(module, hidden, experts, ids, count)
 
-    def linear(x: Tensor, name: str) -> Tensor:
-        weight = getattr(module, name)[experts]
-        bias = getattr(module, f"{name}_bias")[ids] if module.has_bias else None
-        return grouped_linear(x, weight, ends, bias=bias, is_transposed=module.is_transposed)
 
+def hidden_channels(module: Any, rows: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
+    """Return what rows have between their experts' projections, [n_slot, I]; the arguments are the same."""
     if module.has_gate:
-        hidden = module._apply_gate(linear(rows, "gate_up_proj"))
-    else:
-        hidden = module.act_fn(linear(rows, "up_proj"))
-    outputs = linear(hidden, "down_proj")
+        gated: Tensor = module._apply_gate(_linear(module, "gate_up_proj", rows, experts, ids, count))
+        return gated
+    activated: Tensor = module.act_fn(_linear(module, "up_proj", rows, experts, ids, count))
+    return activated
+
+
+def outputs_of(module: Any, hidden: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
+    """Return the outputs [n_slot, d] of hidden activations [n_slot, I]; the other arguments are the same."""
+    outputs = _linear(module, "down_proj", hidden, experts, ids, count)
     return outputs if not module.has_post_expert_norm else module.post_expert_norm(outputs)
+
+
+def _linear(module: Any, name: str, rows: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
+    ends = torch.cumsum(count[experts], dim=0, dtype=torch.int32)
+    bias = getattr(module, f"{name}_bias")[ids] if module.has_bias else None
+    weight = getattr(module, name)[experts]
+    return grouped_linear(rows, weight, ends, bias=bias, is_transposed=module.is_transposed)
 
 
 def _by_layer(model: PreTrainedModel) -> dict[int, Any]:

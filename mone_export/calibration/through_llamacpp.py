@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from mone_export import __version__
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Residual
+from mone_export.artifacts import (
+    Calibration,
+    ChannelStats,
+    Corpus,
+    ExpertStats,
+    MoeSpec,
+    Plan,
+    Residual,
+)
+from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name, save
 from mone_export.calibration.eval_callback import Mask, Routed, Tap
 from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
@@ -154,6 +163,35 @@ class LlamaEngine:
         for rows in self._batches(corpus.tokens, Tap(tuple(pruned), see)):
             report(rows.stop, len(corpus.tokens))
         return found
+
+    def measure_channels(self, corpus: Corpus, folder: Path, *, progress: Progress | None = None) -> None:
+        """Leave what thin experts are made of in a folder, layer by layer: as `channels.measure_channels`."""
+        layers = list(self._spec.moe_layers)
+        for group in groups(self._spec, layers, None):
+            found: dict[int, ChannelStats] = {}
+            tap = Tap(group, partial(self._add_channels, found), channels=True)
+            report = _tokens(progress, corpus, pass_name(group, layers))
+            for rows in self._batches(corpus.tokens, tap):
+                report(rows.stop, len(corpus.tokens))
+            for layer, stats in found.items():
+                save(stats, folder, layer)
+
+    def _add_channels(self, found: dict[int, ChannelStats], layer: int, routed: Routed) -> None:
+        assert routed.channels is not None
+        rows, gates, ids = routed.channels.flatten(0, 1), routed.gates.flatten(), routed.ids.flatten()
+        sums = ChannelSums(self._spec.n_expert, rows.shape[1])
+        ids, order = torch.sort(ids)
+        slots = order.split(torch.bincount(ids, minlength=self._spec.n_expert).tolist())
+
+        def add(expert: int) -> None:
+            own = slots[expert]
+            if len(own):
+                sums.add(expert, rows[own], gates[own])
+
+        for _ in self._pool.map(add, range(self._spec.n_expert)):
+            pass
+        batch = sums.stats()
+        found[layer] = found[layer].merge(batch) if layer in found else batch
 
     def recalibrate(
         self,

@@ -5,7 +5,6 @@ from typing import Any
 from mone_export import __version__
 from mone_export.artifacts import Plan
 from mone_export.source import Source
-from mone_export.source.gguf_format import FORMAT_VERSION
 
 Keys = dict[str, tuple[str, Any]]  # key -> (GGUF type, value)
 
@@ -14,7 +13,7 @@ def provenance(plan: Plan) -> Keys:
     """Return the keys that state a plan's recipe; of a plan that prunes nothing, that it does not."""
     recipe = plan.recipe
     keys: Keys = {
-        "mone.format_version": ("UINT32", FORMAT_VERSION),
+        "mone.format_version": ("UINT32", 2 if plan.n_tier else 1),
         "mone.ratio": ("FLOAT32", plan.share_pruned),
         "mone.tool_version": ("STRING", __version__),
     }

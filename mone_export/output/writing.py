@@ -30,8 +30,10 @@ from mone_export.output.quantizing import (
     quantized_types,
 )
 from mone_export.output.recombining import Recombination
+from mone_export.output.thin_experts import Thinner, thinned
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
+from mone_export.recipe import DEFAULT_NOVICE
 from mone_export.runtime import Progress
 from mone_export.source import Rewriting, Source, open_source
 from mone_export.source.gguf_format import (
@@ -39,15 +41,18 @@ from mone_export.source.gguf_format import (
     GGUF_ALIGNMENT,
     GROUP_COUNT_KEY,
     KEPT_COUNT_KEY,
+    TIER_COUNT_KEY,
+    TIER_SIZES_KEY,
     holds_ids,
     matrix_of,
     novice_tensor,
     part_of,
     slot_tensor,
+    tier_tensor,
 )
 from mone_export.source.gguf_types import padded_bytes
 from mone_export.source.llamacpp import CONVERTER_TYPES
-from mone_export.source.opened import Read, Rows
+from mone_export.source.opened import Derived, Read, Rows
 from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
@@ -62,13 +67,15 @@ def write(
     outfile: str | Path,
     *,
     novices: Mapping[int, Tensor] | None = None,
+    thinner: Thinner | None = None,
     outtype: str | Rounding = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
-    where the statistics alone do not. `calibration` may be None where the plan needs no statistics. `outtype`
+    where the statistics alone do not, and `thinner` makes the thin experts that the plan has.
+    `calibration` may be None where the plan needs no statistics. `outtype`
     is the type, with an importance matrix where a `Rounding` gives the text for it.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
@@ -81,9 +88,9 @@ def write(
     stored: dict[int, np.ndarray] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
-        stored = _stored(calibration, plan, source, novices)
+        stored = _stored(calibration, plan, source, novices, thinner)
         importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
-    edits = Edits(plan, stored, importance)
+    edits = Edits(plan, stored, importance, thinner)
     text = None
     if calibration and plan.recipe.needs_statistics:
         text = calibration.corpus_sha256, calibration.n_token
@@ -249,14 +256,20 @@ class Edits:
     """What becomes of each tensor of a model, by its GGUF name: what `Conversion` asks about every one."""
 
     def __init__(
-        self, plan: Plan, stored: Mapping[int, np.ndarray], importance: Mapping[int, Tensor]
+        self,
+        plan: Plan,
+        stored: Mapping[int, np.ndarray],
+        importance: Mapping[int, Tensor],
+        thinner: Thinner | None = None,
     ) -> None:
         """Take a plan, and the novices, float32 [n_expert, d], of its layers where its method has some.
 
-        `importance` [n_expert] weighs the experts of each layer where new ones are made of them.
+        `importance` [n_expert] weighs the experts of each layer where new ones are made of them; `thinner`
+        makes thin ones when they are written.
         """
         self.plan = plan
-        self._pruned = {layer.layer: layer for layer in plan.layers if layer.pruned}
+        self._thinner = thinner
+        self._pruned = {layer.layer: layer for layer in plan.layers if layer.replaced}
         with_novices = plan.recipe.method == "mone"
         self._novices = {layer: stored[layer] for layer in self._pruned} if with_novices else {}
         self.added: list[str] = []  # tensors that are not the model's own
@@ -294,6 +307,17 @@ class Edits:
             return None
         return self._pruned[layer].kept if layer in self._pruned else range(self.plan.spec.n_expert)
 
+    def derived(self, name: str, shape: Sequence[int]) -> Sequence[Derived]:
+        """Return the tensors of thin experts that are made of a tensor of experts."""
+        layer, part = part_of(name) or (-1, None)
+        if part != "experts" or layer not in self._pruned:
+            return ()
+        tiers = enumerate(self._pruned[layer].tiers, start=1)
+        scale = partial(self._scale_of, layer)
+        made = [thinned(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
+        self.added += [each.name for each in made]
+        return made
+
     def rows(self, name: str, shape: Sequence[int]) -> Rows | None:
         """Return the entries of a tensor in the layer's order; pruned experts get novices, zeros or ones."""
         number, part = part_of(name) or (-1, None)
@@ -307,8 +331,8 @@ class Edits:
         if part == "router":
             return None if self.plan.spec.keeps_numbers(number) else Rows(layer.order)
         if part == "down bias":
-            return Rows(layer.kept, self._novices[number][list(layer.pruned)])
-        others = np.full((len(layer.pruned), *shape[1:]), part == "scale", np.float32)
+            return Rows(layer.kept, self._novices[number][list(layer.replaced)])
+        others = np.full((len(layer.replaced), *shape[1:]), part == "scale", np.float32)
         return Rows(layer.kept, others)
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
@@ -337,7 +361,7 @@ class Edits:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
         if not has_bias:
-            gone = list(layer.pruned)
+            gone = list(layer.replaced)
             rows = np.zeros_like(novices)
             rows[len(layer.kept) :] = novices[gone]
             if number in self._scales:
@@ -348,6 +372,10 @@ class Edits:
             if self._before and (slots_before := self._before.slots(number)) is not None:
                 slots = slots[slots_before]
             self._add(conversion, slot_tensor(number), slots[:, None])
+
+    def _scale_of(self, layer: int, expert: int) -> float:
+        """Return what the runtime multiplies an expert's output by; known when the tensors are written."""
+        return float(self._scales[layer][expert]) if layer in self._scales else 1.0
 
     def _add(self, conversion: Rewriting, name: str, values: np.ndarray) -> None:
         conversion.add_tensor(name, values)
@@ -367,7 +395,11 @@ def _renumbered(plan: Plan, source: Source) -> Plan:
 
 
 def _stored(
-    calibration: Calibration, plan: Plan, source: Source, novices: Mapping[int, Tensor] | None
+    calibration: Calibration,
+    plan: Plan,
+    source: Source,
+    novices: Mapping[int, Tensor] | None,
+    thinner: Thinner | None,
 ) -> dict[int, np.ndarray]:
     """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d].
 
@@ -375,14 +407,16 @@ def _stored(
     """
     found = {}
     for layer in plan.layers if plan.recipe.method == "mone" else ():
-        if not layer.pruned:
+        if not layer.replaced:
             continue
         given = (
             novices[layer.layer]
             if novices
-            else novices_of(calibration.layers[layer.layer], plan.recipe.novice)
+            else novices_of(calibration.layers[layer.layer], plan.recipe.known_novice)
         )
         found[layer.layer] = given.float().numpy()
+        if thinner:
+            found[layer.layer] = thinner.constants(layer, found[layer.layer])
         if source.before and layer.layer in source.before.order:
             first = plan.spec.present[layer.layer]
             found[layer.layer][first:] = source.before.novices(layer.layer)[first:]
@@ -445,12 +479,18 @@ def _check_complete(conversion: Rewriting, plan: Plan) -> None:
         if part == "experts":
             stacks[number][name] = shape
     for layer in plan.layers:
-        if layer.pruned and layer.layer in with_ids and not plan.spec.keeps_numbers(layer.layer):
+        if layer.replaced and layer.layer in with_ids and not plan.spec.keeps_numbers(layer.layer):
             raise MoneError(
                 f"{with_ids[layer.layer]} refers to experts by their number: such layers are not supported "
                 "yet"
             )
         experts = stacks[layer.layer]
+        for number, tier in enumerate(layer.tiers, start=1):
+            if missing := [name for name in experts if tier_tensor(name, number) not in conversion.shapes]:
+                raise MoneError(
+                    f"layer {layer.layer}: of {missing[0]} no experts of {tier.width} channels can be made: "
+                    f"pass --novice {DEFAULT_NOVICE}, or a BF16 checkpoint of the model"
+                )
         wrong = {name: shape for name, shape in experts.items() if shape[0] != len(layer.kept)}
         if wrong or not experts:
             found = ", ".join(f"{name} {shape}" for name, shape in wrong.items()) or "no expert tensors"
@@ -476,7 +516,7 @@ def _check_one_count(conversion: Rewriting, plan: Plan) -> None:
 
 def _loading_keys(conversion: Rewriting, plan: Plan, source: Source) -> Keys:
     """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
-    pruned = [layer for layer in plan.layers if layer.pruned]
+    pruned = [layer for layer in plan.layers if layer.replaced]
     if not pruned:
         return {}
     if plan.recipe.method != "mone":
@@ -486,7 +526,14 @@ def _loading_keys(conversion: Rewriting, plan: Plan, source: Source) -> Keys:
         counts[layer.layer] = len(layer.kept)
     before = source.before.order if source.before else {}
     order = [before[at.layer][i] if at.layer in before else i for at in pruned for i in at.order]
-    return {
+    keys: Keys = {
         KEPT_COUNT_KEY.format(arch=conversion.arch): ("UINT32", counts),
         "mone.expert_order": ("INT32", order),
     }
+    if n_tier := plan.n_tier:
+        sizes = np.zeros((conversion.block_count, n_tier), np.int64)
+        for layer in pruned:
+            sizes[layer.layer, : len(layer.tiers)] = [len(tier.experts) for tier in layer.tiers]
+        keys[TIER_COUNT_KEY.format(arch=conversion.arch)] = ("UINT32", n_tier)
+        keys[TIER_SIZES_KEY.format(arch=conversion.arch)] = ("UINT32", sizes.flatten().tolist())
+    return keys

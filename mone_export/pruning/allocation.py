@@ -47,8 +47,8 @@ def allocate(scores: Scores, recipe: Recipe, *, n_less: int = 0, trial: Try | No
     `MoneError` where a ratio leaves too few experts, or a method cannot work with the model's routing.
     """
     spec, even = scores.spec, even_counts(scores.spec, recipe)
-    if recipe.allocation == "even" or not recipe.ratio:
-        return even
+    if recipe.allocation in ("even", "budget") or not recipe.ratio:
+        return even  # of a budget no more is known before `fates`
     n_place = sum(even.values()) - n_less
     least = least_kept(spec, recipe.min_kept)
     if recipe.allocation == "model":

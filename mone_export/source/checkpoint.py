@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mone_export.architectures import weights_inputs
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError
 from mone_export.recipe import Mtp
@@ -27,7 +28,7 @@ from mone_export.source.naming import name_of
 from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
-from mone_export.source.shape import check_config, packing, read_config, shape_of
+from mone_export.source.shape import check_config, expert_modules, packing, read_config, shape_of, skeleton
 from mone_export.source.tokenizing import TextReader, load_tokenizer
 from mone_export.source.weights import fingerprint, left_out, open_weights, weight_files
 
@@ -62,6 +63,10 @@ class Source(Protocol):
     @property
     def limits(self) -> tuple[int | None, int | None]:
         """How many tokens it has embeddings for, and how long a row it was made for; None: not known."""
+
+    @property
+    def not_thin(self) -> str:
+        """Why its experts cannot be thin (`pruning.thinning`), empty where they can."""
 
     @property
     def packed(self) -> str | None:
@@ -236,6 +241,16 @@ class Checkpoint:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Return the model's own tokenizer."""
         return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def not_thin(self) -> str:
+        """Why its experts cannot be thin, empty where they can."""
+        if weights_inputs(self.spec.arch):
+            return "it weights what goes into its experts"
+        modules = [module for _, module in expert_modules(skeleton(self.config))]
+        if any(module.has_bias for module in modules):
+            return "its experts have biases"
+        return "it normalises its experts' outputs" if any(m.has_post_expert_norm for m in modules) else ""
 
     @property
     def limits(self) -> tuple[int | None, int | None]:

@@ -23,8 +23,8 @@ from mone_export.errors import MoneError
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
 from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
-from mone_export.source.gguf_types import block_of, dequantize, gguf_library
-from mone_export.source.opened import Edits
+from mone_export.source.gguf_types import block_of, dequantize, gguf_library, kind_for, quantize
+from mone_export.source.opened import Derived, Edits
 
 _CHUNK = 2**23  # bytes that are copied at a time
 _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
@@ -76,9 +76,12 @@ class GgufConversion:
         self.remark: str | None = None
         self._file: FileIO | None = None
         left_out = self._without_prediction() if mtp == "drop" else ()
-        self._tensors = {
-            name: _edited(info, edits) for name, info in header.tensors.items() if name not in left_out
-        }
+        self._tensors: dict[str, _Written] = {}
+        for name, info in header.tensors.items():
+            if name not in left_out:
+                self._tensors[name] = _edited(info, edits)
+                for new in edits.derived(name, (*info.shape, 1)[2::-1]):
+                    self._tensors[new.name] = _derived(info, new)
         if edits.rewrites:
             self.remark = "new experts are made of unpacked ones and stay so, unless --outtype rounds them"
 
@@ -197,6 +200,36 @@ def _edited(info: TensorInfo, edits: Edits) -> _Written:
     return _rows(info, axis, rows.own, rows.others)
 
 
+def _derived(info: TensorInfo, new: Derived) -> _Written:
+    """Return a further tensor of experts: of rows as they are packed, or made of unpacked ones and packed.
+
+    Packed as the original is where the new rows have whole blocks.
+    """
+    kind = info.kind if new.rows else kind_for(info.kind, new.shape[1])
+
+    def packed(expert: int) -> bytes:
+        import torch
+
+        if new.rows:
+            return bytes(_packed_rows(info, expert)[new.rows(expert)])
+        matrix = torch.from_numpy(dequantize(_packed_rows(info, expert), info.kind).copy())
+        return quantize(new.make(expert, matrix).float().numpy(), kind).tobytes()
+
+    _, n_block, n_byte = block_of(kind)
+    size = math.prod(new.shape) // n_block * n_byte
+    pieces = [Made(partial(packed, expert), size) for expert in new.experts]
+    return _Written((*new.shape[::-1], len(new.experts)), kind, [*pieces])
+
+
+def _packed_rows(info: TensorInfo, expert: int) -> np.ndarray:
+    """Return an expert's matrix as it is packed, uint8 [n_row, bytes of a row]."""
+    _, n_row, n_expert = (*info.shape, 1)[:3]
+    size = info.size // n_expert
+    with info.file.open("rb") as file:
+        file.seek(info.offset + expert * size)
+        return np.frombuffer(file.read(size), np.uint8).reshape(n_row, -1)
+
+
 def _made(info: TensorInfo, edits: Edits, n_kept: int) -> _Written:
     """Return a tensor of experts that are made of unpacked ones: in float32, or float16 if it is packed."""
     *inner, n_expert = (*info.shape, 1)[:3]
@@ -205,11 +238,7 @@ def _made(info: TensorInfo, edits: Edits, n_kept: int) -> _Written:
     def read(expert: int) -> Any:
         import torch
 
-        size = info.size // n_expert
-        with info.file.open("rb") as file:
-            file.seek(info.offset + expert * size)
-            packed = np.frombuffer(file.read(size), np.uint8).reshape(inner[1], -1)
-        return torch.from_numpy(dequantize(packed, info.kind).copy())
+        return torch.from_numpy(dequantize(_packed_rows(info, expert), info.kind).copy())
 
     def stored(make: Callable[[], Any]) -> bytes:
         values: np.ndarray = make().float().numpy()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mone_export.architectures import weights_inputs
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError
 from mone_export.runtime import Progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mone_export.source.tokenizing import TextReader
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
+_INSIDE = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(bias|scale|input_scale)")
 _EXACT = ("f32", "f16", "bf16", "q8_0")
 _CHUNK = 2**24
 
@@ -70,6 +72,14 @@ class GgufFile:
         """The type of its experts where rounding them once more would round what is rounded already."""
         kinds = (info.kind for name, info in self.header.tensors.items() if _DOWN.fullmatch(name))
         return next((kind for kind in kinds if kind not in _EXACT), None)
+
+    @property
+    def not_thin(self) -> str:
+        """Why its experts cannot be thin, empty where they can."""
+        if weights_inputs(self.spec.arch):
+            return "it weights what goes into its experts"
+        inside = next((name for name in self.header.tensors if _INSIDE.fullmatch(name)), None)
+        return f"its experts have biases or scales ({inside})" if inside else ""
 
     @property
     def limits(self) -> tuple[int | None, int | None]:

@@ -1,4 +1,4 @@
-"""The MoNE GGUF format, version 1: what a file adds to an ordinary GGUF, and which tensor plays which part.
+"""The MoNE GGUF format, versions 1 and 2: what it adds to an ordinary GGUF, and the part of each tensor.
 
 `general.architecture` and the model's own keys stay; `{arch}.expert_count` stays M, the router's width. In a
 pruned layer the experts are renumbered: the R kept ones are 0..R-1, the pruned ones R..M-1, each group in
@@ -23,18 +23,27 @@ A routed id >= R selects no matrix: its product is zero by definition of the run
 bias addition gives it its novice, and the router's weight multiplies that as it does any expert's output.
 
     {arch}.expert_kept_count   u32 [block_count]: R per layer, 0 where all stay; absent in an ordinary model
-    mone.format_version        u32, 1
+    mone.format_version        u32, 1, or 2 where there are tiers
     mone.expert_order          i32: the `order`s of all pruned layers, in layer order, concatenated
     mone.*                     provenance, ignored by the runtime
+
+Version 2 has further tiers of experts between the R and the constants: thin ones, with fewer intermediate
+channels. `order` then lists the whole experts, those of tier 1, of tier 2 and so on, the constants.
+
+    blk.N.ffn_{gate,up,down,gate_up}_exps.tT.weight   tier T of a layer: the same matrices, narrower inside
+    blk.N.ffn_down_exps.bias                          of a thin expert: what is added to its output
+    {arch}.expert_tier_count   u32: tiers that a layer has at most
+    {arch}.expert_tier_sizes   u32 [block_count x tiers]: their experts, layer by layer
 """
 
 import re
 from collections.abc import Iterable
 from typing import Literal
 
-FORMAT_VERSION = 1
 KEPT_COUNT_KEY = "{arch}.expert_kept_count"
 GGUF_ALIGNMENT = 32  # of tensors, unless a file says otherwise
+TIER_COUNT_KEY = "{arch}.expert_tier_count"
+TIER_SIZES_KEY = "{arch}.expert_tier_sizes"
 COUNT_KEY = "{arch}.expert_count"
 GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
 
@@ -69,6 +78,11 @@ def matrix_of(name: str) -> str:
 def holds_ids(names: Iterable[str]) -> dict[int, str]:
     """Return, for each layer that has one, a tensor that depends on the numbers of experts."""
     return {int(match[1]): name for name in names if (match := _HOLDS_IDS.fullmatch(name))}
+
+
+def tier_tensor(name: str, tier: int) -> str:
+    """Return the name of the tensor that has the experts of a tier, from 1, of what `name` holds."""
+    return f"{name.removesuffix('.weight')}.t{tier}.weight"
 
 
 def novice_tensor(layer: int) -> str:

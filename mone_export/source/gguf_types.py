@@ -3,6 +3,7 @@
 Nothing here needs PyTorch.
 """
 
+import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,14 @@ import numpy as np
 
 from mone_export.errors import MoneError
 from mone_export.runtime import tree
+
+# what `quantize` packs without an importance matrix
+_PACKED: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "iq4_nl")
+_PACKED += ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0", "iq3_s", "iq3_xxs")
+# for rows that are too short for a type's blocks, as llama-quantize does
+_INSTEAD = {"iq2_xxs": "q2_k", "iq2_xs": "q2_k", "iq2_s": "q2_k", "iq1_s": "q2_k", "iq1_m": "q2_k"}
+_INSTEAD |= {"q2_k": "q4_0", "q3_k": "q4_0", "iq3_s": "iq4_nl", "iq3_xxs": "iq4_nl", "iq4_xs": "iq4_nl"}
+_INSTEAD |= {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
 @cache
@@ -47,6 +56,37 @@ def dequantize(packed: np.ndarray, type_name: str) -> np.ndarray:
     gguf = gguf_library()
     weights: np.ndarray = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[type_name.upper()])
     return weights
+
+
+def kind_for(type_name: str, n_column: int) -> str:
+    """Return the type to pack rows of `n_column` weights in that were of a type: its own where it can be.
+
+    Types that cannot do without an importance matrix, and rows of other lengths than their blocks, have the
+    next better one.
+    """
+    if type_name not in _PACKED or n_column % block_of(type_name)[1]:
+        candidates = (_INSTEAD.get(type_name, "q8_0"), "q8_0", "f16")
+        return next(kind for kind in candidates if n_column % block_of(kind)[1] == 0)
+    return type_name
+
+
+def quantize(weights: np.ndarray, type_name: str) -> np.ndarray:
+    """Return float32 rows [n, n_column] as ggml packs them in a type, uint8 [n, bytes of a row]."""
+    from llama_cpp._ggml import libggml
+
+    number, n_block, n_byte = block_of(type_name)
+    values = np.ascontiguousarray(weights, np.float32)
+    n_row, n_column = values.shape
+    packed = np.empty((n_row, n_column // n_block * n_byte), np.uint8)
+    function = libggml.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = (
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    )
+    written = function(number, values.ctypes.data, packed.ctypes.data, 0, n_row, n_column, None)
+    assert written == packed.nbytes, (type_name, written)
+    return packed
 
 
 def _check_origin(gguf: ModuleType) -> None:

@@ -25,6 +25,17 @@ class Rows:
     others: np.ndarray | None = None  # float32 [n, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A further tensor of experts, made of some of another tensor's: each of `experts` gives a matrix."""
+
+    name: str
+    experts: Sequence[int]
+    shape: tuple[int, int]  # [out, in] of each
+    rows: Callable[[int], np.ndarray] | None  # the rows of the original that an expert keeps as they are
+    make: Callable[[int, Tensor], Tensor]  # from an expert's number and its matrix [out, in]
+
+
 class Edits(Protocol):
     """What becomes of a model's tensors, by their GGUF names."""
 
@@ -38,6 +49,9 @@ class Edits(Protocol):
 
     def select(self, name: str) -> Sequence[int] | None:
         """Return the experts to keep of a tensor of matrices, None for any other tensor."""
+
+    def derived(self, name: str, shape: Sequence[int]) -> Sequence[Derived]:
+        """Return the tensors to add that are made of a tensor of matrices, of a shape [n_expert, out, in]."""
 
     def rows(self, name: str, shape: Sequence[int]) -> Rows | None:
         """Return what a tensor with an entry for each expert becomes, None for one that stays as it is."""
@@ -95,10 +109,12 @@ class Opened:
             self._edited.add(new_name)
             if experts is None:
                 yield new_name, self.edits.edit(new_name, tensor)
-            elif one := self._one_by_one(data, tensor, (name, bid, position)):
-                yield new_name, self._chunked(new_name, tensor, one, experts)
-            else:
-                yield new_name, tensor[list(experts)]
+                continue
+            one = self._one_by_one(data, tensor, (name, bid, position))
+            yield new_name, self._chunked(new_name, tensor, one, experts) if one else tensor[list(experts)]
+            for new in self.edits.derived(new_name, tensor.shape):
+                self._edited.add(new.name)
+                yield new.name, self._derived(new, tensor, one or tensor.__getitem__)
 
     def set_vocab(self) -> None:
         """Write the tokenizer; what is wrong with it is said to be wrong with it."""
@@ -150,9 +166,17 @@ class Opened:
         single = {e: one(e) for e in (range(self.edits.spec.n_expert) if rewrites else experts)}
         read = partial(_read, self.lazy_tensor, single)
         made = self.edits.rewrite(name, read) if rewrites else [partial(read, e) for e in experts]
-        chunks = [partial(_chunk, expert, whole.dtype) for expert in made]
-        shape = (len(made), *whole.shape[1:])
-        return self.library.LazyChunkedTensor(chunks, shape, self.lazy_tensor._dtype_map[whole.dtype])
+        return self._lazy(made, whole.shape[1:], whole.dtype)
+
+    def _derived(self, new: Derived, whole: Any, one: Callable[[int], Any]) -> Any:
+        """Return a further tensor, made expert by expert while it is written."""
+        read = partial(_read, self.lazy_tensor, {expert: one(expert) for expert in new.experts})
+        made = [partial(_made, new, read, expert) for expert in new.experts]
+        return self._lazy(made, new.shape, whole.dtype)
+
+    def _lazy(self, made: Sequence[Callable[[], Tensor]], shape: Sequence[int], dtype: Any) -> Any:
+        chunks = [partial(_chunk, expert, dtype) for expert in made]
+        return self.library.LazyChunkedTensor(chunks, (len(made), *shape), self.lazy_tensor._dtype_map[dtype])
 
 
 def opened_class(base: Any, **settings: Any) -> type[Opened]:
@@ -179,6 +203,10 @@ def _read(lazy: Any, experts: dict[int, Any], expert: int) -> Tensor:
     # taken out, since an evaluated lazy tensor keeps its data
     tensor: Tensor = lazy.to_eager(experts.pop(expert))
     return tensor
+
+
+def _made(new: Derived, read: Read, expert: int) -> Tensor:
+    return new.make(expert, read(expert))
 
 
 def _chunk(expert: Callable[[], Tensor], dtype: "torch.dtype") -> np.ndarray:
