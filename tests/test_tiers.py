@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf_models import ARCHS, VARIANTS, quantised, tiny_gguf
+from gguf_models import ARCHS, VARIANTS, tiny_gguf
 from gguf_parts import Parts, Stored, key, put_together, taken_apart
 from gguf_reference import MoeLayer, dequantised
 from gguf_tiers import N_TIER, fates_for, tiered, untiered
@@ -30,7 +30,7 @@ LAYERS = (
     *(("gpt-oss", 1), ("deepseek2", 1), ("deepseek2 in groups", 1), ("glm4moe in groups", 1)),
     *(("deepseek4 hashed", 0), ("deepseek4 hashed", 2)),
 )
-# softmax, sigmoid and hashed routers, groups, biases, scales, merged matrices, weighted inputs, other activations
+# softmax, sigmoid and hashed routers, groups, biases, scales, merged matrices, weighted inputs, ReLU
 FAMILIES = (
     *("qwen3moe", "olmoe", "gpt-oss", "llama4", "deepseek2 in groups", "glm4moe", "grovemoe"),
     *("deepseek4 hashed", "smallthinker", "qwen3next"),
@@ -45,9 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_tiers(name: str, folder: Path, *, tilted: bool = True) -> Path:
     """Return a file of version 2 beside the one it is made of."""
     whole = tiny_gguf(name, folder)
-    file = whole.with_name(
-        f"{whole.stem.removesuffix('-f32')}-tiers-{'tilted' if tilted else 'flat'}-f32.gguf"
-    )
+    file = whole.with_name(f"{whole.stem}-{'tilted' if tilted else 'flat'}.gguf")
     if not file.exists():
         parts = taken_apart(whole)
         file.write_bytes(put_together(tiered(parts, fates_for(parts), tilted=tilted)))
@@ -57,7 +55,7 @@ def with_tiers(name: str, folder: Path, *, tilted: bool = True) -> Path:
 def in_version_1(name: str, folder: Path, *, tilted: bool = False) -> Path:
     """Return a file of version 1 that computes the same."""
     whole = tiny_gguf(name, folder)
-    file = whole.with_name(f"{whole.stem}-untiered.gguf")
+    file = whole.with_name(f"{whole.stem}-{'linear' if tilted else 'untiered'}.gguf")
     if not file.exists():
         parts = taken_apart(whole)
         file.write_bytes(put_together(untiered(parts, fates_for(parts), tilted=tilted)))
@@ -100,7 +98,7 @@ def test_token_by_token_is_as_in_a_batch(name: str, folder: Path) -> None:
 
 
 def test_quantised_files(folder: Path, tmp_path: Path) -> None:
-    """Tilts keep their type, thin experts get one that fits their width, and both are found in the imatrix."""
+    """Tilts keep their type, thin experts get one that fits their width; the imatrix has both."""
     file = with_tiers("olmoe", folder)
     wanted = inside(file, TOKENS, ["result_output"])["result_output"]
     text, imatrix = tmp_path / "text.txt", tmp_path / "imatrix.gguf"
