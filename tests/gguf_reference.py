@@ -304,23 +304,37 @@ class MoeLayer:
 
     def expert(self, slot: int, x: Tensor) -> Tensor:
         """Return the output of the expert in a slot, [n_token, d], before its weight; or the novice there."""
-        n_kept = len(self.tensors["ffn_down_exps.weight"])
-        if slot >= n_kept:
+        tier, place = self._place(slot)
+        if tier is None:
             return self.tensors["ffn_down_exps.bias"][slot].expand_as(x)
-        if "ffn_gate_up_exps.weight" in self.tensors:
+        if f"ffn_tilt_in_exps{tier}.weight" in self.tensors:
+            into, out = (self.tensors[f"ffn_tilt_{part}_exps{tier}.weight"][place] for part in ("in", "out"))
+            return self.tensors["ffn_down_exps.bias"][slot] + x @ into.T @ out.T
+        if f"ffn_gate_up_exps{tier}.weight" in self.tensors:
             gate, up = self._linear("gate_up", slot, x).chunk(2, -1)
         else:
             gate, up = self._linear("gate", slot, x), self._linear("up", slot, x)
         return self._linear("down", slot, _activated(self.arch, gate, up))
 
+    def _place(self, slot: int) -> tuple[str | None, int]:
+        """Return the tier of a slot, as the names of its tensors have it, and the place of its matrices."""
+        for tier in ("", *(f".t{number}" for number in range(1, 8))):
+            parts = (self.tensors.get(f"ffn_{part}_exps{tier}.weight") for part in ("down", "tilt_in"))
+            n_matrix = next((len(part) for part in parts if part is not None), 0)
+            if slot < n_matrix:
+                return tier, slot
+            slot -= n_matrix
+        return None, slot
+
     def _linear(self, matrix: str, slot: int, x: Tensor) -> Tensor:
         part = f"ffn_{matrix}_exps"
-        y = x @ self.tensors[f"{part}.weight"][slot].T
+        tier, place = self._place(slot)
+        y = x @ self.tensors[f"{part}{tier}.weight"][place].T
         # the two halves of a merged matrix share the factor of the second
         scale = self.tensors.get(f"{part.replace('gate_up', 'up')}.scale")
         y = y * scale[slot] if scale is not None and self.arch in SCALED else y
         bias = self.tensors.get(f"{part}.bias")
-        return y if bias is None else y + bias[slot]
+        return y if bias is None else y + bias[slot, : y.shape[-1]]
 
     def forward(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Return what the routed experts add for inputs [n_token, d]."""

@@ -39,7 +39,7 @@ def test_series_stays_small() -> None:
         for line in patch.read_text(encoding="utf-8").splitlines()
         if line.startswith("+") and not line.startswith("+++")
     ]
-    assert len(added) < 900
+    assert len(added) < 1100
 
 
 def test_readme_lists_every_patch() -> None:
