@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mone_export.artifacts import Calibration, ChannelStats, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
 from mone_export.fitting import judge
 from mone_export.lazily import Tensor
 from mone_export.output.thin_experts import Thinner
-from mone_export.output.writing import measure
+from mone_export.output.writing import measure, packed_together
 from mone_export.paths import check_room
 from mone_export.pruning.allocation import Counts, allocate, possible
 from mone_export.pruning.fates import plan_fates
@@ -28,6 +29,9 @@ from mone_export.pruning.thinning import channel_bytes, channel_file, down_proje
 from mone_export.recipe import Recipe
 from mone_export.request import Job
 from mone_export.runtime import Progress
+
+if TYPE_CHECKING:
+    from mone_export.calibration.engines import Engine
 
 log = logging.getLogger(__name__)
 
@@ -93,23 +97,38 @@ def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Pl
 def thinned(
     job: Job, calibration: Calibration, scores: Scores, *, progress: Progress | None = None
 ) -> tuple[Plan, Thinner]:
-    """Return the plan that spends the budget on whole and thin experts, and what makes the thin ones.
+    """Return the plan that spends the budget on whole and thin experts, and what makes the thin ones."""
+    block = packed_together(job.source, job.outtype)
+    corpus = _corpus(job, calibration)
+    return fitted_plan(job.engine(), corpus, scores, job.recipe, block=block, progress=progress)
 
-    The text runs once more; what it finds is in a temporary folder as long as there is what makes them.
+
+def fitted_plan(
+    engine: "Engine",
+    corpus: Corpus,
+    scores: Scores,
+    recipe: Recipe,
+    *,
+    block: int,
+    progress: Progress | None = None,
+) -> tuple[Plan, Thinner]:
+    """Run the text once more, fit thin experts, and spend a recipe's budget; `block` is that of `widths_of`.
+
+    What the text showed is in a temporary folder as long as there is what makes thin experts of it.
     """
-    engine, spec = job.engine(), job.source.spec
+    spec = scores.spec
     temporary = tempfile.TemporaryDirectory(prefix="mone-export-")
     folder = Path(temporary.name)
     check_room(folder / "layer", needed=channel_bytes(spec), option="TMPDIR")
-    engine.measure_channels(_corpus(job, calibration), folder, progress=progress)
-    widths, found = widths_of(spec), {}
+    engine.measure_channels(corpus, folder, progress=progress)
+    widths, found = widths_of(spec, block), {}
     files = {layer: channel_file(folder, layer) for layer in spec.moe_layers}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
         found[layer] = thin(ChannelStats.load(files[layer]), down_projections(experts), widths)
         if progress:
             progress(number, len(files), "fitting thin experts (layers)")
     errors = {layer: each.errors.numpy() for layer, each in found.items()}
-    return plan_fates(scores, errors, widths, job.recipe), Thinner(found, files, temporary)
+    return plan_fates(scores, errors, widths, recipe), Thinner(found, files, temporary)
 
 
 def file_size(job: Job, chosen: Plan) -> int:

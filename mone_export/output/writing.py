@@ -6,6 +6,7 @@ from an intermediate file beside the output.
 """
 
 import logging
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,15 @@ def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding
     with_imatrix = rounding.text is not None
     layout = layouts(open_source(model), plan, (rounding.outtype,), imatrix=with_imatrix)[rounding.outtype]
     return layout.size, layout.size_between
+
+
+def packed_together(source: Source, outtype: str) -> int:
+    """Return how many weights of a row the type of a file's experts packs together, 1: each by itself."""
+    if outtype == "auto":
+        return source.block
+    if outtype in ("f32", "f16", "bf16"):
+        return 1
+    return 32 if re.fullmatch(r"q\d_\d|mxfp4\w*|iq4_nl", outtype) else 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from mone_export.lazily import Tensor, torch
 
 PRIOR = 32.0
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)  # of an expert's channels, that a thin one may keep
+_LEAST_STEPS = 4  # of 32 channels in an expert, or the steps are smaller where they can be
 _ROUNDS = 64  # of an elimination: channels that go together are chosen together
 _ROOM = 2**28  # bytes of float64 that are worked on at a time
 
@@ -57,14 +58,17 @@ class Thinning:
         return self.constants[expert, self.widths.index(width)]
 
 
-def widths_of(spec: MoeSpec) -> tuple[int, ...]:
+def widths_of(spec: MoeSpec, block: int) -> tuple[int, ...]:
     """Return the widths that an expert of a model may have, from 0 to its own, ascending.
 
-    All but the last are multiples of what the types of its matrices are packed in: 256 where the model's own
-    width is one (K-quants), else 32, and 8 for very narrow experts, whose files have no such types.
+    `block` is how many weights the type of its matrices packs together (256 for K-quants, 1 for F16): a width
+    between is a multiple of it, so that thin experts have the type, and the bytes per channel, of whole ones.
+    Where the model's own width is none, its matrices have a type of smaller blocks. What is not packed has
+    widths of multiples of 32, which kernels like, or 8 for very narrow experts.
     """
     size = spec.expert_size
-    step = next((step for step in (256, 32, 8) if size % step == 0 and size > step), 1)
+    steps = [step for step in (block, 32) if step > 1 and size % step == 0] if block > 1 else [32, 8]
+    step = next((step for step in steps if size >= _LEAST_STEPS * step or block > 1), 1)
     inner = {round(size * share / step) * step for share in _SHARES}
     return (0, *sorted(inner - {0, size}), size)
 

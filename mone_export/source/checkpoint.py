@@ -73,6 +73,10 @@ class Source(Protocol):
         """The type of its experts where rounding them once more would round what is rounded already."""
 
     @property
+    def block(self) -> int:
+        """How many weights of a row its own type packs together."""
+
+    @property
     def direct_types(self) -> Collection[str]:
         """The types, of `--outtype`, that its conversion writes itself; llama-quantize makes all others."""
 
@@ -153,6 +157,7 @@ class Checkpoint:
 
     direct_types = tuple(CONVERTER_TYPES)
     packed = before = None
+    block = 1
 
     def __init__(
         self,

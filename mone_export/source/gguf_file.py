@@ -19,7 +19,7 @@ from mone_export.source.fingerprints import remembered
 from mone_export.source.gguf_conversion import GgufConversion
 from mone_export.source.gguf_format import holds_ids
 from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
-from mone_export.source.gguf_types import dequantize
+from mone_export.source.gguf_types import block_of, dequantize
 from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore, kept_counts, pruned_before
 
@@ -72,6 +72,11 @@ class GgufFile:
         """The type of its experts where rounding them once more would round what is rounded already."""
         kinds = (info.kind for name, info in self.header.tensors.items() if _DOWN.fullmatch(name))
         return next((kind for kind in kinds if kind not in _EXACT), None)
+
+    @property
+    def block(self) -> int:
+        """How many weights of a row the type of its experts' last matrices packs together, at most."""
+        return max(block_of(info.kind)[1] for _, info in _matching(_DOWN, self.header))
 
     @property
     def not_thin(self) -> str:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ ALWAYS = (
     Variant("mone", "reap", "least-squares", "sensitivity"),
     Variant("mone", "reap", "least-squares"),
     Variant("drop", "reap"),
+    Variant("mone", "error", "thin", "budget"),
 )
 # what a default is chosen among, and what others propose
 CONTENDERS = (
@@ -212,6 +214,10 @@ def pruned(
     from mone_export.pruning.scoring import score, score_weights
 
     recipe = recipe_of(variant, ratio, seed=seed)
+    if variant.novice == "thin":
+        with with_thin_experts(model, calibration, corpus, recipe) as module:
+            yield module
+        return
     if variant.score == "aimer":
         scores = replace(score_weights(model.spec, loaded_experts(model)), calibration=calibration)
     else:
@@ -240,6 +246,51 @@ def pruned(
         vectors = {layer: novices(stats, variant.novice) for layer, stats in calibration.layers.items()}
     with masked(model.module, {layer.layer: layer.pruned for layer in chosen.layers}, vectors):
         yield model.module
+
+
+@contextmanager
+def with_thin_experts(model: Any, calibration: Any, corpus: Any, recipe: Any) -> Iterator[Any]:
+    """Yield the model with thin experts: zeros where channels went, constants added."""
+    import torch
+
+    from mone_export.calibration.engines import engine_of
+    from mone_export.calibration.masking import standing_in
+    from mone_export.calibration.observer import run_experts
+    from mone_export.deciding import fitted_plan
+    from mone_export.pruning.novices import novices
+    from mone_export.pruning.scoring import score
+    from mone_export.source.shape import expert_modules
+
+    scores = score(calibration, "error", guarded=False)
+    chosen, thinner = fitted_plan(engine_of(model), corpus, scores, recipe, block=1)
+    modules, before, forwards = dict(expert_modules(model.module)), {}, {}
+
+    def forward(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
+        spread = torch.zeros(len(ids), len(constants)).scatter_(1, ids, weights)
+        return run_experts(module, hidden, ids, weights) + spread @ constants
+
+    for layer in chosen.layers:
+        module, number = modules[layer.layer], layer.layer
+        before[number] = module.down_proj.data.clone()
+        own = novices(calibration.layers[number]).float().numpy()
+        constants = torch.from_numpy(thinner.constants(layer, own))
+        constants[list(layer.kept)] = 0
+        module.down_proj.data[list(layer.pruned)] = 0
+        for tier in layer.tiers:
+            for expert in tier.experts:
+                whole = before[number][expert]
+                module.down_proj.data[expert] = 0
+                channels = thinner.channels(number, expert, tier.width)
+                module.down_proj.data[expert][:, channels] = thinner.down(
+                    number, expert, tier.width, whole
+                ).float()
+        forwards[module] = partial(forward, module, constants)
+    try:
+        with standing_in(forwards):
+            yield model.module
+    finally:
+        for number, weights in before.items():
+            modules[number].down_proj.data = weights
 
 
 def recipe_of(variant: Variant, ratio: float, *, seed: int) -> Any:
