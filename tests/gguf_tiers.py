@@ -1,6 +1,7 @@
 """GGUFs of version 2 made by hand: experts of which some became thin, tilts or constants.
 
-Shares no code with the package. The format is described in `mone_export/source/gguf_format.py`.
+Thin experts, and whole ones in a tier of their own, have tensors called `blk.N.ffn_up_exps.tT.weight` and so
+on; tilts `blk.N.ffn_tilt_in_exps.tT.weight` and `_out`. Shares no code with the package.
 """
 
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from gguf_models import N_EXPERT
 from gguf_parts import Parts, Stored, key, text_of
 from gguf_reference import SCALED, is_numbered, pruned_tensors, values_of
 
@@ -42,7 +42,7 @@ def fates_for(parts: Parts) -> dict[int, Fates]:
     """
     rng, found = np.random.default_rng(0), {}
     for layer in _layers(parts):
-        ids = rng.permutation(N_EXPERT).tolist()
+        ids = rng.permutation(_integer(parts, "expert_count")).tolist()
         kinds = (THIN, TILTS if len(found) % 2 == 0 else "", WHOLE, TILTS)
         sizes = [2, *(int(kind != "") for kind in kinds[1:])]
         kept, rest = sorted(ids[:2]), ids[2:]
