@@ -124,7 +124,8 @@ def fitted_plan(
     widths, found = widths_of(spec, block), {}
     files = {layer: channel_file(folder, layer) for layer in spec.moe_layers}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
-        found[layer] = thin(ChannelStats.load(files[layer]), down_projections(experts), widths)
+        stats, bias = ChannelStats.load(files[layer]), getattr(experts, "down_proj_bias", None)
+        found[layer] = thin(stats, down_projections(experts), widths, bias)
         if progress:
             progress(number, len(files), "fitting thin experts (layers)")
     errors = {layer: each.errors.numpy() for layer, each in found.items()}

@@ -20,13 +20,14 @@ from families import COMMON, N_EXPERT, N_LAYER, ROWS, Row
 from family_models import calibrated, random_tokens, save_config, save_family, without_vocabulary
 from gguf import GGUFReader
 from llama_logits import logits
-from reference import install, read_novices
+from reference import Thin, install, read_novices, read_thin
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import mone_export
 from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan
+from mone_export.calibration.engines import InTorch
 from mone_export.calibration.llama_model import LlamaOptions
 from mone_export.calibration.loading import Model, open_streamed
 from mone_export.calibration.masking import masked
@@ -36,6 +37,7 @@ from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.calibration.work_folder import WorkFolder
+from mone_export.deciding import fitted_plan
 from mone_export.errors import MoneError
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
@@ -148,20 +150,74 @@ def compare(
     return arch, median(map(nmse, found, wanted)), wanted
 
 
-def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> dict[int, dict[int, Tensor]]:
-    """Take out of a file's novices what transformers has in the routing weight: a factor for each expert."""
-    layers = {
-        int(name.split("layers.")[1].split(".")[0]): value
+def scales_of(model: PreTrainedModel) -> dict[int, Tensor]:
+    """Return a factor for each expert, [n_expert] by layer, that transformers has in the routing weight."""
+    return {
+        int(name.split("layers.")[1].split(".")[0]): value.detach()
         for name, value in model.named_parameters()
         if name.endswith("per_expert_scale")
     }
+
+
+def unscaled_thin(model: PreTrainedModel, thin: dict[int, dict[int, Thin]]) -> dict[int, dict[int, Thin]]:
+    """Take such factors out of a file's thin experts."""
+    layers = scales_of(model)
     return {
         layer: {
-            expert: row / layers[layer][expert].detach() if layer in layers else row
-            for expert, row in rows.items()
+            expert: one._replace(
+                down=one.down / layers[layer][expert], constant=one.constant / layers[layer][expert]
+            )
+            if layer in layers
+            else one
+            for expert, one in experts.items()
+        }
+        for layer, experts in thin.items()
+    }
+
+
+def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> dict[int, dict[int, Tensor]]:
+    """Take out of a file's novices what transformers has in the routing weight: a factor for each expert."""
+    layers = scales_of(model)
+    return {
+        layer: {
+            expert: row / layers[layer][expert] if layer in layers else row for expert, row in rows.items()
         }
         for layer, rows in novices.items()
     }
+
+
+@pytest.mark.parametrize("row", EXPORTED, ids=name)
+def test_thin_experts_equal_the_definition(row: Row, tmp_path: Path) -> None:
+    """In one batch and token by token; rows of thin experts are the whole ones'."""
+    folder, recipe = save_family(row, tmp_path / "model"), Recipe.of(0.5, novice="thin")
+    source = open_source(folder)
+    if source.not_thin or row.packed:
+        pytest.skip(source.not_thin or "its weights are packed")
+    module, calibration = calibrated(folder, source.spec)
+    corpus, scores = Corpus(random_tokens(16, 64), "random", ""), score(calibration)
+    engine = InTorch(Model(source=source, module=module))
+    chosen, thinner = fitted_plan(engine, corpus, scores, recipe, block=1)
+    whole, outfile = tmp_path / "whole.gguf", tmp_path / "thin.gguf"
+    write(source, calibration, plan(scores, ratio=0), whole, outtype="f32")
+    write(source, calibration, chosen, outfile, thinner=thinner, outtype="f32")
+    # where llama.cpp computes less exactly, that decides a tie of the router otherwise in a few
+    texts = random_tokens(15, 20) if row.limit >= 1e-3 else random_tokens(1, N_TOKEN)
+    _, unpruned, own = compare(module, folder, calibration, 0, texts)
+    if row.as_llama_cpp:
+        row.as_llama_cpp(module)
+    novices, thin = read_novices(outfile), read_thin(outfile, whole)
+    n_thin = {layer.layer: sum(len(tier.experts) for tier in layer.tiers) for layer in chosen.layers}
+    assert {layer: len(experts) for layer, experts in thin.items()} == n_thin
+    assert sum(n_thin.values()) > 3
+    install(module, unscaled(module, novices), unscaled_thin(module, thin))
+    with torch.inference_mode():
+        wanted = torch.cat([module(tokens[None]).logits.float() for tokens in texts])
+    assert nmse(wanted, own) > 1e-5, "thin experts must be visible for this test to mean much"
+    for n_batch in (N_TOKEN, 1):
+        found = [torch.from_numpy(logits(outfile, tokens, n_batch=n_batch)) for tokens in texts.tolist()]
+        error = median(map(nmse, found, wanted))
+        print(f"{row.name} in batches of {n_batch}: {error:.1e}, unpruned {unpruned:.1e}")
+        assert error <= max(2 * unpruned, FLOOR)
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)

@@ -36,6 +36,14 @@ class Thinner:
                 found[expert] = thinning.constant(expert, tier.width).numpy()
         return found
 
+    def all_channels(self, layer: LayerPlan) -> list[tuple[int, np.ndarray]]:
+        """Return a layer's thin experts in the order of the file, each with its channels."""
+        return [
+            (expert, self.channels(layer.layer, expert, tier.width).numpy())
+            for tier in layer.tiers
+            for expert in tier.experts
+        ]
+
     def channels(self, layer: int, expert: int, width: int) -> Tensor:
         """Return the channels that a thin expert keeps, int64 [width], ascending."""
         return self._layers[layer].channels(expert, width)

@@ -343,7 +343,8 @@ class Edits:
         if part == "down bias":
             return Rows(layer.kept, self._novices[number][list(layer.replaced)])
         others = np.full((len(layer.replaced), *shape[1:]), part == "scale", np.float32)
-        return Rows(layer.kept, others)
+        thinner = self._thinner if part == "bias" else None
+        return Rows(layer.kept, others, thinner.all_channels(layer) if thinner else ())
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is written in place of a tensor that holds no experts' matrices."""
@@ -354,9 +355,10 @@ class Edits:
         if rows is None:
             return tensor
         own = _pick(tensor, rows.own, self.plan.spec.n_expert)
-        if rows.others is None:
+        others = rows.filled(lambda: type(tensor).to_eager(tensor).float().numpy())  # type: ignore[attr-defined]
+        if others is None:
             return own
-        return torch.cat([own, type(tensor).from_eager(torch.from_numpy(rows.others))])  # type: ignore[attr-defined]
+        return torch.cat([own, type(tensor).from_eager(torch.from_numpy(others))])  # type: ignore[attr-defined]
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""

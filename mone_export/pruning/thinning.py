@@ -28,7 +28,7 @@ from typing import Any
 from mone_export.artifacts import ChannelStats, MoeSpec
 from mone_export.lazily import Tensor, torch
 
-PRIOR = 32.0
+PRIOR = 8.0
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)  # of an expert's channels, that a thin one may keep
 _LEAST_STEPS = 4  # of 32 channels in an expert, or the steps are smaller where they can be
 _ROUNDS = 64  # of an elimination: channels that go together are chosen together
@@ -73,11 +73,13 @@ def widths_of(spec: MoeSpec, block: int) -> tuple[int, ...]:
     return (0, *sorted(inner - {0, size}), size)
 
 
-def thin(stats: ChannelStats, down: Sequence[Tensor], widths: Sequence[int]) -> Thinning:
+def thin(
+    stats: ChannelStats, down: Sequence[Tensor], widths: Sequence[int], bias: Tensor | None = None
+) -> Thinning:
     """Return what a layer's experts cost at each width.
 
-    `down` gives each expert's down projection [d, I]. An expert never seen costs nothing, and its constant is
-    0: what stands in for it is not decided here.
+    `down` gives each expert's down projection [d, I], `bias` [M, d] what the model adds to it. An expert
+    never seen costs nothing, and its constant is the bias: what stands in for it is not decided here.
     """
     n_expert, size = stats.first.shape
     n_out = len(down[0])
@@ -93,6 +95,8 @@ def thin(stats: ChannelStats, down: Sequence[Tensor], widths: Sequence[int]) -> 
         order[part] = _eliminate(second, weights, mean, widths, errors[part], constants[part])
     unseen = stats.count == 0
     errors[unseen], constants[unseen] = 0, 0
+    if bias is not None:
+        constants[:, :-1] += bias.detach().float()[:, None]
     return Thinning(tuple(widths), order, errors, constants)
 
 

@@ -253,8 +253,6 @@ class Checkpoint:
         if weights_inputs(self.spec.arch):
             return "it weights what goes into its experts"
         modules = [module for _, module in expert_modules(skeleton(self.config))]
-        if any(module.has_bias for module in modules):
-            return "its experts have biases"
         return "it normalises its experts' outputs" if any(m.has_post_expert_norm for m in modules) else ""
 
     @property

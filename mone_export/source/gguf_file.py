@@ -17,7 +17,7 @@ from mone_export.errors import MoneError
 from mone_export.runtime import Progress
 from mone_export.source.fingerprints import remembered
 from mone_export.source.gguf_conversion import GgufConversion
-from mone_export.source.gguf_format import holds_ids
+from mone_export.source.gguf_format import holds_ids, novice_tensor
 from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
 from mone_export.source.gguf_types import block_of, dequantize
 from mone_export.source.opened import Edits
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mone_export.source.tokenizing import TextReader
 
 _DOWN = re.compile(r"blk\.(\d+)\.ffn_down_exps\.weight")
-_INSIDE = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(bias|scale|input_scale)")
+_SCALE = re.compile(r"blk\.\d+\.ffn_\w+_exps\.(scale|input_scale)")
 _EXACT = ("f32", "f16", "bf16", "q8_0")
 _CHUNK = 2**24
 
@@ -83,8 +83,8 @@ class GgufFile:
         """Why its experts cannot be thin, empty where they can."""
         if weights_inputs(self.spec.arch):
             return "it weights what goes into its experts"
-        inside = next((name for name in self.header.tensors if _INSIDE.fullmatch(name)), None)
-        return f"its experts have biases or scales ({inside})" if inside else ""
+        scale = next((name for name in self.header.tensors if _SCALE.fullmatch(name)), None)
+        return f"its experts have scales ({scale})" if scale else ""
 
     @property
     def limits(self) -> tuple[int | None, int | None]:
@@ -134,6 +134,7 @@ class GgufFile:
             infos = {
                 own: self.header.tensors.get(f"blk.{layer}.{name}.weight") for name, own in names.items()
             }
+            infos["down_proj_bias"] = self.header.tensors.get(novice_tensor(layer))
             yield layer, SimpleNamespace(**{own: _unpacked(info) for own, info in infos.items() if info})
 
     def check(self, *, known: bool = False) -> None:

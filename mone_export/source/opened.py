@@ -19,10 +19,23 @@ Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; on
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What an axis of experts consists of after an edit: entries of the tensor's own, then others of ours."""
+    """What an axis of experts consists of after an edit: entries of the tensor's own, then others of ours.
+
+    `some` names, for the first of the others, an entry of the tensor's own and which of its values begin it.
+    """
 
     own: Sequence[int]
     others: np.ndarray | None = None  # float32 [n, ...]
+    some: Sequence[tuple[int, np.ndarray]] = ()
+
+    def filled(self, values: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """Return the others, with what they take of the tensor's own values [n_expert, ...]."""
+        if self.others is None or not self.some:
+            return self.others
+        own, found = values(), self.others.copy()
+        for row, (expert, places) in zip(found, self.some, strict=False):
+            row[: len(places)] = own[expert][places]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
