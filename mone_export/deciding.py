@@ -122,6 +122,12 @@ def fitted_plan(
     check_room(folder / "layer", needed=channel_bytes(spec), option="TMPDIR")
     engine.measure_channels(corpus, folder, progress=progress)
     widths, found = widths_of(spec, block), {}
+    if len(widths) == 2:
+        log.warning(
+            "experts of %d channels cannot be thinner in a type that packs %d together: each stays whole or "
+            "becomes a constant",
+            *(spec.expert_size, block),
+        )
     files = {layer: channel_file(folder, layer) for layer in spec.moe_layers}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
         stats, bias = ChannelStats.load(files[layer]), getattr(experts, "down_proj_bias", None)

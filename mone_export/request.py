@@ -30,6 +30,7 @@ from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
+from mone_export.source.gguf_format import TIER_COUNT_KEY
 from mone_export.source.shape import Dtype, Stream, resolve_device
 
 if TYPE_CHECKING:
@@ -353,6 +354,8 @@ def _check_early_end(request: Request, recipe: Recipe) -> None:
 
 def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
     """Refuse what cannot be done with this model."""
+    if TIER_COUNT_KEY.format(arch=source.spec.arch) in source.computing_config:
+        raise MoneError(f"{source.name} has thin experts: prune the file that it was made from")
     if outtype not in OUTTYPES:
         raise MoneError(f"unknown --outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     if recipe.novice == "joint" and weights_inputs(source.spec.arch):

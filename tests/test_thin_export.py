@@ -1,0 +1,266 @@
+"""Thin experts from end to end: both roads, streamed and in memory, packed types, sizes, refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import Command
+from gguf import GGUFReader
+from gguf_families import save_wide
+from gguf_models import quantised
+from gguf_parts import taken_apart
+from gguf_reference import keys_of, values_of
+from llama_logits import logits
+from reference import install, read_novices, read_thin
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import mone_export as mone
+from mone_export.artifacts import ChannelStats, Corpus
+from mone_export.calibration.channel_sums import groups
+from mone_export.calibration.channels import measure_channels
+from mone_export.calibration.corpus import read_corpus
+from mone_export.calibration.loading import Model, load
+from mone_export.calibration.through_llamacpp import LlamaEngine
+from mone_export.llama_options import LlamaOptions
+from mone_export.output.restore_check import restore_check
+from mone_export.pruning.thinning import channel_file
+from mone_export.source import open_source
+from mone_export.source.gguf_types import kind_for, quantize
+
+pytestmark = [pytest.mark.slow, pytest.mark.upstream]
+
+ROWS: dict[str, Any] = {"n_row": 24, "seq_len": 256}
+TOKENS = list(range(300, 364))
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load(open_source("demo").folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def corpus(demo: Model, text: Path) -> Corpus:
+    return read_corpus([text], demo.source.tokenizer(), n_row=12, seq_len=96)
+
+
+@pytest.fixture(scope="module")
+def measured(demo: Model, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("channels")
+    measure_channels(demo, corpus, folder)
+    return folder
+
+
+def loaded(folder: Path, layer: int) -> ChannelStats:
+    return ChannelStats.load(channel_file(folder, layer))
+
+
+def nmse(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.square(found - wanted).sum() / np.square(wanted).sum())
+
+
+def test_logits_equal_the_definition(text: Path, tmp_path: Path) -> None:
+    """The demo; of other families `test_families.py` tells."""
+    whole, outfile = tmp_path / "whole.gguf", tmp_path / "thin.gguf"
+    mone.export("demo", ratio=0, outfile=whole, outtype="f32")
+    mone.export("demo", ratio=0.5, novice="thin", outfile=outfile, outtype="f32", files=[text], **ROWS)
+    model = AutoModelForCausalLM.from_pretrained(open_source("demo").folder, dtype=torch.float32).eval()
+    own = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    thin = read_thin(outfile, whole)
+    assert {len(each.channels) for layer in thin.values() for each in layer.values()} == {8, 16, 24}
+    install(model, read_novices(outfile), thin)
+    wanted = model(torch.tensor([TOKENS])).logits[0].detach().numpy()
+    assert nmse(wanted, own) > 1e-5
+    for n_batch in (len(TOKENS), 1):
+        assert nmse(logits(outfile, TOKENS, n_batch=n_batch), wanted) < 1e-6
+    keys = keys_of(outfile)
+    assert keys["mone.format_version"] == 2
+    assert (keys["mone.novice"], keys["mone.scope"]) == ("thin", "budget")
+    assert keys["mone.ratio"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_second_pass_sums_what_the_definition_says(demo: Model, corpus: Corpus, measured: Path) -> None:
+    """Activations and gates taken from the model by hooks of this test's own."""
+    layer = demo.spec.moe_layers[1]
+    block = demo.module.model.layers[layer].mlp.experts
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    forward = block.forward
+
+    def recorded(*args: Tensor) -> Tensor:
+        seen.append((args[0], args[1], args[2]))
+        output: Tensor = forward(*args)
+        return output
+
+    block.forward = recorded
+    try:
+        with torch.inference_mode():
+            demo.module(corpus.tokens)
+    finally:
+        del block.forward
+    (hidden, ids, weights), stats = seen[0], loaded(measured, layer)
+    for expert in range(demo.spec.n_expert):
+        token, slot = torch.where(ids == expert)
+        gate, up = (hidden[token] @ block.gate_up_proj[expert].T).double().chunk(2, dim=-1)
+        h, g = torch.nn.functional.silu(gate) * up, weights[token, slot].double()
+        assert stats.count[expert] == len(token)
+        torch.testing.assert_close(stats.weight[expert], g.square().sum(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(stats.first[expert], g.square() @ h, rtol=1e-4, atol=1e-6)
+        second = (h * g.square()[:, None]).T @ h
+        torch.testing.assert_close(stats.second[expert].double(), second, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["streamed", "in several passes", "in llama.cpp"])
+def test_every_way_finds_the_same(
+    how: str, demo: Model, corpus: Corpus, measured: Path, demo_gguf: Path, tmp_path: Path
+) -> None:
+    if how == "streamed":
+        streamed = load(open_source("demo").folder, device="cpu", dtype="float32", stream="on")
+        measure_channels(streamed, corpus, tmp_path)
+    elif how == "in several passes":
+        one = 8 * 32 * 32 * 33
+        assert len(list(groups(demo.spec, demo.spec.moe_layers, 2 * 5 * one))) == 3
+        measure_channels(demo, corpus, tmp_path, memory=2 * 5 * one)
+    else:
+        options = LlamaOptions(n_threads=1, exact=True)
+        with LlamaEngine(demo_gguf, demo.spec, options=options) as engine:
+            engine.measure_channels(corpus, tmp_path)
+    limit = 1e-5 if how == "in llama.cpp" else 1e-6
+    for layer in demo.spec.moe_layers:
+        found, wanted = loaded(tmp_path, layer), loaded(measured, layer)
+        assert torch.equal(found.count, wanted.count)
+        for name in ("weight", "first", "second"):
+            a, b = getattr(found, name), getattr(wanted, name)
+            assert (a - b).abs().max() <= limit * b.abs().max(), (layer, name)
+
+
+def test_both_roads_lead_to_the_same_file(demo_gguf: Path, text: Path, tmp_path: Path) -> None:
+    """And a second time to the same bytes."""
+    from_checkpoint, from_gguf = tmp_path / "checkpoint.gguf", tmp_path / "gguf.gguf"
+    options: dict[str, Any] = {"ratio": 0.5, "novice": "thin", "files": [text], **ROWS}
+    mone.export("demo", outfile=from_checkpoint, outtype="f32", **options)
+    mone.export(demo_gguf, outfile=from_gguf, **options)
+    one, other = (keys_of(file) for file in (from_checkpoint, from_gguf))
+    n = sum(a != b for a, b in zip(one["mone.expert_order"], other["mone.expert_order"], strict=True))
+    print(f"{n} of {len(one['mone.expert_order'])} places of experts differ")
+    error = nmse(*(logits(file, TOKENS, n_batch=len(TOKENS)) for file in (from_gguf, from_checkpoint)))
+    print(f"NMSE of the logits {error:.1e}")
+    assert error < 1e-4
+    again = tmp_path / "again.gguf"
+    mone.export("demo", outfile=again, outtype="f32", **options)
+    assert again.read_bytes() == from_checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "mxfp4_moe"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Path) -> None:
+    """Of gate and up byte for byte; the file is as large as with constants."""
+    _, exact = save_wide(name, tmp_path)
+    file = quantised(exact, kind)
+    rows = Corpus(torch.randint(3, 120, (12, 64), generator=torch.Generator().manual_seed(0)), "random", "")
+    thin, constant = tmp_path / "thin.gguf", tmp_path / "constant.gguf"
+    engine = mone.load(file, n_threads=1)
+    calibration = mone.calibrate(engine, rows)
+    from mone_export.deciding import fitted_plan
+    from mone_export.recipe import Recipe
+
+    scores, recipe = mone.score(calibration), Recipe.of(0.5, novice="thin")
+    chosen, thinner = fitted_plan(engine, rows, scores, recipe, block=32)
+    mone.write(file, calibration, chosen, thin, thinner=thinner)
+    mone.write(file, calibration, mone.plan(scores, ratio=0.5), constant)
+    assert abs(thin.stat().st_size - constant.stat().st_size) < 0.01 * constant.stat().st_size + 4096
+    before, after = taken_apart(file).tensors, taken_apart(thin).tensors
+    n_row = 0
+    for layer in chosen.layers:
+        for number, tier in enumerate(layer.tiers, start=1):
+            for part in ("gate", "up"):
+                own = before[f"blk.{layer.layer}.ffn_{part}_exps.weight"]
+                new = after[f"blk.{layer.layer}.ffn_{part}_exps.t{number}.weight"]
+                assert own.kind == new.kind
+                whole = np.frombuffer(own.data, np.uint8).reshape(16, 256, -1)
+                cut = np.frombuffer(new.data, np.uint8).reshape(len(tier.experts), tier.width, -1)
+                for place, expert in enumerate(tier.experts):
+                    channels = thinner.channels(layer.layer, expert, tier.width).numpy()
+                    assert np.array_equal(cut[place], whole[expert][channels])
+                    n_row += len(channels)
+            down = after[f"blk.{layer.layer}.ffn_down_exps.t{number}.weight"]
+            assert down.kind == before[f"blk.{layer.layer}.ffn_down_exps.weight"].kind
+            unpacked = values_of(before[f"blk.{layer.layer}.ffn_down_exps.weight"])
+            for place, expert in enumerate(tier.experts):
+                own_down = torch.from_numpy(unpacked[expert].copy())
+                wanted = thinner.down(layer.layer, expert, tier.width, own_down).numpy()
+                found = values_of(down).reshape(len(tier.experts), *wanted.shape)[place]
+                assert nmse(found, wanted) < 0.03, "rounded once more, and nothing else"
+    assert n_row > 100
+    assert np.isfinite(logits(thin, list(range(3, 60)), n_batch=57)).all()
+
+
+def test_llama_quantize_makes_any_type_of_it(text: Path, tmp_path: Path) -> None:
+    """Thin experts have the type of whole ones; the size is what was announced."""
+    outfile = tmp_path / "thin.gguf"
+    report = mone.export(
+        "demo", ratio=0.5, novice="thin", outfile=outfile, outtype="q8_0", files=[text], **ROWS
+    )
+    assert report is not None and outfile.stat().st_size == report.size
+    assert "mone.expert_order" in keys_of(outfile)
+    assert not any(".t1." in tensor.name for tensor in GGUFReader(outfile).tensors), (
+        "experts of 32 channels cannot be thinner in blocks of 32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "n_column", "kind"),
+    [
+        ("q4_k", 512, "q4_k"),
+        ("q4_k", 96, "q5_0"),
+        ("q6_k", 96, "q8_0"),
+        ("iq2_xs", 512, "q2_k"),
+        ("iq2_xs", 96, "q8_0"),
+        ("mxfp4", 96, "mxfp4"),
+        ("q8_0", 8, "f16"),
+        ("bf16", 8, "bf16"),
+    ],
+)
+def test_rows_too_short_for_a_type_have_a_better_one(name: str, n_column: int, kind: str) -> None:
+    assert kind_for(name, n_column) == kind
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_k", "q6_k", "iq4_nl", "mxfp4", "q2_k", "f16", "bf16"])
+def test_rows_are_packed_as_ggml_packs_them(kind: str, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, dequantize
+
+    weights = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    packed = quantize(weights, kind)
+    found = dequantize(packed, GGMLQuantizationType[kind.upper()]).reshape(6, 512)
+    limit = {"q8_0": 1e-4, "q6_k": 1e-3, "f16": 1e-6, "bf16": 1e-5, "q2_k": 0.15}.get(kind, 0.02)
+    assert nmse(found, weights) < limit
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--fit", "40K"), "--fit does not know thin experts"),
+        (("--sequential",), "--sequential does not know thin experts"),
+        (("--until-stable", "0.9"), "--until-stable does not know thin experts"),
+        (("--plan-out", "plan.json"), "--plan-out does not know thin experts"),
+        (("--allocate", "even"), "--novice thin with --allocate even"),
+        (("--score", "random"), "--novice thin with --score random"),
+        (("--method", "drop"), "--novice thin with --method drop"),
+    ],
+)
+def test_what_does_not_know_thin_experts_says_so(
+    command: Command, arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = command("--novice", "thin", *arguments, "-o", tmp_path / "x.gguf")
+    done.is_one_line(said)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_file_with_thin_experts_is_not_pruned_again(text: Path, tmp_path: Path) -> None:
+    outfile, whole = tmp_path / "thin.gguf", tmp_path / "whole.gguf"
+    mone.export("demo", ratio=0, outfile=whole, outtype="f32")
+    mone.export("demo", ratio=0.5, novice="thin", outfile=outfile, outtype="f32", files=[text], **ROWS)
+    assert restore_check(outfile, whole)[0] >= 5, "its whole experts are those of the original"
+    with pytest.raises(mone.MoneError, match="has thin experts"):
+        mone.export(outfile, ratio=0.25, outfile=tmp_path / "again.gguf", files=[text], **ROWS)
