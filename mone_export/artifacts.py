@@ -449,6 +449,13 @@ class Plan:
         return gone / (len(self.layers) * self.spec.n_expert)
 
     @property
+    def n_thin(self) -> dict[int, dict[int, int]]:
+        """How many experts of each layer have which width; none where none is thin."""
+        if not self.n_tier:
+            return {}
+        return {layer.layer: {tier.width: len(tier.experts) for tier in layer.tiers} for layer in self.layers}
+
+    @property
     def n_tier(self) -> int:
         """How many tiers of thin experts the layer with most of them has."""
         return max((len(layer.tiers) for layer in self.layers), default=0)
@@ -496,6 +503,7 @@ class Candidate:
 class Report:
     """What an export did, by which recipe: sizes in bytes, experts kept per layer, text, seconds, remarks.
 
+    `n_thin` says for each layer how many experts have which width (channels), where some are thin.
     `stability` is None where no text was read, or too little to compare. `candidates` are the ways there were
     to reach a size that was asked for, the best first.
     """
@@ -510,3 +518,4 @@ class Report:
     seconds: Mapping[str, float]
     remarks: tuple[str, ...]
     candidates: tuple[Candidate, ...] = ()
+    n_thin: Mapping[int, Mapping[int, int]] = field(default_factory=dict)

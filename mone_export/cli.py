@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, fields
@@ -277,7 +278,8 @@ def _add_pruning_options(group: _Group) -> None:
     group.add_rare(
         "--novice",
         choices=NOVICE_NAMES,
-        help="what stands in for a pruned expert (default least-squares)",
+        help="what stands in for a pruned expert: a constant (default least-squares), or, with thin, the "
+        "channels of it that are worth their bytes: far less damage at the same size, the text runs twice",
     )
     group.add_rare(
         "--allocate",
@@ -487,7 +489,8 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()
     decided = saved is not None or len(job.candidates) < 2  # without statistics none is better
     even = chosen.recipe.allocation == "even" or not job.recipe.ratio
-    counted = decided and (saved is not None or even)
+    budget = chosen.recipe.allocation == "budget" and not even  # only a second pass knows
+    counted = decided and (saved is not None or even) and not budget
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
@@ -561,7 +564,7 @@ def _print_report(report: "Report") -> None:
     print(f"wrote {report.outfile}")
     kept = report.n_kept.values()
     each = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{min(kept)}"
-    print(f"experts  {each} kept in each of {len(kept)} layers, {sum(kept)} in all")
+    print(f"experts  {each} kept in each of {len(kept)} layers, {sum(kept)} in all{_thin(report)}")
     _print_text(report.parts)
     if report.stability:
         found = report.stability
@@ -577,6 +580,15 @@ def _print_report(report: "Report") -> None:
     if (n_more := len(report.remarks) - _MOST_REMARKS) > 0:
         print(f"note     {n_more} more notes like these: --json has them all")
     print(f"run      {_how_to_run(report)}")
+
+
+def _thin(report: "Report") -> str:
+    """Return what to say of thin experts, by width; nothing where there are none."""
+    counts = Counter[int]()
+    for layer in report.n_thin.values():
+        counts.update(layer)
+    widths = [f"{counts[width]} with {width} channels" for width in sorted(counts, reverse=True)]
+    return f"; thin: {', '.join(widths)}" if widths else ""
 
 
 def _cut(remark: str) -> str:

@@ -49,6 +49,7 @@ def report(
         seconds=clock.seconds,
         remarks=tuple(remarks),
         candidates=job.candidates,
+        n_thin=chosen.n_thin,
     )
 
 

@@ -212,7 +212,10 @@ def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus
 
 def _watch(job: Job, corpus: Corpus) -> Watch | None:
     """Return what follows the decision while text goes by; None where none changes it, or none is near."""
-    if not job.recipe.ratio or job.plan or job.candidates or job.recipe.score in ("aimer", "random"):
+    recipe = job.recipe
+    if not recipe.ratio or job.plan or job.candidates or recipe.score in ("aimer", "random"):
+        return None
+    if recipe.allocation == "budget":  # which decides by what a second pass finds
         return None
     n_token = corpus.tokens.numel() // ranks.n_rank()
     return Watch(_Decision(job), n_token=n_token, until=job.request.until_stable)

@@ -67,6 +67,7 @@ def measure_case(shape: Shape, weights: str, folders: dict[bool, Path], args: ar
         *(Competitor("full"), Competitor("full", stock=True), Competitor("skipped", 0.5)),
         *(Competitor("half-used"),),
         *(Competitor("novices", ratio) for ratio in args.ratios),
+        *(Competitor("thin", ratio) for ratio in args.ratios if ratio >= 0.5),
         *(Competitor("hard", ratio, stock=True) for ratio in args.ratios),
     ]
     with scratch() as folder:
@@ -128,6 +129,8 @@ def summarise(runs: Sequence[Json], share: Json, test: str, ratios: Sequence[flo
             f"ideal by use {ratio:.0%}",
         )
         pairs += [(novices, other) for other in others]
+        thin = Competitor("thin", ratio).name
+        pairs += [(thin, other) for other in ("full", novices) if any(run["name"] == thin for run in rows)]
     return {
         "times": {
             name: {

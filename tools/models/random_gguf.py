@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Form = Literal["full", "novices", "hard", "skipped", "half-used"]
+Form = Literal["full", "novices", "thin", "hard", "skipped", "half-used"]
+_BLOCK = 256  # thin experts have whole blocks of K-quants
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,13 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     """Write a model of `n_kept` experts per layer with all its matrices of the type `weights`.
 
     `full` has all experts; `half-used` too, but uses half as many per token; `novices` replaces the others by
-    novices; `hard` takes them out of the router as well; `skipped` is `novices` with a router that never
-    chooses a kept expert.
+    novices; `thin` has half as many whole experts as that, and as many bytes in thin ones; `hard` takes them
+    out of the router as well; `skipped` is `novices` with a router that never chooses a kept expert.
     """
     import gguf
 
-    novices = form in ("novices", "skipped")
+    novices = form in ("novices", "thin", "skipped")
+    n_thin, n_kept = (_n_thin(shape, n_kept), n_kept // 2) if form == "thin" else (0, n_kept)
     n_kept = shape.n_expert if form in ("full", "half-used") else n_kept
     writer = gguf.GGUFWriter(file, shape.arch)
     writer.add_block_count(shape.n_layer)
@@ -87,7 +89,7 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     rng = np.random.default_rng(0)
     orders = [_order(shape, n_kept) for _ in range(shape.n_layer)]
     if novices:
-        _add_novice_keys(writer, shape, orders, n_kept)
+        _add_novice_keys(writer, shape, orders, n_kept, n_thin)
     matrix = _Matrices(writer, rng, weights)
     matrix.add("token_embd.weight", shape.n_vocab, shape.n_embd)
     matrix.add("output.weight", shape.n_vocab, shape.n_embd)
@@ -95,6 +97,8 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     for layer, order in enumerate(orders):
         _add_attention(writer, matrix, f"blk.{layer}", shape)
         _add_experts(writer, matrix, rng, f"blk.{layer}", shape, form, order, n_kept)
+        if n_thin:
+            _add_tier(matrix, f"blk.{layer}", shape, order[n_kept : n_kept + n_thin])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -134,15 +138,41 @@ def _order(shape: Shape, n_kept: int) -> np.ndarray:
     return np.concatenate([np.sort(shuffled[:n_kept]), np.sort(shuffled[n_kept:])])
 
 
-def _add_novice_keys(writer: Any, shape: Shape, orders: Sequence[np.ndarray], n_kept: int) -> None:
-    """Add the keys of the MoNE format, version 1."""
+def _width(shape: Shape) -> int:
+    """Return the channels of a thin expert: about half of them, in whole blocks."""
+    return -(-shape.n_ff // 2 // _BLOCK) * _BLOCK
+
+
+def _n_thin(shape: Shape, n_kept: int) -> int:
+    """Return how many thin experts have as many bytes as half of `n_kept` whole ones."""
+    return round((n_kept - n_kept // 2) * shape.n_ff / _width(shape))
+
+
+def _add_tier(matrix: "_Matrices", block: str, shape: Shape, experts: np.ndarray) -> None:
+    """Add one layer's thin experts."""
+    width = _width(shape)
+    for part in ("gate", "up"):
+        matrix.add(f"{block}.ffn_{part}_exps.t1.weight", shape.n_expert, width, shape.n_embd, rows=experts)
+    matrix.add(f"{block}.ffn_down_exps.t1.weight", shape.n_expert, shape.n_embd, width, rows=experts)
+
+
+def _add_novice_keys(
+    writer: Any, shape: Shape, orders: Sequence[np.ndarray], n_kept: int, n_thin: int
+) -> None:
+    """Add the keys of the MoNE format: version 2 where there are thin experts."""
     from gguf import GGUFValueType
 
     kept = [n_kept] * shape.n_layer
     writer.add_key_value(
         f"{shape.arch}.expert_kept_count", kept, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
     )
-    writer.add_uint32("mone.format_version", 1)
+    writer.add_uint32("mone.format_version", 2 if n_thin else 1)
+    if n_thin:
+        writer.add_uint32(f"{shape.arch}.expert_tier_count", 1)
+        sizes = [n_thin] * shape.n_layer
+        writer.add_key_value(
+            f"{shape.arch}.expert_tier_sizes", sizes, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
+        )
     order = np.concatenate(orders).tolist()
     writer.add_key_value("mone.expert_order", order, GGUFValueType.ARRAY, sub_type=GGUFValueType.INT32)
 
@@ -183,6 +213,6 @@ def _add_experts(
         matrix.add(f"{block}.ffn_{part}_exps.weight", shape.n_expert, shape.n_ff, shape.n_embd, rows=kept)
     matrix.add(f"{block}.ffn_down_exps.weight", shape.n_expert, shape.n_embd, shape.n_ff, rows=kept)
     vectors = rng.standard_normal((shape.n_expert, shape.n_embd), np.float32)
-    if form in ("novices", "skipped"):
+    if form in ("novices", "thin", "skipped"):
         vectors[:n_kept] = 0
         writer.add_tensor(f"{block}.ffn_down_exps.bias", vectors)
