@@ -238,22 +238,29 @@ class ChannelStats:
         """Return the sums of both token sets together."""
         return ChannelStats(*(getattr(self, name) + getattr(other, name) for name in _CHANNEL_TENSORS))
 
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file, the second moments in float32."""
+    def save(self, folder: Path, layer: int) -> None:
+        """Write a layer's sums to a safetensors file in a folder, the second moments in float32."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {name: getattr(self, name) for name in _CHANNEL_TENSORS} | {"second": self.second.float()}
         try:
-            save_file(tensors, path)
-        except OSError as error:
-            raise MoneError(f"cannot write {path}: {first_line(error)}; free some space there") from None
+            save_file(tensors, _channel_file(folder, layer))
+        except (OSError, SafetensorError) as error:
+            raise MoneError(
+                f"cannot write to {folder}: {first_line(error)}; free some space there, or set TMPDIR"
+            ) from None
 
     @classmethod
-    def load(cls, path: Path) -> "ChannelStats":
+    def load(cls, folder: Path, layer: int) -> "ChannelStats":
         """Read what `save` wrote; the second moments stay in float32."""
         from safetensors.torch import load_file
 
-        return cls(**load_file(path))
+        return cls(**load_file(_channel_file(folder, layer)))
+
+
+def _channel_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer}.safetensors"
 
 
 _CHANNEL_TENSORS = tuple(field.name for field in fields(ChannelStats))

@@ -25,7 +25,7 @@ from mone_export.pruning.fates import plan_fates
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import random_scores, score, score_weights
-from mone_export.pruning.thinning import channel_bytes, channel_file, down_projections, thin, widths_of
+from mone_export.pruning.thinning import channel_bytes, down_projections, thin, widths_of
 from mone_export.recipe import Recipe
 from mone_export.request import Job
 from mone_export.runtime import Progress
@@ -128,14 +128,13 @@ def fitted_plan(
             "becomes a constant",
             *(spec.expert_size, block),
         )
-    files = {layer: channel_file(folder, layer) for layer in spec.moe_layers}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
-        stats, bias = ChannelStats.load(files[layer]), getattr(experts, "down_proj_bias", None)
+        stats, bias = ChannelStats.load(folder, layer), getattr(experts, "down_proj_bias", None)
         found[layer] = thin(stats, down_projections(experts), widths, bias)
         if progress:
-            progress(number, len(files), "fitting thin experts (layers)")
+            progress(number, len(spec.moe_layers), "fitting thin experts (layers)")
     errors = {layer: each.errors.numpy() for layer, each in found.items()}
-    return plan_fates(scores, errors, widths, recipe), Thinner(found, files, temporary)
+    return plan_fates(scores, errors, widths, recipe), Thinner(found, temporary)
 
 
 def file_size(job: Job, chosen: Plan) -> int:

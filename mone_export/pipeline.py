@@ -4,6 +4,7 @@ Everything that can fail cheaply fails before anything expensive starts (`reques
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mone_export.deciding import (
     thinned,
     with_best_candidate,
 )
+from mone_export.lazily import Tensor
 from mone_export.output.splitting import split
+from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import write
 from mone_export.pruning.plan_files import save_plan
 from mone_export.pruning.planning import plan, plan_without_scores
@@ -47,9 +50,9 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         return None
     scores = scored(job, calibration)
     job = with_best_candidate(job, scores)
-    joint = thinner = None
+    novices: Mapping[int, Tensor] | Thinner | None = None
     if calibration and job.recipe.novice == "thin":
-        chosen, thinner = thinned(job, calibration, scores, progress=progress)
+        chosen, novices = thinned(job, calibration, scores, progress=progress)
     else:
         chosen = decided(job, scores, progress=progress)
     clock.lap("plan")
@@ -58,7 +61,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
         clock.lap("layer by layer")
     if calibration and job.recipe.novice == "joint":
-        joint = fitted_novices(job, calibration, chosen, progress=progress)
+        novices = fitted_novices(job, calibration, chosen, progress=progress)
         clock.lap("joint novices")
     if job.request.plan_out is not None:
         named = {"name": job.source.name, "sha256": job.source.fingerprint(progress=progress)}
@@ -68,8 +71,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         calibration,
         chosen,
         job.outfile,
-        novices=joint,
-        thinner=thinner,
+        novices=novices,
         outtype=job.rounding,
         progress=progress,
     )

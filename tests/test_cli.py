@@ -604,7 +604,7 @@ def test_interruption_leaves_nothing(export: Callable[..., Outcome], monkeypatch
 
 def test_choices_are_the_registries() -> None:
     assert {*SCORES, "random", "aimer"} == {*SCORE_NAMES}
-    assert {*NOVICES, "joint"} == {*NOVICE_NAMES}
+    assert {*NOVICES, "joint", "thin"} == {*NOVICE_NAMES}
     named = re.findall(r"\w+", cli.make_parser().format_help().partition("TYPE  ")[2].partition("...")[0])
     assert "f32" in named
     assert set(named) <= set(OUTTYPES)

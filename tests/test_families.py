@@ -199,7 +199,7 @@ def test_thin_experts_equal_the_definition(row: Row, tmp_path: Path) -> None:
     chosen, thinner = fitted_plan(engine, corpus, scores, recipe, block=1)
     whole, outfile = tmp_path / "whole.gguf", tmp_path / "thin.gguf"
     write(source, calibration, plan(scores, ratio=0), whole, outtype="f32")
-    write(source, calibration, chosen, outfile, thinner=thinner, outtype="f32")
+    write(source, calibration, chosen, outfile, novices=thinner, outtype="f32")
     # where llama.cpp computes less exactly, that decides a tie of the router otherwise in a few
     texts = random_tokens(15, 20) if row.limit >= 1e-3 else random_tokens(1, N_TOKEN)
     _, unpruned, own = compare(module, folder, calibration, 0, texts)

@@ -26,7 +26,6 @@ from mone_export.calibration.loading import Model, load
 from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.llama_options import LlamaOptions
 from mone_export.output.restore_check import restore_check
-from mone_export.pruning.thinning import channel_file
 from mone_export.source import open_source
 from mone_export.source.gguf_types import kind_for, quantize
 
@@ -54,7 +53,7 @@ def measured(demo: Model, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
 
 
 def loaded(folder: Path, layer: int) -> ChannelStats:
-    return ChannelStats.load(channel_file(folder, layer))
+    return ChannelStats.load(folder, layer)
 
 
 def nmse(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -167,7 +166,7 @@ def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Pat
 
     scores, recipe = mone.score(calibration), Recipe.of(0.5, novice="thin")
     chosen, thinner = fitted_plan(engine, rows, scores, recipe, block=32)
-    mone.write(file, calibration, chosen, thin, thinner=thinner)
+    mone.write(file, calibration, chosen, thin, novices=thinner)
     mone.write(file, calibration, mone.plan(scores, ratio=0.5), constant)
     assert abs(thin.stat().st_size - constant.stat().st_size) < 0.01 * constant.stat().st_size + 4096
     before, after = taken_apart(file).tensors, taken_apart(thin).tensors

@@ -5,13 +5,11 @@ for each layer, and no more layers than there is room for are measured in one pa
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from mone_export.artifacts import ChannelStats, MoeSpec
 from mone_export.memory import free_memory
-from mone_export.pruning.thinning import channel_file
 
 _COPIES = 3  # of a layer's sums while a batch is added: so far, the batch's, both together
 
@@ -49,10 +47,3 @@ def groups(spec: MoeSpec, layers: Sequence[int], memory: int | None) -> Iterator
 def pass_name(group: Sequence[int], layers: Sequence[int]) -> str:
     """Return what to call a pass for a group of all layers."""
     return "second pass" if len(group) == len(layers) else f"second pass, layers {group[0]} to {group[-1]}"
-
-
-def save(stats: ChannelStats, folder: Path, layer: int) -> None:
-    """Write a layer's sums; the file appears when it is complete."""
-    part = folder / f"layer-{layer}.part"
-    stats.save(part)
-    part.replace(channel_file(folder, layer))

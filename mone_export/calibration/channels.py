@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mone_export.architectures import factor_after_experts
 from mone_export.artifacts import ChannelStats, Corpus
-from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name, save
+from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name
 from mone_export.calibration.loading import Model
 from mone_export.calibration.masking import standing_in
 from mone_export.calibration.observer import hidden_channels, outputs_of
@@ -32,7 +32,7 @@ def measure_channels(
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Run the text once more and leave each layer's `ChannelStats` in a folder (`thinning.channel_file`)."""
+    """Run the text once more and leave each layer's `ChannelStats` in a folder."""
     layers = model.spec.moe_layers
     for group in [layers] if model.files else groups(model.spec, layers, memory):
         what = pass_name(group, layers)
@@ -69,7 +69,7 @@ class _Watched:
 
     def finish(self, except_for: int | None = None) -> None:
         for layer in [layer for layer in self._found if layer != except_for]:
-            save(self._found.pop(layer).weighted(self._factor), self._folder, layer)
+            self._found.pop(layer).weighted(self._factor).save(self._folder, layer)
 
 
 class _MeasuredChannels:

@@ -92,7 +92,7 @@ class InTorch:
         return measure_residuals(self.model, corpus, plan, memory=self.memory, progress=progress)
 
     def measure_channels(self, corpus: Corpus, folder: "Path", *, progress: Progress | None = None) -> None:
-        """Leave what thin experts are made of in a folder, layer by layer (`channels.channel_file`)."""
+        """Leave what thin experts are made of in a folder, layer by layer."""
         measure_channels(self.model, corpus, folder, memory=self.memory, progress=progress)
 
     def divergence(self, rows: Tensor) -> Callable[[Pruned, Novices], float]:

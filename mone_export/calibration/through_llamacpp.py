@@ -25,7 +25,7 @@ from mone_export.artifacts import (
     Plan,
     Residual,
 )
-from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name, save
+from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name
 from mone_export.calibration.eval_callback import Mask, Routed, Tap
 from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
@@ -174,7 +174,7 @@ class LlamaEngine:
             for rows in self._batches(corpus.tokens, tap):
                 report(rows.stop, len(corpus.tokens))
             for layer, stats in found.items():
-                save(stats, folder, layer)
+                stats.save(folder, layer)
 
     def _add_channels(self, found: dict[int, ChannelStats], layer: int, routed: Routed) -> None:
         assert routed.channels is not None

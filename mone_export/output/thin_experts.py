@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -20,11 +21,9 @@ class Thinner:
     The sums of one layer are in memory at a time.
     """
 
-    def __init__(
-        self, layers: Mapping[int, Thinning], files: Mapping[int, Path], holds: object = None
-    ) -> None:
-        """Take each layer's costs, the file of its `ChannelStats`, and what keeps the files there."""
-        self._layers, self._files, self._holds = layers, files, holds
+    def __init__(self, layers: Mapping[int, Thinning], folder: TemporaryDirectory[str]) -> None:
+        """Take each layer's costs, and the folder of its `ChannelStats`, which lasts as long as this does."""
+        self._layers, self._folder = layers, folder
         self._loaded: tuple[int, ChannelStats] | None = None
 
     def constants(self, layer: LayerPlan, novices: np.ndarray) -> np.ndarray:
@@ -51,7 +50,7 @@ class Thinner:
     def down(self, layer: int, expert: int, width: int, whole: Tensor) -> Tensor:
         """Return the down projection float64 [d, width] of a thin expert from the whole one's, [d, I]."""
         if self._loaded is None or self._loaded[0] != layer:
-            self._loaded = layer, ChannelStats.load(self._files[layer])
+            self._loaded = layer, ChannelStats.load(Path(self._folder.name), layer)
         share = refit(self._loaded[1], expert, self.channels(layer, expert, width))
         fitted: Tensor = whole.double() @ share
         return fitted

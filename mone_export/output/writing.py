@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,17 +68,16 @@ def write(
     plan: Plan,
     outfile: str | Path,
     *,
-    novices: Mapping[int, Tensor] | None = None,
-    thinner: Thinner | None = None,
+    novices: Mapping[int, Tensor] | Thinner | None = None,
     outtype: str | Rounding = "auto",
     progress: Progress | None = None,
 ) -> int:
     """Write the pruned model as a GGUF and return its size in bytes; needs no model in memory.
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
-    where the statistics alone do not, and `thinner` makes the thin experts that the plan has.
-    `calibration` may be None where the plan needs no statistics. `outtype`
-    is the type, with an importance matrix where a `Rounding` gives the text for it.
+    where the statistics alone do not, or makes the thin experts that the plan has. `calibration` may be None
+    where the plan needs no statistics. `outtype` is the type, with an importance matrix where a `Rounding`
+    gives the text for it.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
@@ -89,9 +89,9 @@ def write(
     stored: dict[int, np.ndarray] = {}
     importance: dict[int, Tensor] = {}
     if calibration:
-        stored = _stored(calibration, plan, source, novices, thinner)
+        stored = _stored(calibration, plan, source, novices)
         importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
-    edits = Edits(plan, stored, importance, thinner)
+    edits = Edits(plan, stored, importance, novices if isinstance(novices, Thinner) else None)
     text = None
     if calibration and plan.recipe.needs_statistics:
         text = calibration.corpus_sha256, calibration.n_token
@@ -355,10 +355,9 @@ class Edits:
         if rows is None:
             return tensor
         own = _pick(tensor, rows.own, self.plan.spec.n_expert)
-        others = rows.filled(lambda: type(tensor).to_eager(tensor).float().numpy())  # type: ignore[attr-defined]
-        if others is None:
-            return own
-        return torch.cat([own, type(tensor).from_eager(torch.from_numpy(others))])  # type: ignore[attr-defined]
+        lazy: Any = type(tensor)
+        others = rows.filled(lambda: lazy.to_eager(tensor).float().numpy())
+        return own if others is None else torch.cat([own, lazy.from_eager(torch.from_numpy(others))])
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""
@@ -410,8 +409,7 @@ def _stored(
     calibration: Calibration,
     plan: Plan,
     source: Source,
-    novices: Mapping[int, Tensor] | None,
-    thinner: Thinner | None,
+    novices: Mapping[int, Tensor] | Thinner | None,
 ) -> dict[int, np.ndarray]:
     """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d].
 
@@ -423,12 +421,12 @@ def _stored(
             continue
         given = (
             novices[layer.layer]
-            if novices
+            if isinstance(novices, Mapping)
             else novices_of(calibration.layers[layer.layer], plan.recipe.known_novice)
         )
         found[layer.layer] = given.float().numpy()
-        if thinner:
-            found[layer.layer] = thinner.constants(layer, found[layer.layer])
+        if isinstance(novices, Thinner):
+            found[layer.layer] = novices.constants(layer, found[layer.layer])
         if source.before and layer.layer in source.before.order:
             first = plan.spec.present[layer.layer]
             found[layer.layer][first:] = source.before.novices(layer.layer)[first:]
@@ -473,7 +471,8 @@ def _scale(name: str, tensor: Tensor) -> np.ndarray:
     """Return the experts' output scale, [M]: the runtime applies it before the novices are added."""
     if not name.endswith("ffn_down_exps.scale") or not tensor.is_floating_point():
         raise MoneError(f"{name}: experts in blocks with scales cannot be pruned: pass a BF16 checkpoint")
-    values: Tensor = type(tensor).to_eager(tensor)  # type: ignore[attr-defined]
+    lazy: Any = type(tensor)
+    values: Tensor = lazy.to_eager(tensor)
     return values.float().numpy()
 
 

@@ -22,7 +22,6 @@ look related in a hundred tokens may not be so in the next hundred. Errors are t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mone_export.artifacts import ChannelStats, MoeSpec
@@ -98,11 +97,6 @@ def thin(
     if bias is not None:
         constants[:, :-1] += bias.detach().float()[:, None]
     return Thinning(tuple(widths), order, errors, constants)
-
-
-def channel_file(folder: Path, layer: int) -> Path:
-    """Return the file of a layer's `ChannelStats`."""
-    return folder / f"layer-{layer}.safetensors"
 
 
 def channel_bytes(spec: MoeSpec) -> int:
