@@ -9,6 +9,7 @@ streaming.py    decoder layers that come one at a time
 expected.py     whether a checkpoint's tensors fit its config
 loading.py      load(): the model, whole or layer by layer
 passes.py       calibrate(): the rows through the model
+channels.py     a second pass, for thin experts; channel_sums.py: what it adds up
 masking.py      the loaded model as it would be after pruning
 merging.py      merge(): statistics of several texts -> those of all together
 stability.py    whether more text still changes the decision

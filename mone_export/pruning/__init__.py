@@ -5,6 +5,7 @@ guard.py      which experts are never pruned
 planning.py   which experts stay
 allocation.py how many each layer keeps
 novices.py    what stands in for the others
+thinning.py   experts with fewer channels, fitted again; fates.py: whole, thin or a constant, by one budget
 dern.py       what pruned experts can still give to the kept ones
 damage.py     what a decision costs, estimated
 """

@@ -26,6 +26,7 @@ from measuring import Json
 SEQ_LEN = 512
 # model -> the kind of its calibration text, and a kind unlike it
 MODELS = {"demo": ("python", "prose"), "qwen3_moe-prose": ("prose", "python")}
+EXPERT_WIDTH = 96  # of what is trained here: as wide against the model as in Qwen3-30B
 
 
 class Variant(NamedTuple):
@@ -134,6 +135,7 @@ def trained(name: str, *, minutes: float) -> Path:
     if not (folder / "training.json").exists():
         tool = Path(__file__).parents[1] / "models" / "train_demo.py"
         command = [sys.executable, str(tool), "--out", str(folder), "--family", family, "--text", text]
+        command += ["--expert-width", str(EXPERT_WIDTH)]
         subprocess.run([*command, "--minutes", str(minutes)], check=True)
     return folder
 

@@ -119,6 +119,18 @@ def speed_spread_table(data: Json) -> Iterable[Row]:
             yield case["shape"], case["weights"], name, *cells
 
 
+def speed_thin(data: Json) -> Iterable[Row]:
+    """Yield how many times less CPU time files with thin experts take than others of the same size or whole."""
+    yield "shape", "type", "thin to", "size", *(f"{test}, times as fast" for test in SPEED_TESTS)
+    for case in data["cases"]:
+        for name in case["summary"]["prompt"]["speed_ratios"]:
+            thin, _, other = name.partition(" / ")
+            if thin.startswith("thin"):
+                ratios = [case["summary"][test]["speed_ratios"][name]["cpu_ms"] for test in SPEED_TESTS]
+                size = f"{case['sizes'][other] / 1e6:.0f} → {case['sizes'][thin] / 1e6:.0f} MB"
+                yield case["shape"], case["weights"], other, size, *map(spread_of, ratios)
+
+
 def speed_cases(data: Json) -> Iterator[tuple[Json, float]]:
     """Yield every shape and type with every ratio."""
     for case in data["cases"]:
@@ -285,6 +297,31 @@ def methods_third(data: Json) -> Iterable[Row]:
                 yield model, f"{n_token} tokens", f"{ratio:.0%}", text, mean, *cells
 
 
+THIN = ("mone", "error", "thin", "budget")
+
+
+def methods_thin(data: Json) -> Iterable[Row]:
+    """Yield how far thin experts, constants and REAP's files of the same size stray, by ratio and text."""
+    yield "model", "experts' bytes gone", "text", "REAP", "constants", "thin", "thin to constants"
+    by_way = _by_way(data)
+    for model in data["settings"]["models"]:
+        for ratio in sorted({run["ratio"] for run in runs_after(data)}):
+            for text in ("like", "unlike", "rare"):
+                ways = (("drop", "reap", "none", ""), DEFAULT, THIN)
+                means = (
+                    statistics.mean(r[text]["kl"] for r in by_way[model, ratio, way].values()) for way in ways
+                )
+                times = _times(by_way, model, ratio, text, THIN, digits=3)
+                yield model, f"{ratio:.0%}", text, *(f"{mean:.2g}" for mean in means), times
+
+
+def methods_thin_short(data: Json) -> Iterable[Row]:
+    """Yield the same at a quarter, a half and three quarters, on two kinds of text."""
+    header, *rows = methods_thin(data)
+    yield header
+    yield from (row for row in rows if row[1] in ("25%", "50%", "75%") and row[2] != "rare")
+
+
 def runs_after(data: Json, n_token: int | None = None) -> list[Json]:
     """Return the runs with pruned experts after a calibration of so many tokens (default: the longest)."""
     n_token = n_token or _lengths(data)[-1]
@@ -311,11 +348,12 @@ def _mean(by_way: ByWay, model: str, ratio: float, text: str) -> str:
     return f"{statistics.mean(run[text]['kl'] for run in by_way[model, ratio, DEFAULT].values()):.4f}"
 
 
-def _times(by_way: ByWay, model: str, ratio: float, text: str, way: Row) -> str:
+def _times(by_way: ByWay, model: str, ratio: float, text: str, way: Row, digits: int = 2) -> str:
     """Format a way's divergence as a multiple of the default's on the same sample: median and range."""
     own, default = by_way.get((model, ratio, way), {}), by_way[model, ratio, DEFAULT]
     times = [run[text]["kl"] / default[sample][text]["kl"] for sample, run in own.items()]
-    return f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else "-"
+    low, middle, high = (f"{f(times):.{digits}f}" for f in (min, statistics.median, max)) if times else "---"
+    return f"x {middle} ({low} to {high})" if times else "-"
 
 
 def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
@@ -560,12 +598,15 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "speed": speed_table,
     "speed/short": speed_short,
     "speed/spread": speed_spread_table,
+    "speed/thin": speed_thin,
     "calibrate": calibrate_table,
     "quality": quality_table,
     "methods": methods_table,
     "methods/short": methods_short,
     "methods/against": methods_against,
     "methods/third": methods_third,
+    "methods/thin": methods_thin,
+    "methods/thinshort": methods_thin_short,
     "gpu": gpu_table,
     "bytes": bytes_table,
     "memory": memory_table,
