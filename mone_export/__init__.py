@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mone_export.calibration.corpus import read_corpus
     from mone_export.calibration.engines import load
     from mone_export.calibration.loading import Model
+    from mone_export.deciding import plan_thin
     from mone_export.errors import MoneError
     from mone_export.output.writing import write
     from mone_export.pipeline import export
@@ -41,6 +42,7 @@ _HOME = {
     "load": "calibration.engines",
     "novices": "pruning.novices",
     "plan": "pruning.planning",
+    "plan_thin": "deciding",
     "read_corpus": "calibration.corpus",
     "score": "pruning.scoring",
     "write": "output.writing",
@@ -66,6 +68,7 @@ __all__ = [
     "novices",
     "open_source",
     "plan",
+    "plan_thin",
     "read_corpus",
     "score",
     "write",

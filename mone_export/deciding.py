@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mone_export.artifacts import Calibration, ChannelStats, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
@@ -27,11 +27,12 @@ from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import random_scores, score, score_weights
 from mone_export.pruning.thinning import channel_bytes, down_projections, thin, widths_of
 from mone_export.recipe import Recipe
-from mone_export.request import Job
+from mone_export.request import Job, check_thin
 from mone_export.runtime import Progress
 
 if TYPE_CHECKING:
     from mone_export.calibration.engines import Engine
+    from mone_export.calibration.loading import Model
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,30 @@ def thinned(
     block = packed_together(job.source, job.outtype)
     corpus = _corpus(job, calibration)
     return fitted_plan(job.engine(), corpus, scores, job.recipe, block=block, progress=progress)
+
+
+def plan_thin(
+    model: "Model | Engine",
+    corpus: Corpus,
+    scores: Scores,
+    *,
+    ratio: float,
+    outtype: str = "auto",
+    progress: Progress | None = None,
+    **choices: Any,
+) -> tuple[Plan, Thinner]:
+    """Return a plan with thin experts for a file of a type, and what `write` makes them of (its `novices`).
+
+    The corpus, which the scores' calibration is of, runs through the model once more. `choices` are those of
+    `Recipe.of`. Raises `MoneError` for a model that cannot have thin experts.
+    """
+    from mone_export.calibration.engines import engine_of
+
+    engine = engine_of(model)
+    check_thin(engine.source)
+    recipe = Recipe.of(ratio, novice="thin", score=scores.score, **choices)
+    block = packed_together(engine.source, outtype)
+    return fitted_plan(engine, corpus, scores, recipe, block=block, progress=progress)
 
 
 def fitted_plan(

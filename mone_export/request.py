@@ -306,7 +306,7 @@ def _check_together(request: Request, recipe: Recipe) -> None:
             "leave one of them out"
         )
     if recipe.novice == "thin":
-        _check_thin(request)
+        _check_known_thin(request)
     if request.split_max_size is not None and request.split_max_size < LEAST_SPLIT:
         raise MoneError("--split-max-size is below a million bytes: pass a larger one, such as 4G")
     if request.fit is not None and recipe.allocation not in ("even", "sensitivity"):
@@ -322,7 +322,7 @@ def _check_together(request: Request, recipe: Recipe) -> None:
     _check_early_end(request, recipe)
 
 
-def _check_thin(request: Request) -> None:
+def _check_known_thin(request: Request) -> None:
     """Refuse what does not know thin experts yet."""
     others = {
         "--sequential": request.sequential or None,
@@ -363,10 +363,8 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
             f"--novice joint fits novices to the weights of experts' outputs, but {source.spec.arch} weights "
             "their inputs: use --novice mean"
         )
-    if recipe.novice == "thin" and (reason := source.not_thin or _pruned_before(source)):
-        raise MoneError(
-            f"{source.name} can have no thin experts, since {reason}: pass --novice {DEFAULT_NOVICE}"
-        )
+    if recipe.novice == "thin":
+        check_thin(source)
     even_counts(source.spec, recipe)
     if source.spec.kept_before and recipe.method != "mone":
         raise MoneError(
@@ -375,8 +373,13 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
         )
 
 
-def _pruned_before(source: Source) -> str:
-    return "it was pruned before" if source.spec.kept_before else ""
+def check_thin(source: Source) -> None:
+    """Refuse models whose experts cannot be thin."""
+    reason = source.not_thin or ("it was pruned before" if source.spec.kept_before else "")
+    if reason:
+        raise MoneError(
+            f"{source.name} can have no thin experts, since {reason}: pass --novice {DEFAULT_NOVICE}"
+        )
 
 
 def _check_place(request: Request) -> None:

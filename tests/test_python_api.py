@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 EXAMPLES = re.findall(r"## (\d\..*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_there_are_five() -> None:
-    assert len(EXAMPLES) == 5
+def test_there_are_six() -> None:
+    assert len(EXAMPLES) == 6
 
 
 @pytest.mark.slow
@@ -54,3 +54,14 @@ def test_what_export_takes_can_be_seen() -> None:
     shown = inspect.signature(mone.export).parameters
     assert {"ratio", "outfile", "novice", "allocation"} <= set(shown)
     assert shown["ratio"].default is None
+
+
+def test_thin_experts_from_python_are_the_commands(small: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--ratio", "0.5", "--novice", "thin", "-f", str(text), "--chunks", "4", "-c", "64", "-q"]
+    assert cli.main([str(small), *options, "-o", str(tmp_path / "a.gguf")]) == 0
+    corpus = mone.read_corpus([text], mone.open_source(small).tokenizer(), n_row=4, seq_len=64)
+    model = mone.load(small)
+    calibration = mone.calibrate(model, corpus)
+    plan, thin = mone.plan_thin(model, corpus, mone.score(calibration), ratio=0.5)
+    mone.write(small, calibration, plan, tmp_path / "b.gguf", novices=thin)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -161,11 +161,8 @@ def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Pat
     thin, constant = tmp_path / "thin.gguf", tmp_path / "constant.gguf"
     engine = mone.load(file, n_threads=1)
     calibration = mone.calibrate(engine, rows)
-    from mone_export.deciding import fitted_plan
-    from mone_export.recipe import Recipe
-
-    scores, recipe = mone.score(calibration), Recipe.of(0.5, novice="thin")
-    chosen, thinner = fitted_plan(engine, rows, scores, recipe, block=32)
+    scores = mone.score(calibration)
+    chosen, thinner = mone.plan_thin(engine, rows, scores, ratio=0.5)
     mone.write(file, calibration, chosen, thin, novices=thinner)
     mone.write(file, calibration, mone.plan(scores, ratio=0.5), constant)
     assert abs(thin.stat().st_size - constant.stat().st_size) < 0.01 * constant.stat().st_size + 4096

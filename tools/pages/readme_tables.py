@@ -120,7 +120,7 @@ def speed_spread_table(data: Json) -> Iterable[Row]:
 
 
 def speed_thin(data: Json) -> Iterable[Row]:
-    """Yield how many times less CPU time files with thin experts take than others of the same size or whole."""
+    """Yield how many times less CPU time files with thin experts take than others."""
     yield "shape", "type", "thin to", "size", *(f"{test}, times as fast" for test in SPEED_TESTS)
     for case in data["cases"]:
         for name in case["summary"]["prompt"]["speed_ratios"]:
