@@ -88,12 +88,12 @@ def rehearse(
     """Return what `export` would do as far as it is known without running the model: the job and a plan.
 
     The job's size is that of the plan's file. Without saved statistics the plan has the right number of
-    arbitrary experts in every layer, as many in each.
+    arbitrary experts in every layer, as many in each; so has it where a second pass decides.
     """
     job = prepare(Request(model=model, **options), dry=True, progress=progress)
     if job.plan:
         return replace(job, size=file_size(job, job.plan)), job.plan
-    if not job.saved or not job.needs_statistics:
+    if not job.saved or not job.needs_statistics or job.recipe.novice == "thin":
         return job, plan_without_scores(job.source.spec, job.recipe)
     scores = scored(job, job.saved)
     job = with_best_candidate(job, scores)

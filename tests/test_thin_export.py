@@ -25,7 +25,9 @@ from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.loading import Model, load
 from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.llama_options import LlamaOptions
+from mone_export.output.importance import Rounding
 from mone_export.output.restore_check import restore_check
+from mone_export.output.writing import measure
 from mone_export.source import open_source
 from mone_export.source.gguf_types import kind_for, quantize
 
@@ -157,13 +159,16 @@ def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Pat
     """Of gate and up byte for byte; the file is as large as with constants."""
     _, exact = save_wide(name, tmp_path)
     file = quantised(exact, kind)
-    rows = Corpus(torch.randint(3, 120, (12, 64), generator=torch.Generator().manual_seed(0)), "random", "")
+    rows = Corpus(
+        torch.randint(3, 120, (12, 64), generator=torch.Generator().manual_seed(0)), "random", "0" * 64
+    )
     thin, constant = tmp_path / "thin.gguf", tmp_path / "constant.gguf"
     engine = mone.load(file, n_threads=1)
     calibration = mone.calibrate(engine, rows)
     scores = mone.score(calibration)
     chosen, thinner = mone.plan_thin(engine, rows, scores, ratio=0.5)
-    mone.write(file, calibration, chosen, thin, novices=thinner)
+    size = mone.write(file, calibration, chosen, thin, novices=thinner)
+    assert measure(file, chosen) == (size, 0)
     mone.write(file, calibration, mone.plan(scores, ratio=0.5), constant)
     assert abs(thin.stat().st_size - constant.stat().st_size) < 0.01 * constant.stat().st_size + 4096
     before, after = taken_apart(file).tensors, taken_apart(thin).tensors
@@ -192,17 +197,35 @@ def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Pat
     assert np.isfinite(logits(thin, list(range(3, 60)), n_batch=57)).all()
 
 
-def test_llama_quantize_makes_any_type_of_it(text: Path, tmp_path: Path) -> None:
-    """Thin experts have the type of whole ones; the size is what was announced."""
-    outfile = tmp_path / "thin.gguf"
-    report = mone.export(
-        "demo", ratio=0.5, novice="thin", outfile=outfile, outtype="q8_0", files=[text], **ROWS
+@pytest.mark.parametrize("with_imatrix", [False, True])
+def test_llama_quantize_makes_any_type_of_it(with_imatrix: bool, tmp_path: Path) -> None:
+    """Thin experts have the type of whole ones; the size is as foretold."""
+    _, file = save_wide("MixtralForCausalLM", tmp_path)
+    rows = Corpus(
+        torch.randint(3, 120, (12, 64), generator=torch.Generator().manual_seed(0)), "random", "0" * 64
     )
+    engine = mone.load(file, n_threads=1)
+    calibration, outfile = mone.calibrate(engine, rows), tmp_path / "thin.gguf"
+    chosen, thinner = mone.plan_thin(engine, rows, mone.score(calibration), ratio=0.5, outtype="q4_0")
+    rounding = Rounding("q4_0", rows if with_imatrix else None)
+    size = mone.write(file, calibration, chosen, outfile, novices=thinner, outtype=rounding)
+    assert measure(file, chosen, outtype=rounding)[0] == size == outfile.stat().st_size
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(outfile).tensors}
+    thin = [name for name in kinds if ".t1." in name]
+    assert len(thin) == 3 * len(chosen.layers)
+    assert {kinds[name] for name in thin} == {"Q4_0"}
+    assert np.isfinite(logits(outfile, list(range(3, 60)), n_batch=57)).all()
+
+
+def test_experts_too_narrow_for_a_type_are_whole_or_constants(text: Path, tmp_path: Path) -> None:
+    outfile, stats = tmp_path / "thin.gguf", tmp_path / "stats"
+    options: dict[str, Any] = {"files": [text], "stats": stats, **ROWS}
+    report = mone.export("demo", ratio=0.5, novice="thin", outfile=outfile, outtype="q8_0", **options)
     assert report is not None and outfile.stat().st_size == report.size
     assert "mone.expert_order" in keys_of(outfile)
-    assert not any(".t1." in tensor.name for tensor in GGUFReader(outfile).tensors), (
-        "experts of 32 channels cannot be thinner in blocks of 32"
-    )
+    assert not any(".t1." in tensor.name for tensor in GGUFReader(outfile).tensors)
+    with pytest.raises(mone.MoneError, match="plan them with mone_export.plan_thin"):
+        mone.plan(mone.score(mone.Calibration.load(stats)), ratio=0.5, novice="thin")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -230,16 +231,20 @@ def layouts(
                 known = types or dict(zip(quantized, asked, strict=True))
             for outtype in quantized:
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
-                found[outtype] = replace(base, types=own, types_between=base.types)
-                if imatrix:
-                    found[outtype] = replace(found[outtype], head_size=_head_with_imatrix(conversion))
+                head_size = _quantized_head(conversion, with_imatrix=imatrix)
+                found[outtype] = replace(base, head_size=head_size, types=own, types_between=base.types)
     return found
 
 
-def _head_with_imatrix(conversion: Rewriting) -> int:
-    """Return the bytes of a head in which llama-quantize says which importance matrix it had."""
+def _quantized_head(conversion: Rewriting, *, with_imatrix: bool) -> int:
+    """Return the bytes of the head that llama-quantize writes.
+
+    It says which importance matrix it had, and leaves out outer dimensions of one, as of a single expert.
+    """
     n_byte = conversion.head_length
-    for key, value in IMATRIX_KEYS.items():
+    for shape in conversion.shapes.values():
+        n_byte -= 8 * sum(1 for _ in takewhile(lambda size: size == 1, shape[:-1]))
+    for key, value in IMATRIX_KEYS.items() if with_imatrix else ():
         n_byte += _value_bytes(value) + 12 + len(key)
         if (stated := conversion.key(key)) is not None:
             n_byte -= _value_bytes(stated) + 12 + len(key)

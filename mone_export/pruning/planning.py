@@ -3,6 +3,7 @@
 from typing import Any
 
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
+from mone_export.errors import MoneError
 from mone_export.lazily import Tensor
 from mone_export.pruning.allocation import Counts, allocate, even_counts, possible, ranking
 from mone_export.recipe import Recipe
@@ -16,6 +17,8 @@ def plan(
     `choices` are those of `Recipe.of`, `ratio` among them, where no recipe is given. Equal scores go to the
     lower id. Raises `MoneError` for choices that cannot be, and a ratio that leaves too few experts.
     """
+    if (recipe.novice if recipe else choices.get("novice")) == "thin":
+        raise MoneError("thin experts are fitted to a text: plan them with mone_export.plan_thin")
     recipe = possible(recipe or Recipe.of(**{"score": scores.score, **choices}), scores.calibration)
     counts = counts or allocate(scores, recipe)
     layers = zip(scores.spec.moe_layers, scores.values, strict=True)
