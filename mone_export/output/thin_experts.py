@@ -26,6 +26,10 @@ class Thinner:
         self._layers, self._folder = layers, folder
         self._loaded: tuple[int, ChannelStats] | None = None
 
+    def errors(self, layer: int) -> Tensor:
+        """Return what a layer's experts cost at each width, `Thinning.errors`."""
+        return self._layers[layer].errors
+
     def constants(self, layer: LayerPlan, novices: np.ndarray) -> np.ndarray:
         """Return `novices` [n_expert, d] with what thin experts add to their channels' output."""
         found = novices.copy()

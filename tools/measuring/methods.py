@@ -76,7 +76,9 @@ WAYS = (
         for way in ("sequential", "search")
     ),
 )
-VARIANTS = {"contenders": CONTENDERS, "others": OTHERS, "ways": WAYS}
+# what a choice must beat by far: the same widths for the experts that need them least, or for any
+CONTROLS = (Variant("mone", "error", "thin", "inverted"), Variant("mone", "error", "thin", "shuffled"))
+VARIANTS = {"contenders": CONTENDERS, "others": OTHERS, "ways": WAYS, "controls": CONTROLS}
 
 
 def measure_methods(args: argparse.Namespace) -> Json:
@@ -217,7 +219,7 @@ def pruned(
 
     recipe = recipe_of(variant, ratio, seed=seed)
     if variant.novice == "thin":
-        with with_thin_experts(model, calibration, corpus, recipe) as module:
+        with with_thin_experts(model, calibration, corpus, recipe, control=variant.way) as module:
             yield module
         return
     if variant.score == "aimer":
@@ -251,7 +253,9 @@ def pruned(
 
 
 @contextmanager
-def with_thin_experts(model: Any, calibration: Any, corpus: Any, recipe: Any) -> Iterator[Any]:
+def with_thin_experts(
+    model: Any, calibration: Any, corpus: Any, recipe: Any, *, control: str = ""
+) -> Iterator[Any]:
     """Yield the model with thin experts: zeros where channels went, constants added."""
     import torch
 
@@ -265,6 +269,9 @@ def with_thin_experts(model: Any, calibration: Any, corpus: Any, recipe: Any) ->
 
     scores = score(calibration, "error", guarded=False)
     chosen, thinner = fitted_plan(engine_of(model), corpus, scores, recipe, block=1)
+    if control in ("inverted", "shuffled"):
+        layers = (reordered(layer, thinner.errors(layer.layer)[:, 0], control) for layer in chosen.layers)
+        chosen = replace(chosen, layers=tuple(layers))
     modules, before, forwards = dict(expert_modules(model.module)), {}, {}
 
     def forward(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
@@ -295,11 +302,26 @@ def with_thin_experts(model: Any, calibration: Any, corpus: Any, recipe: Any) ->
             modules[number].down_proj.data = weights
 
 
+def reordered(layer: Any, errors: Any, control: str) -> Any:
+    """Return a layer's plan with its widths given to other experts: the least needed, or any."""
+    import torch
+
+    from mone_export.artifacts import LayerPlan, Tier
+
+    order = errors.argsort() if control == "inverted" else torch.randperm(len(errors))
+    experts = order.tolist()  # the first get the most
+    counts = [len(layer.kept), *(len(tier.experts) for tier in layer.tiers)]
+    parts = [sorted(experts[sum(counts[:n]) : sum(counts[: n + 1])]) for n in range(len(counts))]
+    tiers = tuple(Tier(tier.width, tuple(own)) for tier, own in zip(layer.tiers, parts[1:], strict=True))
+    return LayerPlan(layer.layer, tuple(parts[0]), tuple(sorted(experts[sum(counts) :])), tiers)
+
+
 def recipe_of(variant: Variant, ratio: float, *, seed: int) -> Any:
     """Return the recipe of a variant; `sequential` starts from counts by sensitivity."""
     from mone_export.recipe import Recipe
 
-    allocation = {"": "even", "sequential": "sensitivity"}.get(variant.way, variant.way)
+    named = {"": "even", "sequential": "sensitivity", "inverted": "budget", "shuffled": "budget"}
+    allocation = named.get(variant.way, variant.way)
     novice = None if variant.novice == "none" else variant.novice
     return Recipe.of(
         ratio,

@@ -315,6 +315,20 @@ def methods_thin(data: Json) -> Iterable[Row]:
                 yield model, f"{ratio:.0%}", text, *(f"{mean:.2g}" for mean in means), times
 
 
+def methods_controls(data: Json) -> Iterable[Row]:
+    """Yield how many times as far the same widths stray when other experts have them."""
+    yield "model", "experts' bytes gone", "text", "thin", "widths inverted", "widths shuffled"
+    by_way = _by_way(data)
+    for model in data["settings"]["models"]:
+        for ratio in sorted({run["ratio"] for run in runs_after(data)}):
+            for text in ("like", "unlike"):
+                runs = [by_way[model, ratio, (*THIN[:3], way)] for way in ("budget", "inverted", "shuffled")]
+                own, *others = ([run[text]["kl"] for run in each.values()] for each in runs)
+                times = (statistics.median(a / b for a, b in zip(each, own, strict=True)) for each in others)
+                cells = (f"x {each:.0f}" for each in times)
+                yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
+
+
 def methods_thin_short(data: Json) -> Iterable[Row]:
     """Yield the same at a quarter, a half and three quarters, on two kinds of text."""
     header, *rows = methods_thin(data)
@@ -606,6 +620,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/against": methods_against,
     "methods/third": methods_third,
     "methods/thin": methods_thin,
+    "methods/controls": methods_controls,
     "methods/thinshort": methods_thin_short,
     "gpu": gpu_table,
     "bytes": bytes_table,
