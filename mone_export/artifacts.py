@@ -511,8 +511,8 @@ class Report:
     """What an export did, by which recipe: sizes in bytes, experts kept per layer, text, seconds, remarks.
 
     `n_thin` says for each layer how many experts have which width (channels), where some are thin.
-    `stability` is None where no text was read, or too little to compare. `candidates` are the ways there were
-    to reach a size that was asked for, the best first.
+    `stability` is None where no text was read, or too little to compare, and with thin experts. `candidates`
+    are the ways there were to reach a size that was asked for, the best first.
     """
 
     outfile: Path

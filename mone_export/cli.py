@@ -497,7 +497,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
             spec=asdict(job.source.spec),
             recipe=asdict(chosen.recipe),
             n_kept=chosen.n_kept if counted else None,
-            pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved else None,
+            pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved and counted else None,
             parts=[asdict(part) for part in parts],
             size=job.size if decided else None,
             size_is_exact=counted,
@@ -511,9 +511,10 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
         print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
+        known = "after a second pass" if budget else "after a calibration, or with saved --stats"
         print(
             f"layers   keep {kept} of {job.source.spec.n_expert} experts on average; which layer how many is "
-            "known after a calibration, or with saved --stats"
+            f"known {known}"
         )
     _print_text(parts)
     _print_candidates(job.candidates)

@@ -19,7 +19,7 @@ from mone_export.fitting import judge
 from mone_export.lazily import Tensor
 from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import measure, packed_together
-from mone_export.paths import check_room
+from mone_export.paths import check_temporary
 from mone_export.pruning.allocation import Counts, allocate, possible
 from mone_export.pruning.fates import plan_fates
 from mone_export.pruning.novices import joint_novices, novices
@@ -142,9 +142,9 @@ def fitted_plan(
     What the text showed is in a temporary folder as long as there is what makes thin experts of it.
     """
     spec = scores.spec
+    check_temporary(channel_bytes(spec))
     temporary = tempfile.TemporaryDirectory(prefix="mone-export-")
     folder = Path(temporary.name)
-    check_room(folder / "layer", needed=channel_bytes(spec), option="TMPDIR")
     engine.measure_channels(corpus, folder, progress=progress)
     widths, found = widths_of(spec, block), {}
     if len(widths) == 2:

@@ -73,6 +73,20 @@ def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
         )
 
 
+def check_temporary(needed: int) -> None:
+    """Raise MoneError unless temporary files can be made, and `needed` bytes are free there."""
+    try:
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MoneError(f"cannot write temporary files ({error.strerror}): set TMPDIR to a folder") from None
+    if needed > free:
+        raise MoneError(
+            f"{folder} has {free / 1e9:.2f} GB free, temporary files need {needed / 1e9:.2f} GB: "
+            "set TMPDIR to a folder with more room"
+        )
+
+
 def is_ours(path: Path) -> bool:
     """Say whether a file is a GGUF with the keys of this program; reads its head."""
     try:

@@ -63,8 +63,9 @@ class Recipe:
     same number (`even`), by scores that compete over the model (`model`), by how much harm an error in the
     layer does (`sensitivity`), by trying it out (`search`), or by what each expert's channels are worth
     (`budget`, of thin ones). At least `min_kept` stay in a layer (None: as
-    many as a token uses). With `guarded`, experts of extreme outputs are never pruned. `seed`
-    serves the score `random`. `mtp` says whether blocks that predict further tokens stay in the file.
+    many as a token uses); with thin experts so many have channels, and one has all. With `guarded`, experts
+    of extreme outputs are never pruned. `seed` serves the score `random`. `mtp` says whether blocks that
+    predict further tokens stay in the file.
     """
 
     ratio: float

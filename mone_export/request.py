@@ -23,10 +23,11 @@ from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts
-from mone_export.paths import check_outputs, check_room
+from mone_export.paths import check_outputs, check_room, check_temporary
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
+from mone_export.pruning.thinning import channel_bytes
 from mone_export.recipe import DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
@@ -237,6 +238,8 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
+        if recipe.novice == "thin" and recipe.ratio:
+            check_temporary(channel_bytes(source.spec))
     source.check(known=saved is not None)  # what was calibrated fits
     chosen = None if request.plan is None else load_plan(request.plan, source.spec, recipe)
     job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
@@ -287,6 +290,8 @@ def _check_plan(request: Request) -> None:
         "--sequential": request.sequential or None,
     }
     said = [option for option, value in given.items() if value is not None]
+    if request.plan is not None and request.novice == "thin":
+        raise MoneError("--plan does not know thin experts: leave it out, or --novice thin")
     if request.plan is not None and said:
         raise MoneError(f"{said[0]} with --plan, which says which experts go: leave one of them out")
 
@@ -326,7 +331,6 @@ def _check_known_thin(request: Request) -> None:
     """Refuse what does not know thin experts yet."""
     others = {
         "--sequential": request.sequential or None,
-        "--plan": request.plan,
         "--plan-out": request.plan_out,
         "--fit": request.fit,
         "--until-stable": request.until_stable,

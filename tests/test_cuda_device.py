@@ -12,6 +12,7 @@ from mone_export.artifacts import Corpus, ExpertStats
 from mone_export.calibration.loading import Stream, load
 from mone_export.calibration.observer import observe
 from mone_export.calibration.passes import calibrate
+from mone_export.deciding import plan_thin
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 
@@ -40,6 +41,15 @@ def test_statistics_are_those_of_the_cpu(small: Path, corpus: Corpus, stream: St
             print(f"layer {layer}, {name}: {error:.1e}")
             assert error < 1e-4, (layer, name)
     assert plan(score(found), ratio=0.5).layers == plan(score(wanted), ratio=0.5).layers
+
+
+def test_thin_experts_are_those_of_the_cpu(small: Path, corpus: Corpus) -> None:
+    plans = []
+    for device in ("cpu", "cuda"):
+        model = load(small, device=device, dtype="float32")
+        scores = score(calibrate(model, corpus, model_sha256=""))
+        plans.append(plan_thin(model, corpus, scores, ratio=0.5)[0].layers)
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -9,6 +9,7 @@ import torch
 
 from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Plan, Scores
 from mone_export.calibration.sums import expert_stats
+from mone_export.errors import MoneError
 from mone_export.pruning.fates import N_TIER, plan_fates
 from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import Recipe
@@ -143,3 +144,10 @@ def test_every_group_keeps_experts_with_channels() -> None:
     errors[0][4:] = 0  # a group that costs nothing
     widths = width_of(planned(errors, spec, 0.5), 0)
     assert sum(width > 0 for width in widths[4:]) >= 2
+
+
+def test_what_must_stay_has_to_fit_the_budget() -> None:
+    spec = spec_of(1, 8, top_k=1)
+    values = torch.full((1, 8), torch.inf, dtype=torch.float64)
+    with pytest.raises(MoneError, match="take more than the ratio leaves"):
+        planned(random_errors(spec, 0), spec, 0.5, values)

@@ -235,7 +235,7 @@ def test_experts_too_narrow_for_a_type_are_whole_or_constants(text: Path, tmp_pa
         ("q4_k", 96, "q5_0"),
         ("q6_k", 96, "q8_0"),
         ("iq2_xs", 512, "q2_k"),
-        ("iq2_xs", 96, "q8_0"),
+        ("iq2_xs", 96, "iq4_nl"),
         ("mxfp4", 96, "mxfp4"),
         ("q8_0", 8, "f16"),
         ("bf16", 8, "bf16"),
@@ -263,6 +263,7 @@ def test_rows_are_packed_as_ggml_packs_them(kind: str, tmp_path: Path) -> None:
         (("--sequential",), "--sequential does not know thin experts"),
         (("--until-stable", "0.9"), "--until-stable does not know thin experts"),
         (("--plan-out", "plan.json"), "--plan-out does not know thin experts"),
+        (("--plan", "plan.json"), "--plan does not know thin experts"),
         (("--allocate", "even"), "--novice thin with --allocate even"),
         (("--score", "random"), "--novice thin with --score random"),
         (("--method", "drop"), "--novice thin with --method drop"),
@@ -283,3 +284,26 @@ def test_a_file_with_thin_experts_is_not_pruned_again(text: Path, tmp_path: Path
     assert restore_check(outfile, whole)[0] >= 5, "its whole experts are those of the original"
     with pytest.raises(mone.MoneError, match="has thin experts"):
         mone.export(outfile, ratio=0.25, outfile=tmp_path / "again.gguf", files=[text], **ROWS)
+
+
+def test_without_pruning_the_file_is_the_ordinary_one(text: Path, tmp_path: Path) -> None:
+    plain, thin = tmp_path / "plain.gguf", tmp_path / "thin.gguf"
+    mone.export("demo", ratio=0, outfile=plain, outtype="f32")
+    mone.export("demo", ratio=0, novice="thin", outfile=thin, outtype="f32", files=[text], **ROWS)
+    assert plain.read_bytes() == thin.read_bytes()
+
+
+def test_a_plan_with_thin_experts_needs_what_makes_them(demo: Model, corpus: Corpus, tmp_path: Path) -> None:
+    calibration = mone.calibrate(demo, corpus)
+    plan, _ = mone.plan_thin(demo, corpus, mone.score(calibration), ratio=0.5)
+    with pytest.raises(mone.MoneError, match="pass as novices what plan_thin returned"):
+        mone.write("demo", calibration, plan, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_too_little_room_for_temporary_files_is_said_first(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mone_export.request.channel_bytes", lambda _: 10**18)
+    done = command("--novice", "thin", "-o", tmp_path / "x.gguf")
+    done.is_one_line("temporary files need 1000000000.00 GB: set TMPDIR")

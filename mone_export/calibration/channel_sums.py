@@ -23,6 +23,8 @@ class ChannelSums:
 
     def add(self, expert: int, channels: Tensor, gates: Tensor) -> None:
         """Add one expert's activations [n, I] and the weights [n] of its output; once for each expert."""
+        if channels.device.type == "mps":  # which has no float64
+            channels, gates = channels.cpu(), gates.cpu()
         own, h, g = self._stats, channels.double(), gates.double()
         scaled = h * g.unsqueeze(-1)
         own.count[expert] = len(g)

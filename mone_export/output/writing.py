@@ -85,6 +85,8 @@ def write(
     """
     source, target = open_source(model), Path(outfile)
     rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
+    if plan.n_tier and not isinstance(novices, Thinner):
+        raise MoneError("the plan has thin experts: pass as novices what plan_thin returned with it")
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
     stored: dict[int, np.ndarray] = {}

@@ -17,6 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from mone_export.artifacts import Calibration, LayerPlan, Plan, Scores, Tier
+from mone_export.errors import MoneError
 from mone_export.pruning.allocation import even_counts, least_kept, ranking
 from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import Recipe
@@ -35,7 +36,8 @@ class _Layer:
     costs: np.ndarray
     widths: np.ndarray
     whole: np.ndarray  # bool [M]: guarded, they stay as they are
-    at_least: Sequence[int]  # experts that must not all be constants: so many must have channels
+    at_least: Sequence[int]  # so many experts must have channels, these first
+    grouped: bool  # these and no others, where each group needs its own
 
     def cheapest(self, price: float) -> Fates:
         """Return the fates that cost least in all at a price per channel, of at most `N_TIER` thin widths."""
@@ -73,10 +75,12 @@ class _Layer:
         """Return the fates with what must not become of some experts undone: a whole one stays, too."""
         last = len(self.widths) - 1
         fates = np.where(self.whole, last, fates)
-        must = np.array(self.at_least)
-        fates[must] = np.maximum(fates[must], options[1] if len(options) > 1 else last)
         if not (fates == last).any():
             fates[self.costs[:, 0].argmax()] = last
+        missing = [expert for expert in self.at_least if fates[expert] == 0]
+        if not self.grouped:  # any others will do as well
+            missing = missing[: max(0, len(self.at_least) - int(np.count_nonzero(fates)))]
+        fates[missing] = options[1]
         return fates
 
 
@@ -117,7 +121,7 @@ def _layer(
     n_real = least_kept(scores.spec, recipe.min_kept)
     order = ranking(scores.spec, scores.values[row], n_real)
     whole = scores.values[row].isposinf().numpy()
-    return _Layer(costs, np.array(widths), whole, order[:n_real])
+    return _Layer(costs, np.array(widths), whole, order[:n_real], grouped=scores.spec.n_group > 1)
 
 
 def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
@@ -140,6 +144,11 @@ def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
         else:
             best, high = found, price
     room = budget - used(best)
+    if room < 0:
+        raise MoneError(
+            "the experts that must stay take more than the ratio leaves: pass a smaller --ratio, --no-guard "
+            "or a smaller --min-kept"
+        )
     while room > 0:
         steps = [(step, own) for own, layer in enumerate(layers) if (step := layer.raised(best[own], room))]
         if not steps:

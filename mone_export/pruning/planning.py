@@ -17,9 +17,9 @@ def plan(
     `choices` are those of `Recipe.of`, `ratio` among them, where no recipe is given. Equal scores go to the
     lower id. Raises `MoneError` for choices that cannot be, and a ratio that leaves too few experts.
     """
-    if (recipe.novice if recipe else choices.get("novice")) == "thin":
-        raise MoneError("thin experts are fitted to a text: plan them with mone_export.plan_thin")
     recipe = possible(recipe or Recipe.of(**{"score": scores.score, **choices}), scores.calibration)
+    if recipe.novice == "thin" and recipe.ratio:
+        raise MoneError("thin experts are fitted to a text: plan them with mone_export.plan_thin")
     counts = counts or allocate(scores, recipe)
     layers = zip(scores.spec.moe_layers, scores.values, strict=True)
     return Plan(scores.spec, recipe, tuple(_layer(scores.spec, layer, counts, own) for layer, own in layers))

@@ -88,14 +88,14 @@ def thin(
     at_once = max(1, _ROOM // (8 * size * (size + n_out)))
     for first in range(0, n_expert, at_once):
         own = range(first, min(first + at_once, n_expert))
-        weights = torch.stack([down[expert].double() for expert in own])
+        weights = torch.stack([down[expert].to("cpu", torch.float64) for expert in own])
         second, mean = _shrunk(stats, own)
         part = slice(own.start, own.stop)
         order[part] = _eliminate(second, weights, mean, widths, errors[part], constants[part])
     unseen = stats.count == 0
     errors[unseen], constants[unseen] = 0, 0
     if bias is not None:
-        constants[:, :-1] += bias.detach().float()[:, None]
+        constants[:, :-1] += bias.detach().to("cpu", torch.float32)[:, None]
     return Thinning(tuple(widths), order, errors, constants)
 
 

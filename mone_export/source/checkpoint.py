@@ -252,6 +252,8 @@ class Checkpoint:
         """Why its experts cannot be thin, empty where they can."""
         if weights_inputs(self.spec.arch):
             return "it weights what goes into its experts"
+        if packing(self.config).get("quant_method") == "mxfp4":
+            return "its experts are packed (those of a GGUF, or of a BF16 checkpoint, can be)"
         modules = [module for _, module in expert_modules(skeleton(self.config))]
         return "it normalises its experts' outputs" if any(m.has_post_expert_norm for m in modules) else ""
 

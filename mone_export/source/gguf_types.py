@@ -19,8 +19,10 @@ from mone_export.runtime import tree
 # what `quantize` packs without an importance matrix
 _PACKED: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "iq4_nl")
 _PACKED += ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0", "iq3_s", "iq3_xxs")
+# in place of types that need an importance matrix
+_WITHOUT = {name: "q2_k" for name in ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m")}
 # for rows that are too short for a type's blocks, as llama-quantize does
-_INSTEAD = {"iq2_xxs": "q2_k", "iq2_xs": "q2_k", "iq2_s": "q2_k", "iq1_s": "q2_k", "iq1_m": "q2_k"}
+_INSTEAD = dict.fromkeys(_WITHOUT, "iq4_nl")
 _INSTEAD |= {"q2_k": "q4_0", "q3_k": "q4_0", "iq3_s": "iq4_nl", "iq3_xxs": "iq4_nl", "iq4_xs": "iq4_nl"}
 _INSTEAD |= {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
@@ -65,7 +67,9 @@ def kind_for(type_name: str, n_column: int) -> str:
     next better one.
     """
     if type_name not in _PACKED or n_column % block_of(type_name)[1]:
-        candidates = (_INSTEAD.get(type_name, "q8_0"), "q8_0", "f16")
+        candidates = [_INSTEAD.get(type_name, "q8_0"), "q8_0", "f16"]
+        if type_name in _WITHOUT:
+            candidates.insert(0, _WITHOUT[type_name])
         return next(kind for kind in candidates if n_column % block_of(kind)[1] == 0)
     return type_name
 

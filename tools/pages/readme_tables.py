@@ -62,12 +62,13 @@ def render(data: Json, view: str | None = None) -> str:
     """Return a measurement as a Markdown table, with a line on how it was taken."""
     header, *rows = TABLES[f"{data['kind']}/{view}" if view else data["kind"]](data)
     machine, versions = data["machine"], data["versions"]
+    note = NOTES.get(f"{data['kind']}/{view}", NOTES[data["kind"]])
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         [
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
-            f"{NOTES[data['kind']](data)} {data['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, "
+            f"{note(data)} {data['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, "
             f"load average {machine['load_average_before'][0]} before and "
             f"{machine['load_average_after'][0]} after; {versions['llama_cpp']}, torch {versions['torch']}.",
         ]
@@ -156,6 +157,11 @@ def speed_note(data: Json) -> str:
         f"{settings['rounds']} interleaved rounds. Hard-pruned files run on llama.cpp without the patches. "
         "The ideal is the time without experts plus the experts' time times the share of slots kept."
     )
+
+
+def speed_thin_note(data: Json) -> str:
+    """Say what was run, of the view with thin experts."""
+    return speed_note(data).partition(" Hard-pruned")[0]
 
 
 def calibrate_table(data: Json) -> Iterable[Row]:
@@ -397,6 +403,22 @@ def methods_note(data: Json) -> str:
     )
 
 
+def methods_thin_note(data: Json) -> str:
+    """Say what was run, of the views with thin experts."""
+    settings = data["settings"]
+    lengths = " or ".join(map(str, _lengths(data)))
+    kinds = "; ".join(
+        f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
+        for name, kinds in settings["models"].items()
+    )
+    return (
+        "KL divergence from the unpruned model in nats per token, mean over "
+        f"{settings['samples']} calibration samples of {lengths} tokens, on {settings['evaluation_tokens']} "
+        "held-out tokens of each kind; x: times as much on the same sample, median (smallest to largest). "
+        f"Float32 in PyTorch. {kinds}."
+    )
+
+
 def bytes_table(data: Json) -> Iterable[Row]:
     """Yield what each way to a size costs: only quantising, pruning at high precision, what --fit chose."""
     columns = ("only quantised", "novices at Q8_0", "novices at Q6_K", "chosen by --fit", "best measured")
@@ -635,6 +657,8 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "calibrate": calibrate_note,
     "quality": quality_note,
     "methods": methods_note,
+    **dict.fromkeys(("methods/thin", "methods/thinshort", "methods/controls"), methods_thin_note),
+    "speed/thin": speed_thin_note,
     "gpu": gpu_note,
     "bytes": bytes_note,
     "memory": memory_note,
