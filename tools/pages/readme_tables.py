@@ -389,11 +389,7 @@ def _divergence(values: Sequence[float], paper: Sequence[float]) -> str:
 def methods_note(data: Json) -> str:
     """Say what was run."""
     settings = data["settings"]
-    lengths = " or ".join(map(str, _lengths(data)))
-    kinds = "; ".join(
-        f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
-        for name, kinds in settings["models"].items()
-    )
+    lengths, kinds = _texts(data)
     return (
         "KL divergence from the unpruned model in nats per token, mean over "
         f"{settings['samples']} calibration samples of {lengths} tokens ± their standard deviation, on "
@@ -403,14 +399,19 @@ def methods_note(data: Json) -> str:
     )
 
 
+def _texts(data: Json) -> tuple[str, str]:
+    """Return how much text was calibrated on, and of which kind, model by model."""
+    kinds = (
+        f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
+        for name, kinds in data["settings"]["models"].items()
+    )
+    return " or ".join(map(str, _lengths(data))), "; ".join(kinds)
+
+
 def methods_thin_note(data: Json) -> str:
     """Say what was run, of the views with thin experts."""
     settings = data["settings"]
-    lengths = " or ".join(map(str, _lengths(data)))
-    kinds = "; ".join(
-        f"{name} calibrated on {kinds['like']}, unlike it is {kinds['unlike']}"
-        for name, kinds in settings["models"].items()
-    )
+    lengths, kinds = _texts(data)
     return (
         "KL divergence from the unpruned model in nats per token, mean over "
         f"{settings['samples']} calibration samples of {lengths} tokens, on {settings['evaluation_tokens']} "
