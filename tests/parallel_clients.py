@@ -20,7 +20,7 @@ from programs import Server, post, running_server
 from mone_export import runtime
 
 N_CLIENT = 8
-TIE = 1e-3
+TIE = 3e-3  # with the cache in F16; one of the questions has two tokens 1.04e-3 apart
 TEXT = "Return the number of lines in each file of a folder, in order, or raise an error if there is none."
 # words of the prompt: short, middling and long ones, so that prompts are read while others generate
 N_WORD = (1, 3, 170, 12, 40, 300, 7, 90, 2, 210, 25, 60)
