@@ -3,8 +3,8 @@
 The budget is a number of intermediate channels over all layers, `1 - ratio` of those there are: as many bytes
 as whole experts and constants take at that ratio. Every expert wants the fate whose error plus a price per
 channel is least; the lowest price that the budget can pay is found by bisection, and what it leaves over goes
-to the largest gains per channel. Errors are squared errors of the layers' outputs, as they are: on the demo
-the layers' sensitivities made nothing better (docs/methods.md).
+to the largest gains per channel. Errors are squared errors of the layers' outputs, as they are: on text like
+the calibration's and unlike it the layers' sensitivities made nothing better (docs/methods.md).
 
 A layer has at most `N_TIER` widths between none and all, its own choice of them: each is a product of
 matrices more at run time.
