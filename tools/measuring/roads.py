@@ -163,6 +163,10 @@ class NoEdits:
     def select(self, name: str) -> None:
         """Choose no experts."""
 
+    def derived(self, name: str, shape: Sequence[int]) -> Sequence[Any]:
+        """Add no experts."""
+        return ()
+
     def rows(self, name: str, shape: Sequence[int]) -> None:
         """Change no rows."""
 
