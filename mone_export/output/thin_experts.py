@@ -60,7 +60,7 @@ class Thinner:
         return fitted
 
 
-def thinned(
+def thin_tensor(
     name: str, shape: Sequence[int], place: tuple[int, int, Tier], thinner: Thinner | None, scale: Scale
 ) -> Derived:
     """Return the tensor of thin experts that is made of the tensor `name` of a shape.

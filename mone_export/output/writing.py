@@ -33,7 +33,7 @@ from mone_export.output.quantizing import (
     quantized_types,
 )
 from mone_export.output.recombining import Recombination
-from mone_export.output.thin_experts import Thinner, thinned
+from mone_export.output.thin_experts import Thinner, thin_tensor
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.recipe import DEFAULT_NOVICE
@@ -331,7 +331,7 @@ class Edits:
             return ()
         tiers = enumerate(self._pruned[layer].tiers, start=1)
         scale = partial(self._scale_of, layer)
-        made = [thinned(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
+        made = [thin_tensor(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
         self.added += [each.name for each in made]
         return made
 

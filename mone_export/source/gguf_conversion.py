@@ -197,7 +197,7 @@ def _edited(info: TensorInfo, edits: Edits) -> _Written:
     axis = max(axis for axis, n in enumerate(info.shape) if n == edits.spec.n_expert)
     if rows.others is not None and info.kind != "f32":
         raise MoneError(f"{info.name} is of type {info.kind}: novices need the model's biases in float32")
-    return _rows(info, axis, rows.own, rows.filled(partial(_floats, info)))
+    return _rows(info, axis, rows.own, rows.filled(partial(info.values, np.float32)))
 
 
 def _derived(info: TensorInfo, new: Derived) -> _Written:
@@ -219,13 +219,6 @@ def _derived(info: TensorInfo, new: Derived) -> _Written:
     size = math.prod(new.shape) // n_block * n_byte
     pieces = [Made(partial(packed, expert), size) for expert in new.experts]
     return _Written((*new.shape[::-1], len(new.experts)), kind, [*pieces])
-
-
-def _floats(info: TensorInfo) -> np.ndarray:
-    """Return the values of a float32 tensor, the outermost dimension first."""
-    with info.file.open("rb") as file:
-        file.seek(info.offset)
-        return np.frombuffer(file.read(info.size), np.float32).reshape(info.shape[::-1])
 
 
 def _packed_rows(info: TensorInfo, expert: int) -> np.ndarray:

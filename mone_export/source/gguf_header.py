@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mone_export.errors import MoneError
 from mone_export.source.gguf_format import GGUF_ALIGNMENT
 from mone_export.source.gguf_types import gguf_library
@@ -46,6 +48,12 @@ class TensorInfo:
     file: Path
     offset: int
     size: int
+
+    def values(self, dtype: type) -> np.ndarray:
+        """Read the values of a tensor that is not packed, the outermost dimension first."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return np.frombuffer(file.read(self.size), dtype).reshape(self.shape[::-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,11 @@ class PrunedBefore:
 
     def novices(self, layer: int) -> np.ndarray:
         """Return the rows of a layer's bias, float32 [n_expert, d]: an expert's own, or a novice."""
-        info = self.biases[layer]
-        return _values(info, np.float32).reshape(info.shape[::-1])
+        return self.biases[layer].values(np.float32)
 
     def slots(self, layer: int) -> np.ndarray | None:
         """Return the slot of each number, int32 [n_expert]; None where experts are numbered by slot."""
-        return _values(self.slot_tables[layer], np.int32) if layer in self.slot_tables else None
+        return self.slot_tables[layer].values(np.int32).flatten() if layer in self.slot_tables else None
 
 
 def kept_counts(header: Header, n_block: int) -> list[int]:
@@ -76,9 +75,3 @@ def pruned_before(header: Header, spec: MoeSpec) -> PrunedBefore | None:
         {layer: info for layer, info in biases.items() if info},
         {layer: info for layer, info in tables.items() if info and info.kind == "i32"},
     )
-
-
-def _values(info: TensorInfo, dtype: type) -> np.ndarray:
-    with info.file.open("rb") as file:
-        file.seek(info.offset)
-        return np.frombuffer(file.read(info.size), dtype).copy()
