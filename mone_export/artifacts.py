@@ -5,7 +5,7 @@ what it was made from, so that a stage can refuse what does not belong together.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -244,12 +244,20 @@ class ChannelStats:
         from safetensors.torch import save_file
 
         tensors = {name: getattr(self, name) for name in _CHANNEL_TENSORS} | {"second": self.second.float()}
+        file = _channel_file(folder, layer)
         try:
-            save_file(tensors, _channel_file(folder, layer))
+            save_file(tensors, part := file.with_suffix(".part"))
+            part.replace(file)
         except (OSError, SafetensorError) as error:
             raise MoneError(
-                f"cannot write to {folder}: {first_line(error)}; free some space there, or set TMPDIR"
+                f"cannot write to {folder}: {first_line(error)}; free some space there, set TMPDIR, or pass "
+                "--workdir"
             ) from None
+
+    @staticmethod
+    def are_in(folder: Path, layers: Iterable[int]) -> bool:
+        """Say whether a folder has the sums of all these layers; a file appears when it is complete."""
+        return all(_channel_file(folder, layer).exists() for layer in layers)
 
     @classmethod
     def load(cls, folder: Path, layer: int) -> "ChannelStats":
@@ -405,23 +413,29 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """Experts of one layer that keep `width` of their intermediate channels: original ids, ascending."""
+    """Experts of one layer that keep `width` of their intermediate channels: original ids, ascending.
+
+    `kind` is the type of their matrices, such as `q4_k`; empty: the file's.
+    """
 
     width: int
     experts: tuple[int, ...]
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Which experts of one layer stay and which become novices: original ids, each ascending.
 
-    Experts of `tiers`, the widest first, are in between: thin.
+    Experts of `tiers`, the largest first, are in between: thin, or rounded more. `kind` is the type of those
+    that stay; empty: the file's.
     """
 
     layer: int
     kept: tuple[int, ...]
     pruned: tuple[int, ...]
     tiers: tuple[Tier, ...] = ()
+    kind: str = ""
 
     @property
     def replaced(self) -> tuple[int, ...]:
@@ -456,16 +470,34 @@ class Plan:
         return gone / (len(self.layers) * self.spec.n_expert)
 
     @property
-    def n_thin(self) -> dict[int, dict[int, int]]:
-        """How many experts of each layer have which width; none where none is thin."""
-        if not self.n_tier:
-            return {}
-        return {layer.layer: {tier.width: len(tier.experts) for tier in layer.tiers} for layer in self.layers}
+    def mixes_types(self) -> bool:
+        """Whether experts have types of their own."""
+        return any(layer.kind or any(tier.kind for tier in layer.tiers) for layer in self.layers)
+
+    @property
+    def has_thin(self) -> bool:
+        """Whether some experts are thin."""
+        return any(tier.width < self.spec.expert_size for layer in self.layers for tier in layer.tiers)
+
+    @property
+    def fates(self) -> dict[int, dict[str, int]]:
+        """What became of how many experts of each layer: `whole q6_k`, `96 channels`, `constant`."""
+        return {layer.layer: self._fates(layer) for layer in self.layers}
 
     @property
     def n_tier(self) -> int:
-        """How many tiers of thin experts the layer with most of them has."""
+        """How many tiers of experts the layer with most of them has, beside the kept and the pruned."""
         return max((len(layer.tiers) for layer in self.layers), default=0)
+
+    def _fates(self, layer: LayerPlan) -> dict[str, int]:
+        size = self.spec.expert_size
+        tiers = (Tier(size, layer.kept, layer.kind), *layer.tiers, Tier(0, layer.pruned))
+        names = {size: "whole", 0: "constant"}
+        return {
+            f"{names.get(tier.width, f'{tier.width} channels')} {tier.kind}".rstrip(): len(tier.experts)
+            for tier in tiers
+            if tier.experts
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,8 +542,9 @@ class Candidate:
 class Report:
     """What an export did, by which recipe: sizes in bytes, experts kept per layer, text, seconds, remarks.
 
-    `n_thin` says for each layer how many experts have which width (channels), where some are thin.
-    `stability` is None where no text was read, or too little to compare, and with thin experts. `candidates`
+    `fates` says for each layer what became of how many experts, as in `Plan.fates`; `spread` how much there
+    is to gain in it by treating experts unequally (`damage.spread`), empty without a calibration.
+    `stability` is None where no text was read, or too little to compare. `candidates`
     are the ways there were to reach a size that was asked for, the best first.
     """
 
@@ -525,4 +558,5 @@ class Report:
     seconds: Mapping[str, float]
     remarks: tuple[str, ...]
     candidates: tuple[Candidate, ...] = ()
-    n_thin: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    fates: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    spread: Mapping[int, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mone_export import __version__
 from mone_export.errors import MoneError, first_line
 from mone_export.llama_options import LlamaOptions
-from mone_export.recipe import ALLOCATIONS, METHODS, NOVICE_NAMES, SCORE_NAMES
+from mone_export.recipe import ALLOCATIONS, AUTO, METHODS, NOVICE_NAMES, SCORE_NAMES
 from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logging_to, steady_output
 
 if TYPE_CHECKING:
@@ -277,9 +277,9 @@ def _add_pruning_options(group: _Group) -> None:
     )
     group.add_rare(
         "--novice",
-        choices=NOVICE_NAMES,
-        help="what stands in for a pruned expert: a constant (default least-squares), or, with thin, the "
-        "channels of it that are worth their bytes: far less damage at the same size, the text runs twice",
+        choices=(AUTO, *NOVICE_NAMES),
+        help="what stands in for a pruned expert: with thin, the channels of it that are worth their bytes "
+        "(the text runs twice), else a constant, such as least-squares; auto: thin where possible (default)",
     )
     group.add_rare(
         "--allocate",
@@ -563,15 +563,17 @@ def _candidate_values(item: "Candidate") -> dict[str, Any]:
 
 def _print_report(report: "Report") -> None:
     print(f"wrote {report.outfile}")
-    kept = report.n_kept.values()
-    each = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{min(kept)}"
-    print(f"experts  {each} kept in each of {len(kept)} layers, {sum(kept)} in all{_thin(report)}")
+    print(f"experts  {_fates(report)}")
     _print_text(report.parts)
     if report.stability:
         found = report.stability
         print(
             f"stable   {found.mean:.2f} (least stable layer {found.lowest:.2f}): overlap of the experts "
             f"pruned at {found.n_token} tokens and at half of them"
+        )
+    if spread := report.spread.values():
+        print(
+            f"spread   {min(spread):.1f} to {max(spread):.1f} bits by layer that unequal treatment can gain"
         )
     _print_candidates(report.candidates)
     _print_sizes(report.size_unpruned, report.size)
@@ -583,13 +585,14 @@ def _print_report(report: "Report") -> None:
     print(f"run      {_how_to_run(report)}")
 
 
-def _thin(report: "Report") -> str:
-    """Return what to say of thin experts, by width; nothing where there are none."""
-    counts = Counter[int]()
-    for layer in report.n_thin.values():
-        counts.update(layer)
-    widths = [f"{counts[width]} with {width} channels" for width in sorted(counts, reverse=True)]
-    return f"; thin: {', '.join(widths)}" if widths else ""
+def _fates(report: "Report") -> str:
+    """Say what became of the experts: how many are kept, or all that there is between that and a constant."""
+    counts = sum(map(Counter, report.fates.values()), Counter[str]())
+    if not counts.keys() <= {"whole", "constant"}:
+        return f"{', '.join(f'{n} {fate}' for fate, n in counts.most_common())} in {len(report.fates)} layers"
+    kept = report.n_kept.values()
+    each = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{min(kept)}"
+    return f"{each} kept in each of {len(kept)} layers, {sum(kept)} in all"
 
 
 def _cut(remark: str) -> str:

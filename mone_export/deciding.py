@@ -8,13 +8,15 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mone_export.artifacts import Calibration, ChannelStats, Corpus, Plan, Scores
+from mone_export.artifacts import Calibration, Candidate, ChannelStats, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
+from mone_export.errors import MoneError
 from mone_export.fitting import judge
 from mone_export.lazily import Tensor
 from mone_export.output.thin_experts import Thinner
@@ -29,12 +31,15 @@ from mone_export.pruning.thinning import channel_bytes, down_projections, thin, 
 from mone_export.recipe import Recipe
 from mone_export.request import Job, check_thin
 from mone_export.runtime import Progress
+from mone_export.spending import Spending, missing_without_channels
 
 if TYPE_CHECKING:
     from mone_export.calibration.engines import Engine
     from mone_export.calibration.loading import Model
 
 log = logging.getLogger(__name__)
+
+_N_SIZE, _CLOSE = 6, 0.002  # tries to meet a size, and how close is close enough
 
 
 Divergence = Callable[[Mapping[int, Sequence[int]], Mapping[int, Tensor]], float]
@@ -95,13 +100,78 @@ def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Pl
     return chosen
 
 
-def thinned(
+def budgeted(
     job: Job, calibration: Calibration, scores: Scores, *, progress: Progress | None = None
-) -> tuple[Plan, Thinner]:
-    """Return the plan that spends the budget on whole and thin experts, and what makes the thin ones."""
-    block = packed_together(job.source, job.outtype)
-    corpus = _corpus(job, calibration)
-    return fitted_plan(job.engine(), corpus, scores, job.recipe, block=block, progress=progress)
+) -> tuple[Job, Plan, Thinner | None]:
+    """Return the plan that spends a budget on all experts, and what makes the thin ones of it.
+
+    The budget is one of channels, or where the job has `candidates`, of bytes: then the best of them is
+    chosen, and fixed in the job. A plan made before is taken as it is.
+    """
+    if job.plan and not job.plan.has_thin:
+        return job, job.plan, None
+    block = 32 if job.mixed else packed_together(job.source, job.outtype)
+    widths: tuple[int, ...] = (0, job.source.spec.expert_size)
+    thinner = None
+    if job.recipe.novice == "thin":
+        widths = widths_of(job.source.spec, block)
+        thinner = fitted(
+            job.engine(), _corpus(job, calibration), widths, folder=job.request.channels, progress=progress
+        )
+    missing = thinner.errors if thinner else missing_without_channels(scores)
+    if job.plan:
+        return job, job.plan, thinner
+    if not job.candidates:
+        return job, plan_fates(scores, missing, widths, job.recipe), thinner
+    job, chosen = spent(job, Spending(job.source, scores, job.recipe, widths, missing), progress=progress)
+    return job, chosen, thinner
+
+
+def spent(job: Job, spending: Spending, *, progress: Progress | None = None) -> tuple[Job, Plan]:
+    """Return the job with its candidates judged, the best first and fixed, and its plan, to the byte."""
+    limit, found = job.request.fit, []
+    assert limit is not None
+    for number, item in enumerate(job.candidates, start=1):
+        if progress:
+            progress(number, len(job.candidates), "sharing out bytes (types)")
+        with suppress(MoneError):  # what must stay does not fit in this type
+            chosen, error = spending.plan(item, limit, mixed=job.mixes(item))
+            found.append((replace(item, error=error), chosen))
+    if not found:
+        raise MoneError(f"the experts that must stay do not fit {limit} bytes: pass a larger --fit")
+    found.sort(key=lambda each: each[0].error or 0.0)
+    others = [replace(item, ratio=plan.share_pruned) for item, plan in found[1:]]
+    job, chosen = _to_the_byte(job, spending, *found[0])
+    return replace(job, candidates=(*job.candidates, *others)), chosen
+
+
+def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) -> tuple[Job, Plan]:
+    """Return the job with a candidate alone and fixed, and its plan for a file that is just small enough.
+
+    What a plan takes is known but for alignment and the head; from `chosen` on, what is over or left is
+    corrected.
+    """
+    limit, fits = job.request.fit, None
+    assert limit is not None
+    room = limit
+    for _ in range(_N_SIZE):
+        recipe = replace(job.recipe, ratio=chosen.share_pruned)  # the file states it
+        chosen = replace(chosen, recipe=recipe)
+        job = replace(job, recipe=recipe, outtype=item.outtype, size_unpruned=item.size_unpruned)
+        size, between = measure(job.source, chosen, outtype=job.rounding)
+        if size <= limit and (fits is None or size > fits[0].size):
+            fits = replace(job, size=size, size_between=between), chosen
+        if 0 <= limit - size < _CLOSE * limit:
+            break
+        room += limit - size
+        before, (chosen, _) = chosen, spending.plan(item, room, mixed=job.mixes(item))
+        if chosen.layers == before.layers:
+            break
+    if fits is None:
+        raise MoneError(f"no plan fits {limit} bytes: pass a larger --fit")
+    job, chosen = fits
+    best = replace(item, ratio=chosen.share_pruned, size=job.size, size_between=job.size_between)
+    return replace(job, candidates=(best,)), chosen
 
 
 def plan_thin(
@@ -124,42 +194,47 @@ def plan_thin(
     engine = engine_of(model)
     check_thin(engine.source)
     recipe = Recipe.of(ratio, novice="thin", score=scores.score, **choices)
-    block = packed_together(engine.source, outtype)
-    return fitted_plan(engine, corpus, scores, recipe, block=block, progress=progress)
+    widths = widths_of(scores.spec, packed_together(engine.source, outtype))
+    thinner = fitted(engine, corpus, widths, progress=progress)
+    return plan_fates(scores, thinner.errors, widths, recipe), thinner
 
 
-def fitted_plan(
+def fitted(
     engine: "Engine",
     corpus: Corpus,
-    scores: Scores,
-    recipe: Recipe,
+    widths: Sequence[int],
     *,
-    block: int,
+    folder: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Plan, Thinner]:
-    """Run the text once more, fit thin experts, and spend a recipe's budget; `block` is that of `widths_of`.
+) -> Thinner:
+    """Run the text once more, and fit experts of each of `widths` channels (`widths_of`).
 
-    What the text showed is in a temporary folder as long as there is what makes thin experts of it.
+    What the text showed is left in a folder, where a later call finds it and does not run the text, or in a
+    temporary one, as long as there is what makes thin experts of it.
     """
-    spec = scores.spec
-    check_temporary(channel_bytes(spec))
-    temporary = tempfile.TemporaryDirectory(prefix="mone-export-")
-    folder = Path(temporary.name)
-    engine.measure_channels(corpus, folder, progress=progress)
-    widths, found = widths_of(spec, block), {}
+    spec, temporary = engine.source.spec, None
+    if folder is None:
+        temporary = tempfile.TemporaryDirectory(prefix="mone-export-")
+        folder = Path(temporary.name)
+    if ChannelStats.are_in(folder, spec.moe_layers):
+        log.info("the second pass is in %s", folder)
+    else:
+        check_temporary(channel_bytes(spec), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        engine.measure_channels(corpus, folder, progress=progress)
     if len(widths) == 2:
         log.warning(
-            "experts of %d channels cannot be thinner in a type that packs %d together: each stays whole or "
-            "becomes a constant",
-            *(spec.expert_size, block),
+            "experts of %d channels cannot be thinner in a type that packs more together: each stays whole "
+            "or becomes a constant",
+            spec.expert_size,
         )
+    found = {}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
         stats, bias = ChannelStats.load(folder, layer), getattr(experts, "down_proj_bias", None)
         found[layer] = thin(stats, down_projections(experts), widths, bias)
         if progress:
             progress(number, len(spec.moe_layers), "fitting thin experts (layers)")
-    errors = {layer: each.errors.numpy() for layer, each in found.items()}
-    return plan_fates(scores, errors, widths, recipe), Thinner(found, temporary)
+    return Thinner(found, temporary or folder)
 
 
 def file_size(job: Job, chosen: Plan) -> int:

@@ -73,18 +73,23 @@ def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
         )
 
 
-def check_temporary(needed: int) -> None:
-    """Raise MoneError unless temporary files can be made, and `needed` bytes are free there."""
+def check_temporary(needed: int, folder: Path | None = None) -> None:
+    """Raise MoneError unless temporary files can be made, with `needed` bytes free there or in `folder`."""
     try:
-        folder = tempfile.gettempdir()
-        free = shutil.disk_usage(folder).free
+        place = tempfile.gettempdir() if folder is None else _existing(folder)
+        free = shutil.disk_usage(place).free
     except OSError as error:
         raise MoneError(f"cannot write temporary files ({error.strerror}): set TMPDIR to a folder") from None
     if needed > free:
+        remedy = "set TMPDIR to a folder with more room" if folder is None else "choose another --workdir"
         raise MoneError(
-            f"{folder} has {free / 1e9:.2f} GB free, temporary files need {needed / 1e9:.2f} GB: "
-            "set TMPDIR to a folder with more room"
+            f"{place} has {free / 1e9:.2f} GB free, temporary files need {needed / 1e9:.2f} GB: {remedy}"
         )
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the one it will be made in."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def is_ours(path: Path) -> bool:

@@ -13,11 +13,11 @@ from mone_export.artifacts import Plan, Report
 from mone_export.calibration import ranks
 from mone_export.deciding import (
     after_pruned,
+    budgeted,
     decided,
     file_size,
     fitted_novices,
     scored,
-    thinned,
     with_best_candidate,
 )
 from mone_export.lazily import Tensor
@@ -49,11 +49,11 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     if ranks.rank() > 0:
         return None
     scores = scored(job, calibration)
-    job = with_best_candidate(job, scores)
     novices: Mapping[int, Tensor] | Thinner | None = None
-    if calibration and job.recipe.novice == "thin":
-        chosen, novices = thinned(job, calibration, scores, progress=progress)
+    if calibration and job.recipe.allocation == "budget":
+        job, chosen, novices = budgeted(job, calibration, scores, progress=progress)
     else:
+        job = with_best_candidate(job, scores)
         chosen = decided(job, scores, progress=progress)
     clock.lap("plan")
     if calibration and job.request.sequential:
@@ -96,6 +96,9 @@ def rehearse(
     if not job.saved or not job.needs_statistics or job.recipe.novice == "thin":
         return job, plan_without_scores(job.source.spec, job.recipe)
     scores = scored(job, job.saved)
+    if job.recipe.allocation == "budget":
+        job, chosen, _ = budgeted(job, job.saved, scores, progress=progress)
+        return job, chosen
     job = with_best_candidate(job, scores)
     chosen = decided(job, scores)
     return replace(job, size=file_size(job, chosen)), chosen

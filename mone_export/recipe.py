@@ -32,7 +32,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
 NOVICE_NAMES: tuple[NoviceName, ...] = get_args(NoviceName)[:-1]  # `none` is what the other methods have
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)[:-1]  # `budget` is what thin experts have
-DEFAULT_NOVICE: NoviceName = "least-squares"
+DEFAULT_NOVICE: NoviceName = "least-squares"  # of what has no thin experts
+AUTO = "auto"  # for a novice: `thin` where it is possible
 
 # the papers' own of `drop` and `dern`, the best in docs/methods.md of `mone`
 OWN_SCORE: Mapping[Method, ScoreName] = {"mone": "error", "drop": "reap", "dern": "gate"}
@@ -61,11 +62,11 @@ class Recipe:
     experts of a layer, `novice` stands in for a pruned one (`thin`: with what channels pay for themselves,
     and the ratio is one of channels), `allocation` says how many each layer keeps: the
     same number (`even`), by scores that compete over the model (`model`), by how much harm an error in the
-    layer does (`sensitivity`), by trying it out (`search`), or by what each expert's channels are worth
-    (`budget`, of thin ones). At least `min_kept` stay in a layer (None: as
-    many as a token uses); with thin experts so many have channels, and one has all. With `guarded`, experts
-    of extreme outputs are never pruned. `seed` serves the score `random`. `mtp` says whether blocks that
-    predict further tokens stay in the file.
+    layer does (`sensitivity`), by trying it out (`search`), or by what each expert is worth in one budget
+    (`budget`: of channels with thin ones, of bytes where a size is asked for). At least `min_kept` stay in a
+    layer (None: as many as a token uses); in a budget so many have channels, and one has all. With `guarded`,
+    experts of extreme outputs are never pruned. `seed` serves the score `random`. `mtp` says whether blocks
+    that predict further tokens stay in the file.
     """
 
     ratio: float
@@ -138,7 +139,8 @@ def _check(recipe: Recipe) -> None:
     if recipe.method == "mone":
         _known("--novice", recipe.novice, NOVICE_NAMES)
     _known("--allocate", recipe.allocation, (*ALLOCATIONS, "budget"))
-    if (recipe.novice == "thin") != (recipe.allocation == "budget"):
+    budget = recipe.allocation == "budget"
+    if (recipe.novice == "thin" and not budget) or (budget and recipe.novice not in ("thin", DEFAULT_NOVICE)):
         raise MoneError(
             f"--novice {recipe.novice} with --allocate {recipe.allocation}: thin experts share out the "
             "channels of all layers in one budget: leave one of them out"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from mone_export.artifacts import Calibration, Plan, Report, Stability
 from mone_export.calibration.usage import RARELY, rarely_seen
-from mone_export.pruning.damage import mean_relative_error
+from mone_export.pruning.damage import mean_relative_error, spread
 from mone_export.pruning.guard import super_experts
 from mone_export.request import Job
 
@@ -49,7 +49,8 @@ def report(
         seconds=clock.seconds,
         remarks=tuple(remarks),
         candidates=job.candidates,
-        n_thin=chosen.n_thin,
+        fates=chosen.fates,
+        spread=spread(calibration) if calibration else {},
     )
 
 

@@ -22,13 +22,13 @@ from mone_export.llama_options import LlamaOptions
 from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
-from mone_export.output.writing import OUTTYPES, layouts
+from mone_export.output.writing import OUTTYPES, layouts, packed_together
 from mone_export.paths import check_outputs, check_room, check_temporary
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
-from mone_export.pruning.thinning import channel_bytes
-from mone_export.recipe import DEFAULT_NOVICE, Mtp, Recipe
+from mone_export.pruning.thinning import channel_bytes, widths_of
+from mone_export.recipe import AUTO, DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
 from mone_export.source.gguf_format import TIER_COUNT_KEY
@@ -37,6 +37,7 @@ from mone_export.source.shape import Dtype, Stream, resolve_device
 if TYPE_CHECKING:
     from mone_export.calibration.engines import Engine, Setup
 
+_UNROUNDED = ("f32", "f16", "bf16")
 HELD_OUT_ROWS = 8  # of text that no calibration sees, to try counts on
 DEMO_CHUNKS = (64, 512)  # rows, tokens: the demo model is small and was trained on short rows
 PAPER_CHUNKS = (100, 2048)  # MoNE's 100 samples of 2048 tokens
@@ -59,7 +60,8 @@ class Request:
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
     keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
     given. `plan` names a file with the choice of experts, made by `plan_out` on this or another copy of the
-    model. In `workdir` an unfinished one is kept, too, and taken up by the next call. `sequential` measures
+    model. In `workdir` an unfinished one is kept, too, and taken up by the next call, and so
+    is what a second pass has found. `sequential` measures
     each layer again after the pruned ones before it. `until_stable` ends the calibration when the decision's
     overlap with that at half the text is that much.
     """
@@ -104,18 +106,26 @@ class Request:
     def recipe(self) -> Recipe:
         """How to prune; with `fit` alone the ratio is not known yet, and 0 here. A plan brings its own."""
         if self.plan is not None:
-            return load_recipe(self.plan).changed(method=self.method, novice=self.novice, mtp=self.mtp)
+            return load_recipe(self.plan).changed(method=self.method, novice=self._novice, mtp=self.mtp)
         return Recipe.of(
             self.ratio or 0.0,
             method=self.method,
             score=self.score,
-            novice=self.novice,
+            novice=self._novice,
             allocation=self.allocation,
             min_kept=self.min_kept,
             guarded=self.guarded,
             seed=self.seed,
             mtp=self.mtp,
         )
+
+    @property
+    def _novice(self) -> str | None:
+        return None if self.novice == AUTO else self.novice
+
+    def mixes_types(self, source: Source) -> bool:
+        """Whether experts may have types of their own: where a size decides, and llama-quantize rounds."""
+        return self.fit is not None and self.outtype not in _UNROUNDED and not source.packed
 
     @property
     def chunks(self) -> tuple[int, int]:
@@ -125,6 +135,11 @@ class Request:
             n_row if self.n_row is None else self.n_row,
             seq_len if self.seq_len is None else self.seq_len,
         )
+
+    @property
+    def channels(self) -> Path | None:
+        """Where the sums of a second pass are kept; None: only as long as they are needed."""
+        return Path(self.workdir) / "rank-0" / "channels" if self.workdir else None
 
     @property
     def stats_file(self) -> Path | None:
@@ -167,6 +182,15 @@ class Job:
         share = f"-{self.recipe.ratio:.0%}".replace("%", "pc") if self.recipe.ratio else ""
         outtype = "" if self.outtype == "auto" else f"-{self.outtype}"
         return given / f"{self.source.name}{share}{outtype}.gguf"
+
+    @property
+    def mixed(self) -> bool:
+        """Whether experts may have types of their own."""
+        return self.recipe.allocation == "budget" and self.request.mixes_types(self.source)
+
+    def mixes(self, item: Candidate) -> bool:
+        """Whether experts may have other types than a candidate's: llama-quantize makes such files."""
+        return self.mixed and item.outtype not in ("auto", *_UNROUNDED)
 
     @property
     def needs_statistics(self) -> bool:
@@ -235,13 +259,14 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
     saved = _saved(request, source)
+    recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
         if recipe.novice == "thin" and recipe.ratio:
-            check_temporary(channel_bytes(source.spec))
+            _check_channels(request, source)
     source.check(known=saved is not None)  # what was calibrated fits
-    chosen = None if request.plan is None else load_plan(request.plan, source.spec, recipe)
+    chosen = None if request.plan is None else _loaded_plan(request, source, recipe)
     job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
     if not dry:
         _check_paths(job)
@@ -253,6 +278,19 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         found = _sized(replace(request, with_imatrix=False), source, recipe, progress)
         job = replace(found, request=request, saved=saved, plan=chosen)
     return job
+
+
+def _loaded_plan(request: Request, source: Source, recipe: Recipe) -> Plan:
+    """Return the plan of a file, which the model's type allows."""
+    assert request.plan is not None
+    plan, block = load_plan(request.plan, source.spec, recipe), packed_together(source, request.outtype)
+    possible = widths_of(source.spec, block)
+    for width in {tier.width for layer in plan.layers for tier in layer.tiers}.difference(possible):
+        raise MoneError(
+            f"{request.plan} has experts of {width} channels, in this type they may have "
+            f"{', '.join(map(str, possible[1:-1])) or 'all or none'}: pass the --outtype it was made for"
+        )
+    return plan
 
 
 def _saved(request: Request, source: Source) -> Calibration | None:
@@ -275,7 +313,9 @@ def _with_imatrix(request: Request, source: Source, recipe: Recipe, outtype: str
     if request.imatrix is not None or outtype in IMATRIX_TYPES:
         return True
     at_hand = recipe.needs_statistics or request.fit is not None
-    return request.with_imatrix and at_hand and outtype not in source.direct_types
+    mixed = recipe.allocation == "budget" and request.mixes_types(source)
+    exact = ("auto", *_UNROUNDED) if mixed else source.direct_types
+    return request.with_imatrix and at_hand and outtype not in exact
 
 
 def _check_plan(request: Request) -> None:
@@ -290,8 +330,6 @@ def _check_plan(request: Request) -> None:
         "--sequential": request.sequential or None,
     }
     said = [option for option, value in given.items() if value is not None]
-    if request.plan is not None and request.novice == "thin":
-        raise MoneError("--plan does not know thin experts: leave it out, or --novice thin")
     if request.plan is not None and said:
         raise MoneError(f"{said[0]} with --plan, which says which experts go: leave one of them out")
 
@@ -314,7 +352,7 @@ def _check_together(request: Request, recipe: Recipe) -> None:
         _check_known_thin(request)
     if request.split_max_size is not None and request.split_max_size < LEAST_SPLIT:
         raise MoneError("--split-max-size is below a million bytes: pass a larger one, such as 4G")
-    if request.fit is not None and recipe.allocation not in ("even", "sensitivity"):
+    if request.fit is not None and recipe.allocation not in ("even", "sensitivity", "budget"):
         raise MoneError(
             f"--fit shares out the experts by --allocate even or sensitivity, not {recipe.allocation}: leave "
             "one of them out, or pass the --ratio and --outtype that --fit chooses instead of it"
@@ -328,18 +366,13 @@ def _check_together(request: Request, recipe: Recipe) -> None:
 
 
 def _check_known_thin(request: Request) -> None:
-    """Refuse what does not know thin experts yet."""
-    others = {
-        "--sequential": request.sequential or None,
-        "--plan-out": request.plan_out,
-        "--fit": request.fit,
-        "--until-stable": request.until_stable,
-        "torchrun": ranks.n_rank() > 1 or None,
-    }
-    if said := [option for option, value in others.items() if value is not None]:
+    """Refuse what does not know thin experts."""
+    if request.sequential:
         raise MoneError(
-            f"{said[0]} does not know thin experts: leave it out, or pass --novice {DEFAULT_NOVICE}"
+            f"--sequential does not know thin experts: leave it out, or pass --novice {DEFAULT_NOVICE}"
         )
+    if request.fit is not None and request.ratio is not None:
+        raise MoneError("--fit shares out thin experts by itself: leave out --ratio, or --novice thin")
 
 
 def _check_early_end(request: Request, recipe: Recipe) -> None:
@@ -377,13 +410,59 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
         )
 
 
+def _with_thin(request: Request, recipe: Recipe, source: Source, saved: Calibration | None) -> Recipe:
+    """Return the recipe with thin experts where the user left it open and they are possible.
+
+    Where they are not, one line says why pruned experts become constants.
+    """
+    left_open = request._novice is None and request.allocation is None and request.plan is None
+    fits = request.fit is not None and request.ratio is None and not request.sequential
+    if not left_open or recipe.method != "mone" or recipe.score in ("aimer", "random"):
+        return recipe
+    if not fits and (not recipe.ratio or request.fit is not None):
+        return recipe
+    if reason := _why_constants(request, source, saved):
+        log.info("pruned experts become constants, none is thin: %s", reason)
+        return recipe.changed(allocation="budget") if fits else recipe
+    return recipe.changed(novice="thin", allocation="budget")
+
+
+def _why_constants(request: Request, source: Source, saved: Calibration | None) -> str:
+    """Return why no expert can be thin, empty where some can."""
+    if request.sequential:
+        return "--sequential does not know them"
+    given = request.files or request.datasets
+    if saved and not given and saved.corpus_sha256 != _text(request, source).sha256:
+        return "they take the text of the statistics once more: pass it with -f"
+    if reason := _not_thin(source):
+        return f"{source.name} can have none, since {reason}"
+    block = 32 if request.mixes_types(source) else packed_together(source, request.outtype)
+    if len(widths_of(source.spec, block)) == 2:
+        return f"experts of {source.spec.expert_size} channels are too narrow for it in this type"
+    try:
+        _check_channels(request, source)
+    except MoneError as error:
+        return str(error)
+    return ""
+
+
+def _check_channels(request: Request, source: Source) -> None:
+    """Refuse a second pass whose sums have no room where they will lie, unless they lie there already."""
+    folder = request.channels
+    if folder is None or not folder.exists():
+        check_temporary(channel_bytes(source.spec), folder)
+
+
 def check_thin(source: Source) -> None:
     """Refuse models whose experts cannot be thin."""
-    reason = source.not_thin or ("it was pruned before" if source.spec.kept_before else "")
-    if reason:
+    if reason := _not_thin(source):
         raise MoneError(
             f"{source.name} can have no thin experts, since {reason}: pass --novice {DEFAULT_NOVICE}"
         )
+
+
+def _not_thin(source: Source) -> str:
+    return source.not_thin or ("it was pruned before" if source.spec.kept_before else "")
 
 
 def _check_place(request: Request) -> None:
@@ -490,6 +569,20 @@ def _check_search(job: Job) -> None:
         )
 
 
+def _text(request: Request, source: Source, *, n_more: int = 0) -> Corpus:
+    """Return the text to calibrate on, and so many rows after it."""
+    n_row, seq_len = request.chunks
+    return read_corpus(
+        request.files,
+        source.tokenizer(),
+        datasets=request.datasets,
+        field=request.field,
+        seed=request.seed,
+        n_row=n_row + n_more,
+        seq_len=seq_len,
+    )
+
+
 def _with_text(job: Job) -> Job:
     """Return the job with the text it needs: none where the statistics are enough, or not needed."""
     request, recipe = job.request, job.recipe
@@ -500,16 +593,8 @@ def _with_text(job: Job) -> Job:
     enough = saved_is_enough and not job.lacks_sensitivity
     if not (job.wants_imatrix or (job.needs_statistics and not enough)):
         return job
-    n_row, seq_len = request.chunks
-    whole = read_corpus(
-        request.files,
-        job.source.tokenizer(),
-        datasets=request.datasets,
-        field=request.field,
-        seed=request.seed,
-        n_row=n_row + (HELD_OUT_ROWS if searches else 0),
-        seq_len=seq_len,
-    )
+    n_row, _ = request.chunks
+    whole = _text(request, job.source, n_more=HELD_OUT_ROWS if searches else 0)
     if job.saved and saved_is_enough and head(whole, n_row).sha256 != job.saved.corpus_sha256:
         if request.imatrix is None and job.outtype not in IMATRIX_TYPES:
             if job.wants_imatrix:

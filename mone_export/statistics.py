@@ -215,8 +215,6 @@ def _watch(job: Job, corpus: Corpus) -> Watch | None:
     recipe = job.recipe
     if not recipe.ratio or job.plan or job.candidates or recipe.score in ("aimer", "random"):
         return None
-    if recipe.allocation == "budget":  # which decides by what a second pass finds
-        return None
     n_token = corpus.tokens.numel() // ranks.n_rank()
     return Watch(_Decision(job), n_token=n_token, until=job.request.until_stable)
 
@@ -228,7 +226,8 @@ class _Decision:
     """
 
     def __init__(self, job: Job) -> None:
-        self._spec, self._recipe = job.source.spec, replace(job.recipe, allocation="even")
+        self._spec = job.source.spec
+        self._recipe = replace(job.recipe, allocation="even", novice=job.recipe.known_novice)
 
     def __call__(self, layers: Mapping[int, ExpertStats]) -> Mapping[int, frozenset[int]]:
         so_far = Calibration(

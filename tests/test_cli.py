@@ -31,6 +31,7 @@ from mone_export.request import Request
 
 Change = Callable[[Path], None]
 SMALL_TEXT = ["--chunks", "2", "-c", "32"]
+CONSTANTS = ["--novice", "least-squares"]  # as `--allocate` means, and what has no second pass
 
 
 class Outcome:
@@ -385,7 +386,7 @@ def test_statistics_of_another_text_are_refused_with_both_fingerprints(
 def test_statistics_are_taken_as_they_are_where_no_text_is_given(
     export: Callable[..., Outcome], stats: Path, tmp_path: Path, text: Path
 ) -> None:
-    assert export("-o", tmp_path / "text.gguf").status == 0
+    assert export(*CONSTANTS, "-o", tmp_path / "text.gguf").status == 0
     assert export("--stats", stats, "-o", tmp_path / "none.gguf", file=None).status == 0
     assert (tmp_path / "text.gguf").read_bytes() == (tmp_path / "none.gguf").read_bytes()
     assert f"text     {text.name} 64 tokens" in export("--stats", stats, "--dry-run", file=None).out
@@ -477,12 +478,12 @@ def test_dry_run_with_statistics_names_the_experts_of_the_real_file(
     export: Callable[..., Outcome], stats: Path, small: Path, tmp_path: Path
 ) -> None:
     found = re.findall(
-        r"layer +\d+  keep (\d+), prune \d+: ([\d ]+)", export("--dry-run", "--stats", stats).out
+        r"layer +\d+  keep (\d+), prune \d+: ([\d ]+)", export(*CONSTANTS, "--dry-run", "--stats", stats).out
     )
     ids = [[int(expert) for expert in pruned.split()] for _, pruned in found]
     assert len(ids) == 3 and all(layer == sorted(set(layer)) for layer in ids)
     assert [16 - len(layer) for layer in ids] == [int(n_kept) for n_kept, _ in found]
-    export("--stats", stats, "-o", tmp_path / "model.gguf")
+    export(*CONSTANTS, "--stats", stats, "-o", tmp_path / "model.gguf")
     tensors, weights = gguf_file.read(tmp_path / "model.gguf").tensors, load_file(small / "model.safetensors")
     for layer, pruned in enumerate(ids):
         order = [expert for expert in range(16) if expert not in pruned] + pruned
@@ -536,7 +537,7 @@ def test_counts_follow_the_sensitivities_in_the_statistics(
         calibration = Calibration.load(stats)
         sensitivity = dict.fromkeys(calibration.layers, 1.0) | {1: factor}
         replace(calibration, sensitivity=sensitivity).save(tmp_path / "stats")
-        outcome = export("--stats", tmp_path / "stats", "-o", tmp_path / "model.gguf")
+        outcome = export(*CONSTANTS, "--stats", tmp_path / "stats", "-o", tmp_path / "model.gguf")
         assert outcome.status == 0, outcome.err
         keys = gguf_file.read(tmp_path / "model.gguf").keys
         counts = [count or 16 for count in keys["llama.expert_kept_count"][1]]
@@ -551,7 +552,7 @@ def test_statistics_without_sensitivities_mean_even_counts(
     replace(Calibration.load(stats), sensitivity={}).save(tmp_path / "stats")
     outcome = export("--stats", tmp_path / "stats", "-o", tmp_path / "model.gguf", file=None)
     assert outcome.status == 0, outcome.err
-    assert export("--stats", tmp_path / "stats", "-o", tmp_path / "whole.gguf").status == 0
+    assert export(*CONSTANTS, "--stats", tmp_path / "stats", "-o", tmp_path / "whole.gguf").status == 0
     assert (tmp_path / "stats").read_bytes() == stats.read_bytes()
     keys = gguf_file.read(tmp_path / "model.gguf").keys
     assert keys["mone.scope"][1] == "layer" and keys["llama.expert_kept_count"][1] == [8, 8, 8]
@@ -572,7 +573,7 @@ def test_counts_are_decided_in_one_way(allocate: str, capsys: pytest.CaptureFixt
 def test_pruning_options_are_carried_out(
     export: Callable[..., Outcome], arguments: list[str], tmp_path: Path
 ) -> None:
-    outcome = export(*arguments, "-o", tmp_path / "model.gguf")
+    outcome = export(*CONSTANTS, *arguments, "-o", tmp_path / "model.gguf")
     assert outcome.status == 0, outcome.err
     keys = gguf_file.read(tmp_path / "model.gguf").keys
     counts = keys["llama.expert_kept_count"][1]
@@ -757,7 +758,7 @@ def test_a_probe_that_fails_costs_neither_the_statistics_nor_the_file(
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("mone_export.calibration.engines.damage_by_layer", fail)
-    outcome = export("--stats", tmp_path / "s", "-o", tmp_path / "model.gguf")
+    outcome = export(*CONSTANTS, "--stats", tmp_path / "s", "-o", tmp_path / "model.gguf")
     assert outcome.status == 0, outcome.err
     assert gguf_file.read(tmp_path / "model.gguf").keys["mone.scope"][1] == "layer"
 

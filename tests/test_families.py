@@ -37,7 +37,7 @@ from mone_export.calibration.sensitivity import damage_by_layer
 from mone_export.calibration.streaming import LayerFiles
 from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.calibration.work_folder import WorkFolder
-from mone_export.deciding import fitted_plan
+from mone_export.deciding import plan_thin
 from mone_export.errors import MoneError
 from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
@@ -189,14 +189,14 @@ def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> d
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
 def test_thin_experts_equal_the_definition(row: Row, tmp_path: Path) -> None:
     """In one batch and token by token; rows of thin experts are the whole ones'."""
-    folder, recipe = save_family(row, tmp_path / "model"), Recipe.of(0.5, novice="thin")
+    folder = save_family(row, tmp_path / "model")
     source = open_source(folder)
     if source.not_thin or row.packed:
         pytest.skip(source.not_thin or "its weights are packed")
     module, calibration = calibrated(folder, source.spec)
     corpus, scores = Corpus(random_tokens(16, 64), "random", ""), score(calibration)
     engine = InTorch(Model(source=source, module=module))
-    chosen, thinner = fitted_plan(engine, corpus, scores, recipe, block=1)
+    chosen, thinner = plan_thin(engine, corpus, scores, ratio=0.5, outtype="f32")
     whole, outfile = tmp_path / "whole.gguf", tmp_path / "thin.gguf"
     write(source, calibration, plan(scores, ratio=0), whole, outtype="f32")
     write(source, calibration, chosen, outfile, novices=thinner, outtype="f32")

@@ -124,8 +124,7 @@ def test_the_export_fits_and_says_how(small: Path, text: Path, tmp_path: Path, s
     assert report is not None
     best = report.candidates[0]
     assert (tmp_path / "fits.gguf").stat().st_size == report.size == best.size <= budget
-    n_expert = inspect(small).n_expert
-    assert sum(report.n_kept.values()) == len(report.n_kept) * round((1 - best.ratio) * n_expert)
+    assert sum(map(sum, (fates.values() for fates in report.fates.values()))) == 3 * inspect(small).n_expert
 
 
 def test_counts_by_sensitivity_fit_where_types_depend_on_the_layer(tmp_path: Path, text: Path) -> None:

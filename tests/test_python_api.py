@@ -28,8 +28,20 @@ def test_examples_run(title: str, code: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_steps_give_what_the_command_gives(small: Path, text: Path, tmp_path: Path) -> None:
-    """Every default is the same: the bytes are."""
-    options = ["--ratio", "0.5", "-f", str(text), "--chunks", "4", "-c", "64", "-q"]
+    """Every default of constants is the same: the bytes are."""
+    options = [
+        "--ratio",
+        "0.5",
+        "--novice",
+        "least-squares",
+        "-f",
+        str(text),
+        "--chunks",
+        "4",
+        "-c",
+        "64",
+        "-q",
+    ]
     assert (
         cli.main([str(small), *options, "--stats", str(tmp_path / "s"), "-o", str(tmp_path / "a.gguf")]) == 0
     )
@@ -57,7 +69,7 @@ def test_what_export_takes_can_be_seen() -> None:
 
 
 def test_thin_experts_from_python_are_the_commands(small: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--ratio", "0.5", "--novice", "thin", "-f", str(text), "--chunks", "4", "-c", "64", "-q"]
+    options = ["--ratio", "0.5", "-f", str(text), "--chunks", "4", "-c", "64", "-q"]
     assert cli.main([str(small), *options, "-o", str(tmp_path / "a.gguf")]) == 0
     corpus = mone.read_corpus([text], mone.open_source(small).tokenizer(), n_row=4, seq_len=64)
     model = mone.load(small)

@@ -1,12 +1,13 @@
 """Thin experts from end to end: both roads, streamed and in memory, packed types, sizes, refusals."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command import Command
+from command import SMALL_TEXT, Command
 from gguf import GGUFReader
 from gguf_families import save_wide
 from gguf_models import quantised
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mone_export as mone
+from mone_export import cli
 from mone_export.artifacts import ChannelStats, Corpus
 from mone_export.calibration.channel_sums import groups
 from mone_export.calibration.channels import measure_channels
@@ -259,11 +261,8 @@ def test_rows_are_packed_as_ggml_packs_them(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--fit", "40K"), "--fit does not know thin experts"),
+        (("--fit", "40K", "--ratio", "0.5"), "--fit shares out thin experts by itself: leave out --ratio"),
         (("--sequential",), "--sequential does not know thin experts"),
-        (("--until-stable", "0.9"), "--until-stable does not know thin experts"),
-        (("--plan-out", "plan.json"), "--plan-out does not know thin experts"),
-        (("--plan", "plan.json"), "--plan does not know thin experts"),
         (("--allocate", "even"), "--novice thin with --allocate even"),
         (("--score", "random"), "--novice thin with --score random"),
         (("--method", "drop"), "--novice thin with --method drop"),
@@ -275,6 +274,111 @@ def test_what_does_not_know_thin_experts_says_so(
     done = command("--novice", "thin", *arguments, "-o", tmp_path / "x.gguf")
     done.is_one_line(said)
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_they_are_the_default_where_they_are_possible(text: Path, tmp_path: Path) -> None:
+    for name, novice in (("default", None), ("auto", "auto"), ("thin", "thin")):
+        options = {"outfile": tmp_path / name, "outtype": "f32", "files": [text], **ROWS}
+        mone.export("demo", ratio=0.5, novice=novice, **options)
+    assert len({(tmp_path / name).read_bytes() for name in ("default", "auto", "thin")}) == 1
+    assert keys_of(tmp_path / "default")["mone.novice"] == "thin"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sequential",), "--sequential does not know them"),
+        (("--fit", "6M", "--outtype", "q8_0"), "experts of 32 channels are too narrow for it in this type"),
+        (("--outtype", "q8_0"), "experts of 32 channels are too narrow for it in this type"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_where_they_are_not_possible_one_line_says_why(
+    command: Command, arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = command(*arguments, "-o", tmp_path / "x.gguf", model="demo", quiet=False)
+    done.is_fine()
+    assert f"pruned experts become constants, none is thin: {said}" in done.err
+    assert keys_of(tmp_path / "x.gguf")["mone.novice"] == "least-squares"
+
+
+def test_a_folder_too_small_for_temporary_files_means_constants(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mone_export.request.channel_bytes", lambda _: 10**18)
+    done = command("-o", tmp_path / "x.gguf", quiet=False)
+    done.is_fine()
+    assert "none is thin: " in done.err and "temporary files need 1000000000.00 GB" in done.err
+
+
+def test_saved_statistics_need_the_text_for_thin_experts(
+    command: Command, text: Path, tmp_path: Path
+) -> None:
+    stats = ("--stats", tmp_path / "stats")
+    first, again, other = (tmp_path / f"{name}.gguf" for name in ("first", "again", "other"))
+    command(*stats, "-o", first).is_fine()
+    command(*stats, "-o", again).is_fine()
+    assert first.read_bytes() == again.read_bytes()
+    done = command(*stats, "-o", other, text="", quiet=False)
+    done.is_fine()
+    assert "they take the text of the statistics once more: pass it with -f" in done.err
+    assert keys_of(other)["mone.novice"] == "least-squares"
+
+
+def test_a_plan_with_thin_experts_is_applied_again(command: Command, tmp_path: Path) -> None:
+    plan, first, again = (tmp_path / name for name in ("plan.json", "first.gguf", "again.gguf"))
+    command("--plan-out", plan, "-o", first).is_fine()
+    value = json.loads(plan.read_text())
+    assert value["mone_plan"] == 2 and any(layer["tiers"] for layer in value["layers"].values())
+    once_more = ("--plan", plan, "--ratio", "0.5")
+    command(*once_more, "-o", again).is_one_line("--ratio with --plan, which says which experts go")
+    status = cli.main(
+        [str(command.model), *map(str, ("--plan", plan, "-o", again, "-f", command.text, *SMALL_TEXT, "-q"))]
+    )
+    assert status == 0 and first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 7}, "experts of 7 channels, in this type they may have"),
+        ({"width": 0}, "layer [0-9]+ has tiers that a layer cannot have"),
+        ({"experts": []}, "does not name each of its experts once"),
+        ({"width": "wide"}, "is no plan of mone-export"),
+    ],
+    ids=str,
+)
+def test_plans_that_cannot_be_are_refused(
+    command: Command, change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    command("--plan-out", plan, "-o", tmp_path / "first.gguf").is_fine()
+    value = json.loads(plan.read_text())
+    next(layer for layer in value["layers"].values() if layer["tiers"])["tiers"][0] |= change
+    plan.write_text(json.dumps(value))
+    with pytest.raises(mone.MoneError, match=said):
+        mone.export(command.model, plan=plan, outfile=tmp_path / "x.gguf", files=[command.text], n_row=2)
+
+
+def test_a_calibration_that_ends_early_has_thin_experts(command: Command, tmp_path: Path) -> None:
+    done = command("--until-stable", "0.1", "--chunks", "64", "-o", tmp_path / "x.gguf", quiet=False)
+    done.is_fine()
+    assert keys_of(tmp_path / "x.gguf")["mone.novice"] == "thin"
+
+
+def test_a_work_folder_keeps_the_second_pass(command: Command, text: Path, tmp_path: Path) -> None:
+    options = ("--workdir", tmp_path / "work")
+    first = command(*options, "-o", tmp_path / "half.gguf", quiet=False)
+    again = command(*options, "--ratio", "0.25", "-o", tmp_path / "more.gguf", quiet=False)
+    command("--ratio", "0.25", "-o", tmp_path / "alone.gguf").is_fine()
+    first.is_fine()
+    again.is_fine()
+    assert "second pass  " in first.err and "second pass  " not in again.err
+    assert "the second pass is in" in again.err
+    assert (tmp_path / "more.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    (tmp_path / "work" / "rank-0" / "channels" / "layer-1.safetensors").unlink()  # as if killed in it
+    command(*options, "-o", tmp_path / "again.gguf").is_fine()
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "half.gguf").read_bytes()
 
 
 def test_a_file_with_thin_experts_is_not_pruned_again(text: Path, tmp_path: Path) -> None:

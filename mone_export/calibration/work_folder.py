@@ -87,9 +87,12 @@ class WorkFolder:
         shutil.rmtree(self.states, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what a process that died left half written."""
-        for file in (*self.folder.glob(".tmp*"), *self.folder.glob("*.part")):
-            file.unlink()
+        """Remove what a process that died left half written: files, and folders in which one was made."""
+        for part in (*self.folder.glob(".tmp*"), *self.folder.glob("*.part")):
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{step}.safetensors"

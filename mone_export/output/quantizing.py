@@ -24,6 +24,10 @@ IMATRIX_KEYS: Mapping[str, str | int] = {
     "quantize.imatrix.chunks_count": 0,
 }
 
+Kinds = Mapping[str, str]
+"""Tensors that get another type than llama-quantize would give them, such as `q4_k`, by name."""
+_NO_KINDS: Kinds = {}
+
 _STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _TENSOR = re.compile(
     r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^]]*\], type =\s+(\S+), size = .*?(?:-> .*\((\S+)\))?$", re.MULTILINE
@@ -35,6 +39,7 @@ def quantize(
     outfile: Path,
     outtype: str,
     *,
+    kinds: Kinds = _NO_KINDS,
     imatrix: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -43,23 +48,36 @@ def quantize(
     A `MoneError` gives llama-quantize's reason.
     """
     options = ["--allow-requantize", *(["--imatrix", imatrix.name] if imatrix else [])]
+    options += _named(kinds, base.parent)
     arguments = [*options, str(base.absolute()), str(outfile.absolute()), outtype.upper()]
     lines = _run(arguments, folder=imatrix and imatrix.parent, progress=progress)
     if not outfile.is_file():
         raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 
 
-def quantized_types(head: Path, outtype: str, *, imatrix: Path | None = None) -> dict[str, str]:
+def quantized_types(
+    head: Path, outtype: str, *, kinds: Kinds = _NO_KINDS, imatrix: Path | None = None
+) -> dict[str, str]:
     """Return the type that quantising `head` would give to each of its tensors, from its header alone.
 
     Some depend on whether there is an importance matrix: any will do.
     """
     options = ["--dry-run", "--allow-requantize", *(["--imatrix", str(imatrix)] if imatrix else [])]
+    options += _named(kinds, head.parent)
     lines = _run([*options, str(head), outtype.upper()])
     types = {name: new or old for name, old, new in _TENSOR.findall("\n".join(lines))}
     if not types:
         raise MoneError(f"llama-quantize cannot make {outtype} of this model: {lines[-1] if lines else ''}")
     return {name: kind.lower() for name, kind in types.items()}
+
+
+def _named(kinds: Kinds, folder: Path) -> list[str]:
+    """Return the options by which llama-quantize gives tensors types of their own."""
+    if not kinds:
+        return []
+    file = folder / "types.txt"
+    file.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in kinds.items()))
+    return ["--tensor-type-file", str(file.absolute())]
 
 
 def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress | None = None) -> list[str]:

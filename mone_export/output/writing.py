@@ -9,7 +9,7 @@ import logging
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,12 +33,18 @@ from mone_export.output.quantizing import (
     quantized_types,
 )
 from mone_export.output.recombining import Recombination
-from mone_export.output.thin_experts import Thinner, thin_tensor
+from mone_export.output.thin_experts import (
+    Thinner,
+    constants,
+    own_channels,
+    own_outputs,
+    tier_of,
+)
 from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.recipe import DEFAULT_NOVICE
 from mone_export.runtime import Progress
-from mone_export.source import Rewriting, Source, open_source
+from mone_export.source import GgufFile, Rewriting, Source, open_source
 from mone_export.source.gguf_format import (
     COUNT_KEY,
     GGUF_ALIGNMENT,
@@ -85,7 +91,7 @@ def write(
     """
     source, target = open_source(model), Path(outfile)
     rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
-    if plan.n_tier and not isinstance(novices, Thinner):
+    if plan.has_thin and not isinstance(novices, Thinner):
         raise MoneError("the plan has thin experts: pass as novices what plan_thin returned with it")
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
@@ -100,7 +106,7 @@ def write(
         text = calibration.corpus_sha256, calibration.n_token
     keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
     with replacing(target) as part:
-        direct = rounding.outtype in source.direct_types
+        direct = rounding.outtype in _direct_types(source, plan)
         base = part if direct else part.with_name("base.gguf")
         base_type = rounding.outtype if direct else "auto"
         _convert(source, edits, keys, base, outtype=base_type, progress=progress)
@@ -112,7 +118,8 @@ def write(
                     "BF16 would lose less",
                     *(source.name, source.packed, rounding.outtype),
                 )
-            quantize(base, part, rounding.outtype, imatrix=imatrix, progress=progress)
+            kinds = _own_kinds(plan, GgufFile(base).header.tensors)
+            quantize(base, part, rounding.outtype, kinds=kinds, imatrix=imatrix, progress=progress)
             base.unlink()
     return target.stat().st_size
 
@@ -209,7 +216,7 @@ def layouts(
     text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
     keys = provenance(plan) | origin(source, "0" * 64, text)
     found: dict[str, Layout] = {}
-    direct = source.direct_types
+    direct = _direct_types(source, plan)
     base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
         with _temporary_folder() as folder:
@@ -228,13 +235,37 @@ def layouts(
                 with head.open("r+b") as file:
                     file.truncate(size)
             with ThreadPoolExecutor() as pool:
-                ask = partial(quantized_types, head, imatrix=any_imatrix(folder) if imatrix else None)
+                ask = partial(
+                    quantized_types,
+                    head,
+                    kinds=_own_kinds(plan, conversion.shapes),
+                    imatrix=any_imatrix(folder) if imatrix else None,
+                )
                 asked = pool.map(ask, () if types else quantized)
                 known = types or dict(zip(quantized, asked, strict=True))
             for outtype in quantized:
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
                 head_size = _quantized_head(conversion, with_imatrix=imatrix)
                 found[outtype] = replace(base, head_size=head_size, types=own, types_between=base.types)
+    return found
+
+
+def _direct_types(source: Source, plan: Plan) -> Collection[str]:
+    """Return the types that are written without llama-quantize."""
+    return ("auto",) if plan.mixes_types else source.direct_types
+
+
+def _own_kinds(plan: Plan, names: Iterable[str]) -> dict[str, str]:
+    """Return the types that the plan gives to tensors of experts, by their names."""
+    found: dict[str, str] = {}
+    layers = {layer.layer: layer for layer in plan.layers}
+    for name in names:
+        number, part = part_of(name) or (-1, None)
+        if part == "experts" and number in layers:
+            layer = layers[number]
+            own = {name: layer.kind}
+            own |= {tier_tensor(name, place): tier.kind for place, tier in enumerate(layer.tiers, start=1)}
+            found |= {tensor: kind for tensor, kind in own.items() if kind}
     return found
 
 
@@ -325,13 +356,13 @@ class Edits:
         return self._pruned[layer].kept if layer in self._pruned else range(self.plan.spec.n_expert)
 
     def derived(self, name: str, shape: Sequence[int]) -> Sequence[Derived]:
-        """Return the tensors of thin experts that are made of a tensor of experts."""
+        """Return the tensors of the layer's tiers that are made of a tensor of experts."""
         layer, part = part_of(name) or (-1, None)
         if part != "experts" or layer not in self._pruned:
             return ()
         tiers = enumerate(self._pruned[layer].tiers, start=1)
         scale = partial(self._scale_of, layer)
-        made = [thin_tensor(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
+        made = [tier_of(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
         self.added += [each.name for each in made]
         return made
 
@@ -348,10 +379,12 @@ class Edits:
         if part == "router":
             return None if self.plan.spec.keeps_numbers(number) else Rows(layer.order)
         if part == "down bias":
-            return Rows(layer.kept, self._novices[number][list(layer.replaced)])
+            novices = self._novices[number][list(layer.replaced)]
+            return Rows(layer.kept, novices, own_outputs(layer, self.spec.expert_size, shape[-1]))
         others = np.full((len(layer.replaced), *shape[1:]), part == "scale", np.float32)
-        thinner = self._thinner if part == "bias" else None
-        return Rows(layer.kept, others, thinner.all_channels(layer) if thinner else ())
+        return Rows(
+            layer.kept, others, own_channels(layer, self._thinner, shape[-1]) if part == "bias" else ()
+        )
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is written in place of a tensor that holds no experts' matrices."""
@@ -378,7 +411,8 @@ class Edits:
     ) -> None:
         """Add a layer's novices, unless the model's bias holds them, and its slots where it needs them."""
         layer = self._pruned[number]
-        if not has_bias:
+        constant = layer.pruned or any(tier.width < self.spec.expert_size for tier in layer.tiers)
+        if constant and not has_bias:
             gone = list(layer.replaced)
             rows = np.zeros_like(novices)
             rows[len(layer.kept) :] = novices[gone]
@@ -432,8 +466,7 @@ def _stored(
             else novices_of(calibration.layers[layer.layer], plan.recipe.known_novice)
         )
         found[layer.layer] = given.float().numpy()
-        if isinstance(novices, Thinner):
-            found[layer.layer] = novices.constants(layer, found[layer.layer])
+        found[layer.layer] = constants(layer, plan.spec.expert_size, found[layer.layer], novices)
         if source.before and layer.layer in source.before.order:
             first = plan.spec.present[layer.layer]
             found[layer.layer][first:] = source.before.novices(layer.layer)[first:]

@@ -28,6 +28,22 @@ def relative_error(stats: ExpertStats, pruned: Sequence[int], novice: NoviceName
     return float(lost / stats.gated2_norm_sq_sum.sum().clamp(min=1e-300))
 
 
+def spread(calibration: Calibration) -> dict[int, float]:
+    """Return by layer half the log2 of the arithmetic over the geometric mean of experts' errors, in bits.
+
+    The errors are those of constants, of experts that were seen. As many bits per weight are gained where
+    bits go to the experts by their errors rather than evenly: rate-distortion's reverse water-filling (Cover
+    and Thomas, Elements of Information Theory, 10.3.3).
+    """
+    found = {}
+    for layer, stats in calibration.layers.items():
+        errors = error_left(stats, novices(stats))
+        errors = errors[errors > 0]
+        if len(errors):
+            found[layer] = 0.5 * float(errors.mean().log2() - errors.log2().mean())
+    return found
+
+
 def mean_relative_error(calibration: Calibration, plan: Plan, novice: NoviceName) -> float:
     """Return the mean of `relative_error` over the plan's layers."""
     errors = [relative_error(calibration.layers[layer.layer], layer.pruned, novice) for layer in plan.layers]

@@ -1,13 +1,12 @@
-"""From what each expert costs at each width to a plan: whole, thin, or a constant, under one budget.
+"""From what each fate of an expert costs to a plan: whole, thin, rounded more, or a constant, in one budget.
 
-The budget is a number of intermediate channels over all layers, `1 - ratio` of those there are: as many bytes
-as whole experts and constants take at that ratio. Every expert wants the fate whose error plus a price per
-channel is least; the lowest price that the budget can pay is found by bisection, and what it leaves over goes
-to the largest gains per channel. Errors are squared errors of the layers' outputs, as they are: on text like
-the calibration's and unlike it the layers' sensitivities made nothing better (docs/methods.md).
+A fate is an `Option`: so many of an expert's channels, in a type. Every expert wants the one whose error plus
+a price per byte is least; the lowest price that the budget can pay is found by bisection, and what it leaves
+over goes to the largest gains per byte. Errors are squared errors of the layers' outputs, as they are: on
+text like the calibration's and unlike it the layers' sensitivities made nothing better (docs/methods.md).
 
-A layer has at most `N_TIER` widths between none and all, its own choice of them: each is a product of
-matrices more at run time.
+A layer has one option of whole experts, and at most `N_TIER` others between it and a constant, its own choice
+of them: each is a product of matrices more at run time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,26 +25,39 @@ N_TIER = 2
 _STEPS = 60  # of a bisection over 24 orders of magnitude
 
 Fates = np.ndarray
-"""The place of each expert's width among the widths, int64 [M]: 0 is a constant, the last is whole."""
+"""The place of each expert's option among the options, int64 [M]: 0 is a constant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What may become of an expert: `width` of its channels in a type, "" the file's, at a price in bytes."""
+
+    width: int
+    n_byte: int
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """What a layer's experts cost, [M, n_width], and what is decided about them already."""
+    """What a layer's experts cost, [M, n_option], and what is decided about them already."""
 
     costs: np.ndarray
-    widths: np.ndarray
-    whole: np.ndarray  # bool [M]: guarded, they stay as they are
+    prices: np.ndarray  # [n_option], bytes; the first is a constant's
+    full: np.ndarray  # bool [n_option], with all channels
+    kinds: np.ndarray  # str [n_option]
+    whole: np.ndarray  # bool [M]: guarded, they stay whole
     at_least: Sequence[int]  # so many experts must have channels, these first
     grouped: bool  # these and no others, where each group needs its own
 
     def cheapest(self, price: float) -> Fates:
-        """Return the fates that cost least in all at a price per channel, of at most `N_TIER` thin widths."""
-        last = len(self.widths) - 1
-        priced = self.costs + price * self.widths
+        """Return the fates that cost least at a price per byte, of one full option and `N_TIER` more."""
+        priced = self.costs + price * self.prices
         best: tuple[float, Fates] | None = None
-        for inner in combinations(range(1, last), min(N_TIER, last - 1)):
-            options = np.array((0, *inner, last))
+        for main in np.flatnonzero(self.full).tolist():
+            # thin experts are of the whole ones' type: nothing is lost by it, and there is less to try
+            there = self.full | (self.kinds == self.kinds[main])
+            others = np.flatnonzero(there & (self.prices > 0) & (self.prices < self.prices[main])).tolist()
+            options = np.array([0, *self._others(priced, main, others), main])
             fates = options[priced[:, options].argmin(1)]
             fates = self._allowed(fates, options)
             total = float(np.take_along_axis(priced, fates[:, None], 1).sum())
@@ -55,15 +67,17 @@ class _Layer:
         return best[1]
 
     def used(self, fates: Fates) -> int:
-        """Return how many channels fates take."""
-        return int(self.widths[fates].sum())
+        """Return how many bytes fates take."""
+        return int(self.prices[fates].sum())
 
     def raised(self, fates: Fates, room: int) -> tuple[float, int, int] | None:
-        """Return (gain per channel, expert, its new fate) of the best step up that fits into `room`."""
-        options = np.unique(np.append(fates, len(self.widths) - 1))
-        if len(options[(options > 0) & (options < len(self.widths) - 1)]) < N_TIER:
-            options = np.arange(len(self.widths))
-        more = self.widths[options] - self.widths[fates][:, None]  # [M, n_option]
+        """Return (gain per byte, expert, its new fate) of the best step up that fits into `room`."""
+        main = max(fates, key=lambda fate: self.prices[fate])
+        options = np.unique(fates)
+        if len(options[(options > 0) & (options != main)]) < N_TIER:
+            there = self.full | (self.kinds == self.kinds[main])
+            options = np.flatnonzero(there & (self.prices <= self.prices[main]))
+        more = self.prices[options] - self.prices[fates][:, None]  # [M, n_option]
         gain = np.take_along_axis(self.costs, fates[:, None], 1) - self.costs[:, options]
         rate = np.where((more > 0) & (more <= room), gain / np.maximum(more, 1), -np.inf)
         expert, option = np.unravel_index(int(rate.argmax()), rate.shape)
@@ -71,16 +85,26 @@ class _Layer:
             return None
         return float(rate[expert, option]), int(expert), int(options[option])
 
+    def _others(self, priced: np.ndarray, main: int, others: Sequence[int]) -> tuple[int, ...]:
+        """Return the options, at most `N_TIER` of `others`, that make the layer cheapest beside `main`."""
+        if len(others) <= N_TIER:
+            return tuple(others)
+        known = np.minimum(priced[:, 0], priced[:, main])[:, None]
+        columns = np.minimum(priced[:, others], known)  # [M, n_other]
+        sets = np.array(list(combinations(range(len(others)), N_TIER)))
+        totals = columns[:, sets].min(2).sum(0)
+        return tuple(others[place] for place in sets[int(totals.argmin())])
+
     def _allowed(self, fates: Fates, options: np.ndarray) -> Fates:
         """Return the fates with what must not become of some experts undone: a whole one stays, too."""
-        last = len(self.widths) - 1
-        fates = np.where(self.whole, last, fates)
-        if not (fates == last).any():
-            fates[self.costs[:, 0].argmax()] = last
+        main = options[-1]
+        fates = np.where(self.whole, main, fates)
+        if not (fates == main).any():
+            fates[self.costs[:, 0].argmax()] = main
         missing = [expert for expert in self.at_least if fates[expert] == 0]
         if not self.grouped:  # any others will do as well
             missing = missing[: max(0, len(self.at_least) - int(np.count_nonzero(fates)))]
-        fates[missing] = options[1]
+        fates[missing] = min(options[1:], key=lambda option: self.prices[option])
         return fates
 
 
@@ -92,40 +116,70 @@ def plan_fates(
     `errors` float64 [M, n_width] per layer are `Thinning.errors`, of ascending `widths`, 0 first and the
     experts' own last. Experts that score infinity (`guard`) stay whole.
     """
+    spec = scores.spec
+    budget = sum(even_counts(spec, recipe).values()) * spec.expert_size
+    return plan_within(scores, errors, [Option(width, width) for width in widths], budget, recipe)
+
+
+def plan_within(
+    scores: Scores, errors: Mapping[int, np.ndarray], options: Sequence[Option], budget: int, recipe: Recipe
+) -> Plan:
+    """Return the plan whose experts take at most `budget` bytes, with the least error.
+
+    `errors` float64 [M, n_option] per layer are sums over all tokens; the first option is a constant.
+    """
     spec, calibration = scores.spec, scores.calibration
-    assert calibration is not None, "a thin expert is fitted to a text"
+    assert calibration is not None, "what becomes of an expert follows from a text"
     layers = [
-        _layer(scores, calibration, row, layer, errors[layer], widths, recipe)
+        _layer(scores, calibration, row, errors[layer], options, recipe)
         for row, layer in enumerate(spec.moe_layers)
     ]
-    budget = sum(even_counts(spec, recipe).values()) * spec.expert_size
-    chosen = _spent(layers, budget)
-    return Plan(
-        spec,
-        recipe,
-        tuple(_planned(number, fates, widths) for number, fates in zip(spec.moe_layers, chosen, strict=True)),
-    )
+    chosen = zip(spec.moe_layers, _spent(layers, budget), strict=True)
+    return Plan(spec, recipe, tuple(_planned(number, fates, options) for number, fates in chosen))
+
+
+def damage(scores: Scores, errors: Mapping[int, np.ndarray], options: Sequence[Option], plan: Plan) -> float:
+    """Return the error of a plan per token, as `plan_within` weighs it."""
+    calibration, total = scores.calibration, 0.0
+    assert calibration is not None
+    places = {(option.kind, option.width): place for place, option in enumerate(options)}
+    for layer in plan.layers:
+        costs = _costs(calibration, layer.layer, errors[layer.layer])
+        tiers = (Tier(plan.spec.expert_size, layer.kept, layer.kind), *layer.tiers, Tier(0, layer.pruned))
+        total += sum(
+            float(costs[list(tier.experts), places[tier.kind, tier.width]].sum())
+            for tier in tiers
+            if tier.experts
+        )
+    return total
+
+
+def _costs(calibration: Calibration, layer: int, errors: np.ndarray) -> np.ndarray:
+    stats = calibration.layers[layer]
+    costs: np.ndarray = errors / stats.n_token * possible_use(stats).numpy()[:, None]
+    return costs
 
 
 def _layer(
     scores: Scores,
     calibration: Calibration,
     row: int,
-    number: int,
     errors: np.ndarray,
-    widths: Sequence[int],
+    options: Sequence[Option],
     recipe: Recipe,
 ) -> _Layer:
-    stats = calibration.layers[number]
-    costs = errors / stats.n_token * possible_use(stats).numpy()[:, None]
+    costs = _costs(calibration, scores.spec.moe_layers[row], errors)
     n_real = least_kept(scores.spec, recipe.min_kept)
     order = ranking(scores.spec, scores.values[row], n_real)
     whole = scores.values[row].isposinf().numpy()
-    return _Layer(costs, np.array(widths), whole, order[:n_real], grouped=scores.spec.n_group > 1)
+    prices = np.array([option.n_byte for option in options])
+    full = np.array([option.width == scores.spec.expert_size for option in options])
+    kinds = np.array([option.kind for option in options])
+    return _Layer(costs, prices, full, kinds, whole, order[:n_real], grouped=scores.spec.n_group > 1)
 
 
 def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
-    """Return each layer's fates within a budget of channels."""
+    """Return each layer's fates within a budget of bytes."""
 
     def at(price: float) -> list[Fates]:
         return [layer.cheapest(price) for layer in layers]
@@ -133,7 +187,7 @@ def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
     def used(fates: Sequence[Fates]) -> int:
         return sum(layer.used(own) for layer, own in zip(layers, fates, strict=True))
 
-    highest = max(float(layer.costs.max()) for layer in layers) + 1e-300
+    highest = max(float(layer.costs.max()) for layer in layers) / float(layers[0].prices[1:].min()) + 1e-300
     low, high = highest * 1e-18, highest * 1e6  # the dearest buys only what must be
     best = at(high)
     for _ in range(_STEPS):
@@ -160,11 +214,13 @@ def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
     return best
 
 
-def _planned(number: int, fates: Fates, widths: Sequence[int]) -> LayerPlan:
-    last = len(widths) - 1
+def _planned(number: int, fates: Fates, options: Sequence[Option]) -> LayerPlan:
+    """Return a layer's plan: the dearest option there is gives the kept experts, others are tiers."""
 
     def of(fate: int) -> tuple[int, ...]:
         return tuple(np.flatnonzero(fates == fate).tolist())
 
-    tiers = tuple(Tier(widths[fate], of(fate)) for fate in reversed(range(1, last)) if (fates == fate).any())
-    return LayerPlan(number, kept=of(last), pruned=of(0), tiers=tiers)
+    there = sorted({*fates.tolist()} - {0}, key=lambda fate: options[fate].n_byte, reverse=True)
+    main, *others = there
+    tiers = tuple(Tier(options[fate].width, of(fate), options[fate].kind) for fate in others)
+    return LayerPlan(number, kept=of(main), pruned=of(0), tiers=tiers, kind=options[main].kind)

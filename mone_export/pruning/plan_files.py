@@ -2,7 +2,9 @@
 
 JSON: `mone_plan` (version), `source` (name, SHA-256), `calibration` (text's SHA-256, tokens; null without),
 `recipe`, `n_expert`, and for each layer by number `kept`, `pruned` (original ids, ascending) and `scores`
-(one per expert, larger = keep; null is minus infinity, "guarded" infinity).
+(one per expert, larger = keep; null is minus infinity, "guarded" infinity). Version 2 has tiers: each layer
+has the `kind` of its kept experts' matrices (a type such as `q4_k`; "": the file's) and `tiers`, each of a
+`width` (channels), a `kind` and `experts`.
 """
 
 import json
@@ -13,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from mone_export import files
-from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
+from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores, Tier
 from mone_export.errors import MoneError, first_line
 from mone_export.recipe import Recipe
+from mone_export.source.gguf_format import MOST_TIERS
 
-_VERSION = 1
+_VERSION, _WITH_TIERS = 1, 2
 
 
 def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str, str]) -> None:
     """Write a plan; `source` names the model: `name` and `sha256`. Raises `MoneError` where it cannot."""
     path, text = Path(path), scores.calibration
+    new = plan.n_tier > 0 or plan.mixes_types
     rows = dict(zip(scores.spec.moe_layers, scores.values.tolist(), strict=True))
     value = {
-        "mone_plan": _VERSION,
+        "mone_plan": _WITH_TIERS if new else _VERSION,
         "source": dict(source),
         "calibration": text and {"sha256": text.corpus_sha256, "tokens": text.n_token},
         "recipe": asdict(plan.recipe),
@@ -34,6 +38,7 @@ def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str,
             str(layer.layer): {
                 "kept": layer.kept,
                 "pruned": layer.pruned,
+                **({"kind": layer.kind, "tiers": [asdict(tier) for tier in layer.tiers]} if new else {}),
                 "scores": [_stated(score) for score in rows[layer.layer]],
             }
             for layer in plan.layers
@@ -64,7 +69,16 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
     found = _read(path)
     try:
         layers = tuple(
-            LayerPlan(int(number), tuple(layer["kept"]), tuple(layer["pruned"]))
+            LayerPlan(
+                int(number),
+                tuple(layer["kept"]),
+                tuple(layer["pruned"]),
+                tuple(
+                    Tier(int(tier["width"]), tuple(tier["experts"]), tier["kind"])
+                    for tier in layer.get("tiers", ())
+                ),
+                layer.get("kind", ""),
+            )
             for number, layer in found["layers"].items()
         )
         n_expert = int(found["n_expert"])
@@ -76,9 +90,16 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
             f"in {len(spec.moe_layers)}: it is of another model, or its layers are numbered otherwise"
         )
     for layer in layers:
-        ascending = all(list(ids) == sorted(ids) for ids in (layer.kept, layer.pruned))
+        groups = (layer.kept, layer.pruned, *(tier.experts for tier in layer.tiers))
+        ascending = all(list(ids) == sorted(ids) for ids in groups)
         if not ascending or sorted(layer.order) != list(range(n_expert)) or not layer.kept:
             raise MoneError(f"{path}: layer {layer.layer} does not name each of its experts once, in order")
+        fates = {(layer.kind, spec.expert_size), *((tier.kind, tier.width) for tier in layer.tiers)}
+        distinct = len(fates) == 1 + len(layer.tiers) <= 1 + MOST_TIERS
+        if not distinct or not all(0 < width <= spec.expert_size for _, width in fates):
+            raise MoneError(f"{path}: layer {layer.layer} has tiers that a layer cannot have")
+    if recipe.allocation != "budget" and any(layer.tiers for layer in layers):
+        raise MoneError(f"{path} has thin experts, --novice {recipe.novice} has none: leave it out")
     if recipe.method != "mone" and len({len(layer.kept) for layer in layers}) > 1:
         raise MoneError(
             f"{path} keeps different numbers of experts, --method {recipe.method} cannot: make the plan with "
@@ -90,8 +111,8 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["mone_plan"] != _VERSION:
-            raise ValueError(f"version {found['mone_plan']}, this mone-export reads version {_VERSION}")
+        if found["mone_plan"] not in (_VERSION, _WITH_TIERS):
+            raise ValueError(f"version {found['mone_plan']}, this mone-export reads up to {_WITH_TIERS}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_ours(path, error) from None
     return dict(found)

@@ -42,6 +42,7 @@ from typing import Literal
 
 KEPT_COUNT_KEY = "{arch}.expert_kept_count"
 GGUF_ALIGNMENT = 32  # of tensors, unless a file says otherwise
+MOST_TIERS = 7  # of a layer
 TIER_COUNT_KEY = "{arch}.expert_tier_count"
 TIER_SIZES_KEY = "{arch}.expert_tier_sizes"
 COUNT_KEY = "{arch}.expert_count"

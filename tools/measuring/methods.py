@@ -262,15 +262,19 @@ def with_thin_experts(
     from mone_export.calibration.engines import engine_of
     from mone_export.calibration.masking import standing_in
     from mone_export.calibration.observer import run_experts
-    from mone_export.deciding import fitted_plan
+    from mone_export.deciding import fitted
+    from mone_export.pruning.fates import plan_fates
     from mone_export.pruning.novices import novices
     from mone_export.pruning.scoring import score
+    from mone_export.pruning.thinning import widths_of
     from mone_export.source.shape import expert_modules
 
     scores = score(calibration, "error", guarded=False)
-    chosen, thinner = fitted_plan(engine_of(model), corpus, scores, recipe, block=1)
+    widths = widths_of(model.spec, 1)
+    thinner = fitted(engine_of(model), corpus, widths)
+    chosen = plan_fates(scores, thinner.errors, widths, recipe)
     if control in ("inverted", "shuffled"):
-        layers = (reordered(layer, thinner.errors(layer.layer)[:, 0], control) for layer in chosen.layers)
+        layers = (reordered(layer, thinner.errors[layer.layer][:, 0], control) for layer in chosen.layers)
         chosen = replace(chosen, layers=tuple(layers))
     modules, before, forwards = dict(expert_modules(model.module)), {}, {}
 

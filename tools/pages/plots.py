@@ -68,20 +68,20 @@ def draw_methods(data: dict[str, Any]) -> Any:
 
 
 def draw_bytes(data: dict[str, Any]) -> Any:
-    """Draw divergence over the size: only quantised, chosen by --fit, and two types with novices."""
+    """Draw divergence over the size: only quantised, REAP, constants, --fit."""
     models = list(data["settings"]["models"])
     figure, panels = plt.subplots(len(models), 2, figsize=(8, 3.2 * len(models)), squeeze=False)
     kinds = {
-        "only quantised": (lambda run: run["ratio"] == 0, "#d55e00", "s"),
-        "chosen by --fit": (lambda run: run["chosen"], "#0072b2", "o"),
-        "novices at Q8_0": (lambda run: run["ratio"] > 0 and run["outtype"] == "q8_0", "#cc79a7", "v"),
-        "novices at Q6_K": (lambda run: run["ratio"] > 0 and run["outtype"] == "q6_k", "#009e73", "^"),
+        "only quantised": ("#d55e00", "s"),
+        "REAP": ("#cc79a7", "v"),
+        "constants": ("#009e73", "^"),
+        "fit": ("#0072b2", "o"),
     }
     for panel, model, text in cells(panels, models):
-        for label, (wanted, colour, marker) in kinds.items():
+        for label, (colour, marker) in kinds.items():
             values: dict[float, list[float]] = {}
             for run in data["runs"]:
-                if run["model"] == model and wanted(run):
+                if run["model"] == model and run["arm"] == label:
                     values.setdefault(run["size"] / 1e6, []).append(run[text]["kl"])
             sizes = sorted(values)
             means = [statistics.mean(values[size]) for size in sizes]

@@ -14,6 +14,7 @@ import math
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -421,76 +422,77 @@ def methods_thin_note(data: Json) -> str:
 
 
 def bytes_table(data: Json) -> Iterable[Row]:
-    """Yield what each way to a size costs: only quantising, pruning at high precision, what --fit chose."""
-    columns = ("only quantised", "novices at Q8_0", "novices at Q6_K", "chosen by --fit", "best measured")
+    """Yield what each way to a size costs, and what --fit's file does as a multiple of others."""
+    columns = ("only quantised", "REAP", "constants", "--fit", "to only quantised", "inverted")
     yield "model", "size", "text", *columns
-    for (model, fraction), runs in _by_size(data).items():
-        ways: dict[str, list[Json]] = {}
-        for run in runs:
-            ways.setdefault(run["outtype"], []).append(run)
-        quantised = [way for way in ways.values() if not way[0]["ratio"]]
-        pruned = {name: way for name, way in ways.items() if way[0]["ratio"]}
-        chosen = [run for run in runs if run["chosen"]]
+    for (model, fraction), arms in _arms(data).items():
         for text in ("like", "unlike"):
-            best = min(ways.values(), key=lambda way: statistics.mean(run[text]["kl"] for run in way))
-            cells = [quantised[0] if quantised else [], pruned.get("q8_0", []), pruned.get("q6_k", [])]
-            yield model, f"{fraction:.0%}", text, *(_way(way, text) for way in (*cells, chosen, best))
+            quantised = min(arms["only quantised"], key=lambda run: run[text]["kl"], default=None)
+            best = [quantised] if quantised else []
+            others = (best, arms["REAP"], arms["constants"], arms["fit"])
+            cells = [_way(way, text) for way in others]
+            ratio = _times(arms["fit"], quantised, text)
+            control = _times(arms["inverted"], arms["fit"][0], text)
+            yield model, f"{fraction:.0%}", text, *cells, ratio, control
 
 
-def _by_size(data: Json) -> dict[tuple[str, float], list[Json]]:
-    found: dict[tuple[str, float], list[Json]] = {}
+def _arms(data: Json) -> dict[tuple[str, float], dict[str, list[Json]]]:
+    """Return the runs by model and size, then by arm; what is only quantised counts where it fits."""
+    found: dict[tuple[str, float], dict[str, list[Json]]] = {}
     for run in data["runs"]:
-        found.setdefault((run["model"], run["fraction"]), []).append(run)
+        if run["arm"] != "only quantised":
+            arms = found.setdefault((run["model"], run["fraction"]), defaultdict(list))
+            arms[run["arm"]].append(run)
+    for (model, _), arms in found.items():
+        limit = arms["fit"][0]["limit"]
+        arms["only quantised"] = [
+            run
+            for run in data["runs"]
+            if run["arm"] == "only quantised" and run["model"] == model and run["size"] <= limit
+        ]
     return found
 
 
 def _way(runs: Sequence[Json], text: str) -> str:
-    """Format the mean and the range of a way's divergences, and the way."""
+    """Format the mean and the range of a way's divergences, and its type."""
     if not runs:
         return "-"
     values = [run[text]["kl"] for run in runs]
-    spread = f" ({min(values):.4f} to {max(values):.4f})" if max(values) > min(values) else ""
-    names = dict.fromkeys(f"{run['outtype'].upper()}, {run['ratio']:.0%}" for run in runs)
-    return f"{statistics.mean(values):.4f}{spread}: {' or '.join(names)}"
+    spread = f" ({min(values):.2g} to {max(values):.2g})" if max(values) > min(values) else ""
+    names = dict.fromkeys(run["outtype"].upper() for run in runs)
+    return f"{statistics.mean(values):.2g}{spread}: {' or '.join(names)}"
 
 
-def _ranks(values: Sequence[float]) -> list[int]:
-    return [sorted(values).index(value) for value in values]
+def _times(runs: Sequence[Json], other: Json | None, text: str) -> str:
+    """Format how many times as much some runs cost as another one, on the average."""
+    if not runs or other is None:
+        return "-"
+    return f"x {statistics.mean(run[text]['kl'] for run in runs) / other[text]['kl']:.2g}"
 
 
 def bytes_note(data: Json) -> str:
-    """Say what was run, and how well the estimate orders the candidates."""
-    settings = data["settings"]
-    orders = [
-        statistics.correlation(
-            _ranks([run["estimate"] for run in runs]), _ranks([run["like"]["kl"] for run in runs])
-        )
-        for whole in _by_size(data).values()
-        for runs in ([run for run in whole if run["sample"] == n] for n in range(settings["samples"]))
-        if len(runs) > 2
-    ]
-    correlation = "too few candidates of a size to compare their order"
-    if orders:
-        correlation = (
-            f"rank correlation {statistics.median(orders):.2f} "
-            f"(median over sizes and samples, {min(orders):.2f} to {max(orders):.2f})"
-        )
-    lost = [
-        statistics.mean(run["like"]["kl"] for run in runs if run["chosen"])
-        / min(
-            statistics.mean(run["like"]["kl"] for run in runs if run["outtype"] == name)
-            for name in {run["outtype"] for run in runs}
-        )
-        for runs in _by_size(data).values()
-    ]
+    """Say what was run, how --fit compares over all cells, and how well it chose among its candidates."""
+    settings, ratios, chose = data["settings"], [], []
+    for arms in _arms(data).values():
+        for text in ("like", "unlike"):
+            own = statistics.mean(run[text]["kl"] for run in arms["fit"])
+            if arms["only quantised"]:
+                ratios.append(own / min(run[text]["kl"] for run in arms["only quantised"]))
+            first = [run for run in arms["fit"] if run["sample"] == 0]
+            best = min(run[text]["kl"] for run in (*first, *arms["other candidate"]))
+            chose.append(first[0][text]["kl"] / best)
     return (
         "KL divergence from the unpruned model in nats per token, mean over "
-        f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens (range), on "
-        f"{settings['evaluation_tokens']} held-out tokens; after it the type, and the share of the experts "
-        "pruned. Sizes relative to the unpruned file in the checkpoint's own type. The estimate that --fit "
-        f"chooses by and the divergence on like text: {correlation}; the choice has "
-        f"{statistics.median(lost):.2f} times the best candidate's divergence (median over sizes, "
-        f"{min(lost):.2f} to {max(lost):.2f})."
+        f"{settings['samples']} calibration samples of {settings['calibration_tokens']} tokens (range; of "
+        "REAP, inverted and only quantised the first), on "
+        f"{settings['evaluation_tokens']} held-out tokens; after it the type of the file, for --fit of all "
+        "but the experts. Sizes relative to the unpruned file in the checkpoint's own type. Only quantised: "
+        "the best of all types and mixed recipes that fit, with an importance matrix. inverted: the same "
+        "fates, given to the experts of each layer in reverse order, to --fit. The files of --fit stray "
+        f"{statistics.median(ratios):.2f} times as far as the best that is only quantised (median of "
+        f"{len(ratios)} cells, {min(ratios):.2f} to {max(ratios):.2f}), and "
+        f"{statistics.median(chose):.2f} times as far as the best measured of its candidates (median, at "
+        f"most {max(chose):.2f})."
     )
 
 
