@@ -431,8 +431,8 @@ def bytes_table(data: Json) -> Iterable[Row]:
             best = [quantised] if quantised else []
             others = (best, arms["REAP"], arms["constants"], arms["fit"])
             cells = [_way(way, text) for way in others]
-            ratio = _times(arms["fit"], quantised, text)
-            control = _times(arms["inverted"], arms["fit"][0], text)
+            ratio = _multiple(arms["fit"], quantised, text)
+            control = _multiple(arms["inverted"], arms["fit"][0], text)
             yield model, f"{fraction:.0%}", text, *cells, ratio, control
 
 
@@ -463,7 +463,7 @@ def _way(runs: Sequence[Json], text: str) -> str:
     return f"{statistics.mean(values):.2g}{spread}: {' or '.join(names)}"
 
 
-def _times(runs: Sequence[Json], other: Json | None, text: str) -> str:
+def _multiple(runs: Sequence[Json], other: Json | None, text: str) -> str:
     """Format how many times as much some runs cost as another one, on the average."""
     if not runs or other is None:
         return "-"
