@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_N_SIZE, _CLOSE = 6, 0.002  # tries to meet a size, and how close is close enough
+_N_SIZE, _CLOSE = 8, 0.002  # tries to meet a size, and how close is close enough
 
 
 Divergence = Callable[[Mapping[int, Sequence[int]], Mapping[int, Tensor]], float]
@@ -164,9 +164,7 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
         if 0 <= limit - size < _CLOSE * limit:
             break
         room += limit - size
-        before, (chosen, _) = chosen, spending.plan(item, room, mixed=job.mixes(item))
-        if chosen.layers == before.layers:
-            break
+        chosen, _ = spending.plan(item, room, mixed=job.mixes(item))
     if fits is None:
         raise MoneError(f"no plan fits {limit} bytes: pass a larger --fit")
     job, chosen = fits

@@ -262,7 +262,9 @@ def test_export_as_events(arguments: list[str], capsys: pytest.CaptureFixture[st
     report = events[-1]
     assert report["event"] == "report" and report["outfile"] == arguments[-1]
     assert report["size"] == Path(arguments[-1]).stat().st_size
-    assert list(report["n_kept"]) == ["0", "1", "2"] and sum(report["n_kept"].values()) == 24
+    assert list(report["n_kept"]) == ["0", "1", "2"] == list(report["fates"])
+    assert [sum(fates.values()) for fates in report["fates"].values()] == [16, 16, 16]
+    assert [fates.get("whole", 0) for fates in report["fates"].values()] == [*report["n_kept"].values()]
     assert sum(report["parts"][0]["sources"].values()) == 256
     assert not captured.err
 

@@ -65,7 +65,7 @@ def measure_case(shape: Shape, weights: str, folders: dict[bool, Path], args: ar
     """Measure all files of one shape and type of weights."""
     competitors = [
         *(Competitor("full"), Competitor("full", stock=True), Competitor("skipped", 0.5)),
-        *(Competitor("half-used"),),
+        *(Competitor("half-used"), Competitor("tiers")),
         *(Competitor("novices", ratio) for ratio in args.ratios),
         *(Competitor("thin", ratio) for ratio in args.ratios if ratio >= 0.5),
         *(Competitor("hard", ratio, stock=True) for ratio in args.ratios),
@@ -119,7 +119,7 @@ def summarise(runs: Sequence[Json], share: Json, test: str, ratios: Sequence[flo
                     full = times["full"][key]
                     row[key] = full - not_routed * (full - times[probe][key]) / slots
                 rows.append(row)
-    pairs = [("full", "full on stock")]
+    pairs = [("full", "full on stock"), ("tiers", "full")]
     for ratio in ratios:
         novices = Competitor("novices", ratio).name
         others = (

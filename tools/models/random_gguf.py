@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-Form = Literal["full", "novices", "thin", "hard", "skipped", "half-used"]
+Form = Literal["full", "novices", "thin", "tiers", "hard", "skipped", "half-used"]
 _BLOCK = 256  # thin experts have whole blocks of K-quants
 
 
@@ -63,14 +63,14 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     """Write a model of `n_kept` experts per layer with all its matrices of the type `weights`.
 
     `full` has all experts; `half-used` too, but uses half as many per token; `novices` replaces the others by
-    novices; `thin` has half as many whole experts as that, and as many bytes in thin ones; `hard` takes them
-    out of the router as well; `skipped` is `novices` with a router that never chooses a kept expert.
+    novices; `thin` has half as many whole experts as that, and as many bytes in thin ones; `tiers` has all,
+    whole, in three tiers; `hard` takes them out of the router as well; `skipped` is `novices` with a router
+    that never chooses a kept expert.
     """
     import gguf
 
     novices = form in ("novices", "thin", "skipped")
-    n_thin, n_kept = (_n_thin(shape, n_kept), n_kept // 2) if form == "thin" else (0, n_kept)
-    n_kept = shape.n_expert if form in ("full", "half-used") else n_kept
+    n_kept, tiers = _tiers(shape, form, n_kept)
     writer = gguf.GGUFWriter(file, shape.arch)
     writer.add_block_count(shape.n_layer)
     writer.add_context_length(4096)
@@ -88,8 +88,8 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     writer.add_expert_used_count(shape.top_k // 2 if form == "half-used" else shape.top_k)
     rng = np.random.default_rng(0)
     orders = [_order(shape, n_kept) for _ in range(shape.n_layer)]
-    if novices:
-        _add_novice_keys(writer, shape, orders, n_kept, n_thin)
+    if novices or tiers:
+        _add_novice_keys(writer, shape, orders, n_kept, [n for n, _ in tiers])
     matrix = _Matrices(writer, rng, weights)
     matrix.add("token_embd.weight", shape.n_vocab, shape.n_embd)
     matrix.add("output.weight", shape.n_vocab, shape.n_embd)
@@ -97,8 +97,10 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     for layer, order in enumerate(orders):
         _add_attention(writer, matrix, f"blk.{layer}", shape)
         _add_experts(writer, matrix, rng, f"blk.{layer}", shape, form, order, n_kept)
-        if n_thin:
-            _add_tier(matrix, f"blk.{layer}", shape, order[n_kept : n_kept + n_thin])
+        first = n_kept
+        for number, (n, width) in enumerate(tiers, start=1):
+            _add_tier(matrix, f"blk.{layer}", shape, (number, width), order[first : first + n])
+            first += n
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,33 +145,43 @@ def _width(shape: Shape) -> int:
     return -(-shape.n_ff // 2 // _BLOCK) * _BLOCK
 
 
-def _n_thin(shape: Shape, n_kept: int) -> int:
-    """Return how many thin experts have as many bytes as half of `n_kept` whole ones."""
-    return round((n_kept - n_kept // 2) * shape.n_ff / _width(shape))
+def _tiers(shape: Shape, form: Form, n_kept: int) -> tuple[int, Sequence[tuple[int, int]]]:
+    """Return how many experts a form keeps, and the others' tiers, each (experts, channels)."""
+    if form == "thin":  # with as many bytes as half of `n_kept` whole ones
+        n_thin = round((n_kept - n_kept // 2) * shape.n_ff / _width(shape))
+        return n_kept // 2, [(n_thin, _width(shape))]
+    if form == "tiers":
+        third = shape.n_expert // 3
+        return shape.n_expert - 2 * third, [(third, shape.n_ff)] * 2
+    return (shape.n_expert if form in ("full", "half-used") else n_kept), []
 
 
-def _add_tier(matrix: "_Matrices", block: str, shape: Shape, experts: np.ndarray) -> None:
-    """Add one layer's thin experts."""
-    width = _width(shape)
+def _add_tier(
+    matrix: "_Matrices", block: str, shape: Shape, tier: tuple[int, int], experts: np.ndarray
+) -> None:
+    """Add the experts of one layer's tier, (number, channels)."""
+    number, width = tier
     for part in ("gate", "up"):
-        matrix.add(f"{block}.ffn_{part}_exps.t1.weight", shape.n_expert, width, shape.n_embd, rows=experts)
-    matrix.add(f"{block}.ffn_down_exps.t1.weight", shape.n_expert, shape.n_embd, width, rows=experts)
+        name = f"{block}.ffn_{part}_exps.t{number}.weight"
+        matrix.add(name, shape.n_expert, width, shape.n_embd, rows=experts)
+    name = f"{block}.ffn_down_exps.t{number}.weight"
+    matrix.add(name, shape.n_expert, shape.n_embd, width, rows=experts)
 
 
 def _add_novice_keys(
-    writer: Any, shape: Shape, orders: Sequence[np.ndarray], n_kept: int, n_thin: int
+    writer: Any, shape: Shape, orders: Sequence[np.ndarray], n_kept: int, tiers: Sequence[int]
 ) -> None:
-    """Add the keys of the MoNE format: version 2 where there are thin experts."""
+    """Add the keys of the MoNE format: version 2 where there are tiers, of so many experts."""
     from gguf import GGUFValueType
 
     kept = [n_kept] * shape.n_layer
     writer.add_key_value(
         f"{shape.arch}.expert_kept_count", kept, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
     )
-    writer.add_uint32("mone.format_version", 2 if n_thin else 1)
-    if n_thin:
-        writer.add_uint32(f"{shape.arch}.expert_tier_count", 1)
-        sizes = [n_thin] * shape.n_layer
+    writer.add_uint32("mone.format_version", 2 if tiers else 1)
+    if tiers:
+        writer.add_uint32(f"{shape.arch}.expert_tier_count", len(tiers))
+        sizes = [*tiers] * shape.n_layer
         writer.add_key_value(
             f"{shape.arch}.expert_tier_sizes", sizes, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
         )

@@ -122,15 +122,15 @@ def speed_spread_table(data: Json) -> Iterable[Row]:
 
 
 def speed_thin(data: Json) -> Iterable[Row]:
-    """Yield how many times less CPU time files with thin experts take than others."""
-    yield "shape", "type", "thin to", "size", *(f"{test}, times as fast" for test in SPEED_TESTS)
+    """Yield how many times less CPU time files with tiers of experts take than others."""
+    yield "shape", "type", "file, to", "size", *(f"{test}, times as fast" for test in SPEED_TESTS)
     for case in data["cases"]:
         for name in case["summary"]["prompt"]["speed_ratios"]:
             thin, _, other = name.partition(" / ")
-            if thin.startswith("thin"):
+            if thin.startswith(("thin", "tiers")):
                 ratios = [case["summary"][test]["speed_ratios"][name]["cpu_ms"] for test in SPEED_TESTS]
                 size = f"{case['sizes'][other] / 1e6:.0f} → {case['sizes'][thin] / 1e6:.0f} MB"
-                yield case["shape"], case["weights"], other, size, *map(spread_of, ratios)
+                yield case["shape"], case["weights"], f"{thin}, to {other}", size, *map(spread_of, ratios)
 
 
 def speed_cases(data: Json) -> Iterator[tuple[Json, float]]:
