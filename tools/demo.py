@@ -1,7 +1,8 @@
 """What `make demo` runs: the built-in model before and after half of its experts are pruned, in a table.
 
-Exports the demo model in full, with half of its experts as novices, and with half of them simply zero;
-measures each on text that neither training nor calibration has seen; lets two of them write a few lines.
+Exports the demo model in full, with half of its experts' bytes (whole, thin and constant ones), with half of
+the experts as constants only, and with half of them simply zero; measures each on text that neither training
+nor calibration has seen; lets two of them write a few lines.
 """
 
 import os
@@ -25,7 +26,8 @@ PROMPT = 'def read_file(path):\n    """'
 # name in the table, file, options that differ; the one that a user would run shows its report
 VARIANTS: tuple[tuple[str, str, Sequence[str]], ...] = (
     ("before: all experts", "full.gguf", ("--ratio", "0", "-q")),
-    ("after: half of them are novices", "half.gguf", ("--ratio", "50%")),
+    ("after: half of their bytes", "half.gguf", ("--ratio", "50%")),
+    ("half are constants only", "constants.gguf", ("--ratio", "50%", "--novice", "least-squares", "-q")),
     ("for comparison: half are zero", "zero.gguf", ("--ratio", "50%", "--novice", "zero", "-q")),
 )
 
@@ -36,7 +38,7 @@ def main() -> int:
     spec = inspect("demo")
     print(
         f"The built-in model: {spec.n_layer} layers with {spec.n_expert} experts each, of which a token uses "
-        f"{spec.top_k}. Half of them go.\n"
+        f"{spec.top_k}. Half of their bytes go.\n"
     )
     for _, file, options in VARIANTS:
         arguments = ["demo", *options, "--outtype", "f32"]
@@ -58,7 +60,7 @@ def _print_table() -> None:
     text = OUT / "held-out.txt"
     text.write_text("\n\n".join(_held_out(N_CHUNK * 512)), encoding="utf-8")
     print(f"Perplexity on {N_CHUNK * 512} tokens of text that no calibration has seen; lower is better:\n")
-    print(f"{'':34}{'size':>9}  {'experts a layer':>16}  {'perplexity':>10}")
+    print(f"{'':34}{'size':>9}  {'whole a layer':>16}  {'perplexity':>10}")
     for name, file, _ in VARIANTS:
         size = f"{(OUT / file).stat().st_size / 1e6:.1f} MB"
         print(
@@ -77,7 +79,7 @@ def _held_out(n_token: int) -> Iterator[str]:
 
 
 def _experts(file: Path) -> str:
-    """Return how many experts the layers keep."""
+    """Return how many experts the layers keep whole."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
