@@ -526,7 +526,8 @@ class Candidate:
     """One way to reach a size: a type, and the share of experts to prune (0: only quantise).
 
     Sizes are in bytes: of the file, of the one it is quantised from (or 0), of the file with all experts.
-    `types` are those of its tensors; `error` is the estimate, if known.
+    `types` are those of its tensors; `error` is the estimate, if known. Where types are `mixed`, experts have
+    their own.
     """
 
     outtype: str
@@ -536,6 +537,7 @@ class Candidate:
     size_unpruned: int
     types: Mapping[str, str]
     error: float | None = None
+    mixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -487,17 +487,19 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     display.close()
     saved = job.saved
     parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()
-    decided = saved is not None or len(job.candidates) < 2  # without statistics none is better
     even = chosen.recipe.allocation == "even" or not job.recipe.ratio
-    budget = chosen.recipe.allocation == "budget" and not even  # only a second pass knows
-    counted = decided and (saved is not None or even) and not budget
+    thin = chosen.recipe.novice == "thin" and not even  # only a second pass knows
+    real = job.plan is not None or (saved is not None and not thin)
+    decided = real or len(job.candidates) < 2  # without statistics none is better
+    counted = real or (decided and even)
     if isinstance(display, JsonEvents):
         display.event(
             "plan",
             spec=asdict(job.source.spec),
             recipe=asdict(chosen.recipe),
             n_kept=chosen.n_kept if counted else None,
-            pruned={layer.layer: layer.pruned for layer in chosen.layers} if saved and counted else None,
+            fates=chosen.fates if counted else None,
+            pruned={layer.layer: layer.pruned for layer in chosen.layers} if real else None,
             parts=[asdict(part) for part in parts],
             size=job.size if decided else None,
             size_is_exact=counted,
@@ -507,11 +509,14 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
         return
     _print_spec(job.source.spec)
     for layer in chosen.layers if counted else ():
-        pruned = f": {' '.join(map(str, layer.pruned))}" if saved else ""
-        print(f"layer {layer.layer:3}  keep {len(layer.kept)}, prune {len(layer.pruned)}{pruned}")
+        pruned = f": {' '.join(map(str, layer.pruned))}" if real and layer.pruned else ""
+        counts = f"keep {len(layer.kept)}, prune {len(layer.pruned)}"
+        if chosen.n_tier or chosen.mixes_types:
+            counts = ", ".join(f"{n} {fate}" for fate, n in chosen.fates[layer.layer].items())
+        print(f"layer {layer.layer:3}  {counts}{pruned}")
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
-        known = "after a second pass" if budget else "after a calibration, or with saved --stats"
+        known = "after a second pass" if thin else "after a calibration, or with saved --stats"
         print(
             f"layers   keep {kept} of {job.source.spec.n_expert} experts on average; which layer how many is "
             f"known {known}"
@@ -605,7 +610,8 @@ def _cut(remark: str) -> str:
 def _how_to_run(report: "Report") -> str:
     """Return the command that runs the file."""
     file = shlex.quote(str(report.outfile))
-    if report.recipe.ratio and report.recipe.method == "mone":
+    ordinary = all(fates.keys() <= {"whole"} for fates in report.fates.values())
+    if report.recipe.method == "mone" and not ordinary:
         return f"$(mone-llama path)/llama-cli -m {file}    (after `mone-llama build`, once)"
     return f"llama-cli -m {file}    (any llama.cpp runs it)"
 

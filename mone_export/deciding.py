@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mone_export.artifacts import Calibration, Candidate, ChannelStats, Corpus, Plan, Scores
 from mone_export.calibration.corpus import head
+from mone_export.calibration.work_folder import alone_in
 from mone_export.errors import MoneError
 from mone_export.fitting import judge
 from mone_export.lazily import Tensor
@@ -110,11 +111,13 @@ def budgeted(
     """
     if job.plan and not job.plan.has_thin:
         return job, job.plan, None
-    block = 32 if job.mixed else packed_together(job.source, job.outtype)
+    mixed = job.plan.mixes_types if job.plan else job.mixed
+    block = 32 if mixed else packed_together(job.source, job.outtype)
     widths: tuple[int, ...] = (0, job.source.spec.expert_size)
     thinner = None
     if job.recipe.novice == "thin":
-        widths = widths_of(job.source.spec, block)
+        asked = {tier.width for layer in job.plan.layers for tier in layer.tiers} if job.plan else set[int]()
+        widths = tuple(sorted({*widths_of(job.source.spec, block), *asked}))
         thinner = fitted(
             job.engine(), _corpus(job, calibration), widths, folder=job.request.channels, progress=progress
         )
@@ -137,23 +140,26 @@ def spent(job: Job, spending: Spending, *, progress: Progress | None = None) -> 
         with suppress(MoneError):  # what must stay does not fit in this type
             chosen, error = spending.plan(item, limit, mixed=job.mixes(item))
             found.append((replace(item, error=error), chosen))
-    if not found:
-        raise MoneError(f"the experts that must stay do not fit {limit} bytes: pass a larger --fit")
     found.sort(key=lambda each: each[0].error or 0.0)
-    others = [replace(item, ratio=plan.share_pruned) for item, plan in found[1:]]
-    job, chosen = _to_the_byte(job, spending, *found[0])
-    return replace(job, candidates=(*job.candidates, *others)), chosen
+    for place, (item, chosen) in enumerate(found):
+        if fits := _to_the_byte(job, spending, item, chosen):
+            others = [
+                replace(other, ratio=plan.share_pruned, size=limit, mixed=job.mixes(other))
+                for other, plan in found[place + 1 :]
+            ]
+            return replace(fits[0], candidates=(*fits[0].candidates, *others)), fits[1]
+    raise MoneError(f"the experts that must stay do not fit {limit} bytes: pass a larger --fit")
 
 
-def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) -> tuple[Job, Plan]:
+def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) -> tuple[Job, Plan] | None:
     """Return the job with a candidate alone and fixed, and its plan for a file that is just small enough.
 
     What a plan takes is known but for alignment and the head; from `chosen` on, what is over or left is
-    corrected.
+    corrected. None where no plan fits.
     """
     limit, fits = job.request.fit, None
     assert limit is not None
-    room = limit
+    room, step = limit, spending.least_step(item)
     for _ in range(_N_SIZE):
         recipe = replace(job.recipe, ratio=chosen.share_pruned)  # the file states it
         chosen = replace(chosen, recipe=recipe)
@@ -163,12 +169,19 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
             fits = replace(job, size=size, size_between=between), chosen
         if 0 <= limit - size < _CLOSE * limit:
             break
-        room += limit - size
-        chosen, _ = spending.plan(item, room, mixed=job.mixes(item))
+        before, room = chosen.layers, room + limit - size
+        try:
+            chosen, _ = spending.plan(item, room, mixed=job.mixes(item))
+            if chosen.layers == before and size > limit:  # an expert is a larger step than what is over
+                room, step = room - step, 2 * step
+                chosen, _ = spending.plan(item, room, mixed=job.mixes(item))
+        except MoneError:
+            break
     if fits is None:
-        raise MoneError(f"no plan fits {limit} bytes: pass a larger --fit")
+        return None
     job, chosen = fits
     best = replace(item, ratio=chosen.share_pruned, size=job.size, size_between=job.size_between)
+    best = replace(best, mixed=job.mixes(item))
     return replace(job, candidates=(best,)), chosen
 
 
@@ -219,7 +232,8 @@ def fitted(
     else:
         check_temporary(channel_bytes(spec), folder)
         folder.mkdir(parents=True, exist_ok=True)
-        engine.measure_channels(corpus, folder, progress=progress)
+        with alone_in(folder):
+            engine.measure_channels(corpus, folder, progress=progress)
     if len(widths) == 2:
         log.warning(
             "experts of %d channels cannot be thinner in a type that packs more together: each stays whole "
@@ -237,7 +251,8 @@ def fitted(
 
 def file_size(job: Job, chosen: Plan) -> int:
     """Return the bytes of a plan's file."""
-    if len(set(chosen.n_kept.values())) == 1 and chosen.recipe.allocation == job.recipe.allocation:
+    uniform = len(set(chosen.n_kept.values())) == 1 and not chosen.n_tier and not chosen.mixes_types
+    if uniform and chosen.recipe.allocation == job.recipe.allocation:
         return job.size  # what was measured before
     size, _ = measure(job.source, chosen, outtype=job.rounding)
     return size

@@ -1,5 +1,8 @@
 """How to make a file fit: which type of weights, and how many experts, where it may have so many bytes.
 
+What this finds is where `spending` begins; by itself it decides where all experts have one type, whole ones
+or constants: `--fit` with a method, a novice, an allocation or a ratio.
+
 `candidates` finds for each type the most experts that fit, from exact sizes, before anything expensive;
 `judge` estimates from the statistics what each of them does to the model. Two kinds of error count, squares
 relative to what they disturb: in a layer, the share of the experts' output that is missing without the pruned
@@ -142,6 +145,8 @@ def judge(
 def answer(judged: Sequence[Candidate]) -> str:
     """Say which candidate it is, and why: prune, or only quantise harder?"""
     best = judged[0]
+    if best.mixed:
+        return f"spend the bytes expert by expert: {describe(best)}"
     others = [item for item in judged[1:] if (item.ratio > 0) != (best.ratio > 0)]
     chosen = f"{'prune' if best.ratio else 'only quantise'}: {describe(best)}"
     if not others:
@@ -152,6 +157,7 @@ def answer(judged: Sequence[Candidate]) -> str:
 def describe(item: Candidate) -> str:
     """Name a candidate in a few words."""
     share = f"{item.ratio:.0%} of the experts pruned" if item.ratio else "all experts kept"
+    share += ", types by expert" if item.mixed else ""
     error = "" if item.error is None else f", estimated error {item.error:.2g}"
     return f"--outtype {item.outtype}, {share}{error}"
 

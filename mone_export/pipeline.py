@@ -27,7 +27,7 @@ from mone_export.output.writing import write
 from mone_export.pruning.plan_files import save_plan
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.reporting import Clock, report
-from mone_export.request import Job, Request, prepare
+from mone_export.request import Job, Request, check_paths, prepare
 from mone_export.runtime import Progress
 from mone_export.source import Source
 from mone_export.statistics import collect
@@ -55,6 +55,8 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     else:
         job = with_best_candidate(job, scores)
         chosen = decided(job, scores, progress=progress)
+    if job.candidates:  # the name may say what was chosen
+        check_paths(job)
     clock.lap("plan")
     if calibration and job.request.sequential:
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Candidate, Corpus, Plan, differing
+from mone_export.artifacts import Calibration, Candidate, ChannelStats, Corpus, Plan, differing
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head, read_corpus
 from mone_export.errors import MoneError
@@ -22,7 +22,7 @@ from mone_export.llama_options import LlamaOptions
 from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
-from mone_export.output.writing import OUTTYPES, layouts, packed_together
+from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
 from mone_export.paths import check_outputs, check_room, check_temporary
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
@@ -223,7 +223,8 @@ class Job:
     @property
     def wants_imatrix(self) -> bool:
         """Whether an importance matrix is made: asked for, needed, or there is a calibration at hand."""
-        return _with_imatrix(self.request, self.source, self.recipe, self.outtype)
+        mixed = self.mixed or (self.plan is not None and self.plan.mixes_types)
+        return _with_imatrix(self.request, self.source, self.recipe, self.outtype, mixed=mixed)
 
     @property
     def streamed(self) -> bool:
@@ -263,13 +264,16 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_for_model(recipe, request.outtype, source)
     if not dry:
         _check_place(request)
-        if recipe.novice == "thin" and recipe.ratio:
+        if recipe.novice == "thin" and (recipe.ratio or request.fit is not None):
             _check_channels(request, source)
     source.check(known=saved is not None)  # what was calibrated fits
     chosen = None if request.plan is None else _loaded_plan(request, source, recipe)
     job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
+    if chosen and (chosen.n_tier or chosen.mixes_types):
+        size, between = measure(source, chosen, outtype=job.outtype)
+        job = replace(job, size=size, size_between=between)
     if not dry:
-        _check_paths(job)
+        check_paths(job)
         _announce(job)
     if recipe.allocation == "search" and not chosen:
         _check_search(job)
@@ -283,12 +287,11 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
 def _loaded_plan(request: Request, source: Source, recipe: Recipe) -> Plan:
     """Return the plan of a file, which the model's type allows."""
     assert request.plan is not None
-    plan, block = load_plan(request.plan, source.spec, recipe), packed_together(source, request.outtype)
-    possible = widths_of(source.spec, block)
-    for width in {tier.width for layer in plan.layers for tier in layer.tiers}.difference(possible):
+    plan = load_plan(request.plan, source.spec, recipe)
+    if plan.mixes_types and request.outtype in ("auto", *_UNROUNDED):
         raise MoneError(
-            f"{request.plan} has experts of {width} channels, in this type they may have "
-            f"{', '.join(map(str, possible[1:-1])) or 'all or none'}: pass the --outtype it was made for"
+            f"{request.plan} gives experts types of their own, which --outtype {request.outtype} does not "
+            "round to: pass the --outtype that the plan was made with, such as q4_k_m"
         )
     return plan
 
@@ -308,12 +311,16 @@ def _saved(request: Request, source: Source) -> Calibration | None:
     return saved
 
 
-def _with_imatrix(request: Request, source: Source, recipe: Recipe, outtype: str) -> bool:
-    """Return whether a file of a type gets an importance matrix, if there is text for it."""
+def _with_imatrix(
+    request: Request, source: Source, recipe: Recipe, outtype: str, *, mixed: bool = False
+) -> bool:
+    """Return whether a file of a type gets an importance matrix, if there is text for it.
+
+    Where types are `mixed`, llama-quantize rounds it whatever the type is.
+    """
     if request.imatrix is not None or outtype in IMATRIX_TYPES:
         return True
-    at_hand = recipe.needs_statistics or request.fit is not None
-    mixed = recipe.allocation == "budget" and request.mixes_types(source)
+    at_hand = recipe.needs_statistics or request.fit is not None or mixed
     exact = ("auto", *_UNROUNDED) if mixed else source.direct_types
     return request.with_imatrix and at_hand and outtype not in exact
 
@@ -415,7 +422,7 @@ def _with_thin(request: Request, recipe: Recipe, source: Source, saved: Calibrat
 
     Where they are not, one line says why pruned experts become constants.
     """
-    left_open = request._novice is None and request.allocation is None and request.plan is None
+    left_open = not (request._novice or request.allocation or request.score or request.plan)
     fits = request.fit is not None and request.ratio is None and not request.sequential
     if not left_open or recipe.method != "mone" or recipe.score in ("aimer", "random"):
         return recipe
@@ -431,9 +438,6 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
     """Return why no expert can be thin, empty where some can."""
     if request.sequential:
         return "--sequential does not know them"
-    given = request.files or request.datasets
-    if saved and not given and saved.corpus_sha256 != _text(request, source).sha256:
-        return "they take the text of the statistics once more: pass it with -f"
     if reason := _not_thin(source):
         return f"{source.name} can have none, since {reason}"
     block = 32 if request.mixes_types(source) else packed_together(source, request.outtype)
@@ -441,6 +445,9 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
         return f"experts of {source.spec.expert_size} channels are too narrow for it in this type"
     try:
         _check_channels(request, source)
+        given = request.files or request.datasets
+        if saved and not given and saved.corpus_sha256 != _text(request, source).sha256:
+            return "they take the text of the statistics once more: pass it with -f"
     except MoneError as error:
         return str(error)
     return ""
@@ -449,7 +456,7 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
 def _check_channels(request: Request, source: Source) -> None:
     """Refuse a second pass whose sums have no room where they will lie, unless they lie there already."""
     folder = request.channels
-    if folder is None or not folder.exists():
+    if folder is None or not ChannelStats.are_in(folder, source.spec.moe_layers):
         check_temporary(channel_bytes(source.spec), folder)
 
 
@@ -473,7 +480,7 @@ def _check_place(request: Request) -> None:
     check_room(out / "model.gguf" if out.is_dir() else out)
 
 
-def _check_paths(job: Job) -> None:
+def check_paths(job: Job) -> None:
     """Refuse outputs that would destroy what is read, each other, or a file that is not ours."""
     request, stats = job.request, job.request.stats_file
     outputs, inputs = {"-o": job.outfile}, {"MODEL": job.source.files}

@@ -66,7 +66,8 @@ class Spending:
     def plan(self, item: Candidate, limit: int, *, mixed: bool) -> tuple[Plan, float]:
         """Return the best plan of a candidate's type in a file of `limit` bytes, and its estimated error.
 
-        Where types are `mixed`, experts have any, else the candidate's. Bytes are exact but for alignment.
+        Where types are `mixed`, experts have any, else the candidate's. Bytes are exact but for alignment,
+        and for types that differ from layer to layer.
         """
         of_experts = self._types_of_experts(item)
         kinds = KINDS if mixed else ("",)
@@ -86,6 +87,10 @@ class Spending:
         budget = limit - item.size + n_kept * whole * len(self.spec.moe_layers)
         chosen = plan_within(self.scores, errors, options, budget, self.recipe)
         return chosen, damage(self.scores, errors, options, chosen) + self._rest(item)
+
+    def least_step(self, item: Candidate) -> int:
+        """Return the bytes of an expert of the least width there is in the candidate's type."""
+        return self._bytes(self._types_of_experts(item), self.widths[1], "")
 
     def _bytes(self, of_experts: Mapping[str, str], width: int, kind: str) -> int:
         total = 0

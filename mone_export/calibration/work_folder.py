@@ -56,7 +56,8 @@ class WorkFolder:
     def reserve(self, needed: int) -> None:
         """Say how many bytes the folder will take at most; raises `MoneError` when there are fewer."""
         log.info("%s will take up to %.1f MB", self.folder, needed / 1e6)
-        taken = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        steps = (*self.folder.glob("*"), *self.states.rglob("*"))  # not what another pass keeps there
+        taken = sum(file.stat().st_size for file in steps if file.is_file())
         if needed - taken > (free := shutil.disk_usage(self.folder).free):
             raise MoneError(
                 f"{self.folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "

@@ -97,7 +97,10 @@ def write(
     plan = _renumbered(plan, source)
     stored: dict[int, np.ndarray] = {}
     importance: dict[int, Tensor] = {}
-    if calibration:
+    if not calibration:  # then all experts are whole, those of tiers too
+        nothing = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
+        stored = {layer.layer: nothing for layer in plan.layers if layer.replaced}
+    else:
         stored = _stored(calibration, plan, source, novices)
         importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
     edits = Edits(plan, stored, importance, novices if isinstance(novices, Thinner) else None)

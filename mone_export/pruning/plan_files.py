@@ -98,7 +98,8 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
         distinct = len(fates) == 1 + len(layer.tiers) <= 1 + MOST_TIERS
         if not distinct or not all(0 < width <= spec.expert_size for _, width in fates):
             raise MoneError(f"{path}: layer {layer.layer} has tiers that a layer cannot have")
-    if recipe.allocation != "budget" and any(layer.tiers for layer in layers):
+    thin = any(tier.width < spec.expert_size for layer in layers for tier in layer.tiers)
+    if thin and recipe.novice != "thin":
         raise MoneError(f"{path} has thin experts, --novice {recipe.novice} has none: leave it out")
     if recipe.method != "mone" and len({len(layer.kept) for layer in layers}) > 1:
         raise MoneError(
