@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -79,10 +79,15 @@ def test_skipped_rows_are_zero_or_the_bias(gpu: Gpu, cases: str) -> None:
     assert passed and int(passed[1]) > 0 and "not supported" not in result.stdout, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q6_k"])
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q6_k", "mixed"])
 def test_logits_are_those_of_the_cpu(gpu: Gpu, outtype: str, text: Path, tmp_path: Path) -> None:
+    """Thin experts in F32 and F16, constants in types that are too wide for them; types by expert."""
     outfile = tmp_path / "novices.gguf"
-    export("demo", ratio=0.5, outfile=outfile, outtype=outtype, files=[text], n_row=8, seq_len=256)
+    how: dict[str, Any] = {"fit": 4_000_000} if outtype == "mixed" else {"ratio": 0.5, "outtype": outtype}
+    report = export("demo", outfile=outfile, files=[text], n_row=8, seq_len=256, **how)
+    assert report is not None
+    fates = {fate for layer in report.fates.values() for fate in layer}
+    assert len(fates) > 3 if outtype in ("f32", "f16", "mixed") else fates == {"whole", "constant"}
     expected, where = logits(gpu, outfile, len(TOKENS), n_gpu_layers=0)
     assert where == {"CPU"}
     for n_batch in (len(TOKENS), 1):
