@@ -75,13 +75,13 @@ def draw_bytes(data: dict[str, Any]) -> Any:
         "only quantised": ("#d55e00", "s"),
         "REAP": ("#cc79a7", "v"),
         "constants": ("#009e73", "^"),
-        "fit": ("#0072b2", "o"),
+        "--fit": ("#0072b2", "o"),
     }
     for panel, model, text in cells(panels, models):
         for label, (colour, marker) in kinds.items():
             values: dict[float, list[float]] = {}
             for run in data["runs"]:
-                if run["model"] == model and run["arm"] == label:
+                if run["model"] == model and run["arm"] == label.removeprefix("--"):
                     values.setdefault(run["size"] / 1e6, []).append(run[text]["kl"])
             sizes = sorted(values)
             means = [statistics.mean(values[size]) for size in sizes]
