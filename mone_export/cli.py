@@ -512,7 +512,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
         pruned = f": {' '.join(map(str, layer.pruned))}" if real and layer.pruned else ""
         counts = f"keep {len(layer.kept)}, prune {len(layer.pruned)}"
         if chosen.n_tier or chosen.mixes_types:
-            counts = ", ".join(f"{n} {fate}" for fate, n in chosen.fates[layer.layer].items())
+            counts = _listed(chosen.fates[layer.layer])
         print(f"layer {layer.layer:3}  {counts}{pruned}")
     if decided and not counted:
         kept = len(chosen.layers[0].kept)
@@ -594,10 +594,21 @@ def _fates(report: "Report") -> str:
     """Say what became of the experts: how many are kept, or all that there is between that and a constant."""
     counts = sum(map(Counter, report.fates.values()), Counter[str]())
     if not counts.keys() <= {"whole", "constant"}:
-        return f"{', '.join(f'{n} {fate}' for fate, n in counts.most_common())} in {len(report.fates)} layers"
+        return f"{_listed(counts)} in {len(report.fates)} layers"
     kept = report.n_kept.values()
     each = f"{min(kept)} to {max(kept)}" if min(kept) < max(kept) else f"{min(kept)}"
     return f"{each} kept in each of {len(kept)} layers, {sum(kept)} in all"
+
+
+def _listed(fates: Mapping[str, int]) -> str:
+    """List how many experts have which fate, whole ones first, thin ones by their channels, constants."""
+
+    def place(fate: str) -> tuple[bool, int]:
+        channels = int(fate.split()[0]) if fate[0].isdigit() else 0
+        return fate == "constant", -channels if channels else -(2**31)
+
+    ordered = sorted(sorted(fates, reverse=True), key=place)
+    return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in ordered)
 
 
 def _cut(remark: str) -> str:
