@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mone_export.architectures import weights_inputs
 from mone_export.artifacts import Calibration, Candidate, ChannelStats, Corpus, Plan, differing
 from mone_export.calibration import ranks
-from mone_export.calibration.corpus import head, read_corpus
+from mone_export.calibration.corpus import BUILT_IN, head, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.lazily import Tensor
@@ -438,6 +438,8 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
     """Return why no expert can be thin, empty where some can."""
     if request.sequential:
         return "--sequential does not know them"
+    if saved and not (request.files or request.datasets or _is_builtin(request, source, saved)):
+        return "they take the text of the statistics once more: pass it with -f"
     if reason := _not_thin(source):
         return f"{source.name} can have none, since {reason}"
     block = 32 if request.mixes_types(source) else packed_together(source, request.outtype)
@@ -445,12 +447,21 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
         return f"experts of {source.spec.expert_size} channels are too narrow for it in this type"
     try:
         _check_channels(request, source)
-        given = request.files or request.datasets
-        if saved and not given and saved.corpus_sha256 != _text(request, source).sha256:
-            return "they take the text of the statistics once more: pass it with -f"
     except MoneError as error:
         return str(error)
     return ""
+
+
+def _is_builtin(request: Request, source: Source, saved: Calibration) -> bool:
+    """Return whether statistics are of the built-in text as it would be read now.
+
+    Of other texts that is known without a tokenizer, which takes seconds.
+    """
+    named = {name for part in saved.parts for name in part.sources}
+    try:
+        return named <= {BUILT_IN} and saved.corpus_sha256 == _text(request, source).sha256
+    except MoneError:  # too short for the rows that are asked for now
+        return False
 
 
 def _check_channels(request: Request, source: Source) -> None:

@@ -272,7 +272,7 @@ def test_ten_kills_one_result(packed: Path, text: Path, tmp_path: Path) -> None:
 def test_two_bits_in_one_command(road: str, whole: Path, text: Path, tmp_path: Path) -> None:
     model, imatrix = "demo" if road == "checkpoint" else whole, tmp_path / "imatrix.gguf"
     outfile, plain = tmp_path / "iq2_xs.gguf", tmp_path / "plain.gguf"
-    options: dict[str, Any] = {"ratio": 0.5, "files": [text], **ROWS}
+    options: dict[str, Any] = {"ratio": 0.5, "novice": "least-squares", "files": [text], **ROWS}
     mone.export(model, outfile=outfile, outtype="iq2_xs", imatrix=imatrix, **options)
     kept = {layer: count for layer, (count, _) in orders_of(outfile).items()}
     found = read_header(imatrix).tensors

@@ -29,6 +29,8 @@ from mone_export.source.tokenizing import Encoder, TextReader, as_reader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BUILT_IN = "built-in"  # the name of the text where none is given
+
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +64,7 @@ def read_corpus(
     texts = [_file_text(str(file), reader, field) for file in files or ()]
     texts += [_dataset_text(name, reader, field, seed) for name in datasets]
     if not texts:
-        texts = [_Text("built-in", builtin_documents("calibration"))]
+        texts = [_Text(BUILT_IN, builtin_documents("calibration"))]
     weights = [text.weight for text in texts if text.weight is not None]
     encoder = Encoder(reader)
     if not weights:
