@@ -199,8 +199,12 @@ class Job:
 
     @property
     def lacks_sensitivity(self) -> bool:
-        """Whether saved statistics are without the sensitivities that the counts need: its run was ended."""
-        return self.saved is not None and self.probed and not self.saved.sensitivity
+        """Whether saved statistics are without the sensitivities that the counts need: its run was ended.
+
+        A work folder's are completed in any case: its files are those of a run that came through.
+        """
+        wanted = self.probed or self.request.workdir is not None
+        return self.saved is not None and wanted and not self.saved.sensitivity
 
     @property
     def probed(self) -> bool:

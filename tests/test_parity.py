@@ -48,7 +48,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
 def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp_path: Path) -> None:
     outfile = tmp_path / "model.gguf"
-    export(str(folder), ratio=ratio, outfile=outfile, outtype="f32", files=[text], n_row=8, seq_len=128)
+    options: dict[str, Any] = {"files": [text], "n_row": 8, "seq_len": 128, "novice": "least-squares"}
+    export(str(folder), ratio=ratio, outfile=outfile, outtype="f32", **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     novices = read_novices(outfile)
     n_expert = model.config.num_local_experts if hasattr(model.config, "num_local_experts") else 16
