@@ -22,7 +22,8 @@ BARS = {"q3_k_m": 0.05, "iq3_xxs": 0.1, "iq2_s": 0.2, "iq2_xs": 0.2}
 @pytest.fixture(scope="module")
 def novice_file(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     outfile = tmp_path_factory.mktemp("imatrix") / "novices.gguf"
-    export("demo", ratio=0.5, outfile=outfile, outtype="f32", files=[text], n_row=16, seq_len=256)
+    options = {"n_row": 16, "seq_len": 256, "novice": "least-squares"}
+    export("demo", ratio=0.5, outfile=outfile, outtype="f32", files=[text], **options)
     return outfile
 
 
