@@ -31,7 +31,7 @@ _DESCRIPTION = """Prune the experts a mixture-of-experts model needs least, put 
 _EPILOG = """examples:
   mone-export demo --ratio 0.5 -o demo.gguf
   mone-export allenai/OLMoE-1B-7B-0125 --ratio 0.5 -f my-text.txt --outtype q4_k_m -o olmoe.gguf
-  mone-export ./my-model --fit 16GiB -o fits.gguf                  prune, or only quantise? finds out
+  mone-export ./my-model --fit 16GiB -o fits.gguf                  spends the bytes expert by expert
   mone-export ./my-model --ratio 0.25 --stats my-model.stats -o quarter.gguf    keeps the calibration
   mone-export ./my-model --ratio 0.5 --stats my-model.stats -o half.gguf        and uses it again
 
@@ -258,7 +258,7 @@ def _add_pruning_options(group: _Group) -> None:
         "--target-size",
         type=_size,
         metavar="SIZE",
-        help="largest size of the file, e.g. 16GiB: what --ratio and --outtype leave open is chosen to fit",
+        help="largest size of the file, e.g. 16GiB: spent expert by expert, the types of weights included",
     )
     group.add(
         "--stock",
