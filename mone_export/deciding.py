@@ -112,7 +112,7 @@ def budgeted(
     if job.plan and not job.plan.has_thin:
         return job, job.plan, None
     mixed = job.plan.mixes_types if job.plan else job.mixed
-    block = 32 if mixed else packed_together(job.source, job.outtype)
+    block = packed_together(job.source, job.outtype, mixed=mixed)
     widths: tuple[int, ...] = (0, job.source.spec.expert_size)
     thinner = None
     if job.recipe.novice == "thin":
@@ -180,8 +180,13 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
     if fits is None:
         return None
     job, chosen = fits
-    best = replace(item, ratio=chosen.share_pruned, size=job.size, size_between=job.size_between)
-    best = replace(best, mixed=job.mixes(item))
+    best = replace(
+        item,
+        ratio=chosen.share_pruned,
+        size=job.size,
+        size_between=job.size_between,
+        mixed=job.mixes(item),
+    )
     return replace(job, candidates=(best,)), chosen
 
 

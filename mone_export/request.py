@@ -446,7 +446,7 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
         return "they take the text of the statistics once more: pass it with -f"
     if reason := _not_thin(source):
         return f"{source.name} can have none, since {reason}"
-    block = 32 if request.mixes_types(source) else packed_together(source, request.outtype)
+    block = packed_together(source, request.outtype, mixed=request.mixes_types(source))
     if len(widths_of(source.spec, block)) == 2:
         return f"experts of {source.spec.expert_size} channels are too narrow for it in this type"
     try:

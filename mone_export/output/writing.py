@@ -135,8 +135,13 @@ def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding
     return layout.size, layout.size_between
 
 
-def packed_together(source: Source, outtype: str) -> int:
-    """Return how many weights of a row the type of a file's experts packs together, 1: each by itself."""
+def packed_together(source: Source, outtype: str, *, mixed: bool = False) -> int:
+    """Return how many weights of a row the type of a file's experts packs together, 1: each by itself.
+
+    Where experts have types of their own, rows too short for one get another of smaller blocks.
+    """
+    if mixed:
+        return 32
     if outtype == "auto":
         return source.block
     if outtype in ("f32", "f16", "bf16"):

@@ -54,9 +54,7 @@ class _Layer:
         priced = self.costs + price * self.prices
         best: tuple[float, Fates] | None = None
         for main in np.flatnonzero(self.full).tolist():
-            # thin experts are of the whole ones' type: nothing is lost by it, and there is less to try
-            there = self.full | (self.kinds == self.kinds[main])
-            others = np.flatnonzero(there & (self.prices > 0) & (self.prices < self.prices[main])).tolist()
+            others = [option for option in self._beside(main) if 0 < self.prices[option] < self.prices[main]]
             options = np.array([0, *self._others(priced, main, others), main])
             fates = options[priced[:, options].argmin(1)]
             fates = self._allowed(fates, options)
@@ -75,8 +73,7 @@ class _Layer:
         main = max(fates, key=lambda fate: self.prices[fate])
         options = np.unique(fates)
         if len(options[(options > 0) & (options != main)]) < N_TIER:
-            there = self.full | (self.kinds == self.kinds[main])
-            options = np.flatnonzero(there & (self.prices <= self.prices[main]))
+            options = np.array(self._beside(main))
         more = self.prices[options] - self.prices[fates][:, None]  # [M, n_option]
         gain = np.take_along_axis(self.costs, fates[:, None], 1) - self.costs[:, options]
         rate = np.where((more > 0) & (more <= room), gain / np.maximum(more, 1), -np.inf)
@@ -84,6 +81,15 @@ class _Layer:
         if rate[expert, option] <= 0:
             return None
         return float(rate[expert, option]), int(expert), int(options[option])
+
+    def _beside(self, main: int) -> list[int]:
+        """Return the options that a layer may have whose whole experts are `main`, itself included.
+
+        Thin experts are of the whole ones' type: nothing is lost by it, and there is less to try.
+        """
+        there = self.full | (self.kinds == self.kinds[main])
+        found: list[int] = np.flatnonzero(there & (self.prices <= self.prices[main])).tolist()
+        return found
 
     def _others(self, priced: np.ndarray, main: int, others: Sequence[int]) -> tuple[int, ...]:
         """Return the options, at most `N_TIER` of `others`, that make the layer cheapest beside `main`."""
