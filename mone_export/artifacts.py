@@ -375,13 +375,9 @@ def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
     """Read what `save_layers` wrote: (header, statistics by layer)."""
     from safetensors import SafetensorError, safe_open
 
+    header = read_layers_head(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["mone_calibration"])
-            if header["version"] not in _READ_VERSIONS:
-                raise ValueError(
-                    f"version {header['version']}, this mone-export reads version {_VERSION} and before"
-                )
             layers = {
                 int(layer): ExpertStats(
                     n_token=n_token,
@@ -392,6 +388,22 @@ def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _not_ours(path, error) from None
     return header, layers
+
+
+def read_layers_head(path: Path) -> dict[str, Any]:
+    """Read what `save_layers` wrote besides tensors, without PyTorch."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {})["mone_calibration"])
+        if header["version"] not in _READ_VERSIONS:
+            raise ValueError(
+                f"version {header['version']}, this mone-export reads version {_VERSION} and before"
+            )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _not_ours(path, error) from None
+    return dict(header)
 
 
 def _not_ours(path: Path, error: Exception) -> MoneError:

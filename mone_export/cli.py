@@ -128,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; `--stock` decides the method where none is named."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.command = shlex.join(["mone-export", *(sys.argv[1:] if argv is None else argv)])
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
     if args.restore_check:
@@ -335,7 +336,7 @@ def _add_output_options(group: _Group) -> None:
         help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_xs, ... (default auto: the checkpoint's own)",
     )
     group.add_rare(
-        "--overwrite", action="store_true", help="replace an existing file that is no GGUF of mone-export"
+        "--overwrite", action="store_true", help="replace an existing file that is no file of mone-export"
     )
     group.add_rare(
         "--imatrix",
@@ -349,6 +350,7 @@ def _add_output_options(group: _Group) -> None:
         action="store_false",
         help="round without one (it is made by running the pruned model over some of the text)",
     )
+    _add_page_options(group)
     group.add_rare(
         "--split-max-size",
         type=_size,
@@ -370,6 +372,21 @@ def _add_output_options(group: _Group) -> None:
         "--dry-run",
         action="store_true",
         help="print plan and sizes, write nothing; without saved --stats the plan has no expert ids",
+    )
+
+
+def _add_page_options(group: _Group) -> None:
+    group.add_rare(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page about what was pruned and why, with its figures and its numbers as JSON beside it",
+    )
+    group.add_rare(
+        "--card",
+        type=Path,
+        metavar="DIR",
+        help="write what is published with the file: README.md for the hub, selection.json, SHA256SUMS",
     )
 
 

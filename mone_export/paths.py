@@ -21,7 +21,10 @@ Inputs = Mapping[str, Path | Sequence[Path]]
 
 _OUR_KEY = b"mone.format_version"  # `source.gguf_format` says what it means
 _HEAD = 2**26  # bytes of a GGUF in which its keys end: a vocabulary of 256k tokens takes a quarter of it
+_PAGE_HEAD = 512
+_OUR_SIGNS = (b'<meta name="generator" content="mone-export">', b'{\n "mone_report": ')
 _N_TRY = 10
+RECORD = "report.json"  # what a card's numbers come from
 
 
 def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: bool = False) -> dict[str, Path]:
@@ -45,9 +48,19 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: boo
         check_room(path, option=option)
         if path.exists() and not overwrite and not is_ours(path):
             raise MoneError(
-                f"{path} exists and is no GGUF of mone-export: choose another {option}, or pass --overwrite"
+                f"{path} exists and is no file of mone-export: choose another {option}, or pass --overwrite"
             )
     return found
+
+
+def check_card(folder: Path) -> None:
+    """Raise MoneError unless a card may be written to a folder: new, or without a strange README."""
+    if folder.exists() and not folder.is_dir():
+        raise MoneError(f"--card {folder} is a file: name a folder")
+    if (folder / "README.md").exists() and not is_ours(folder / RECORD):
+        raise MoneError(f"--card {folder} has a README.md that is not ours: name another folder")
+    if not folder.exists():
+        check_room(folder, option="--card")
 
 
 def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
@@ -93,10 +106,14 @@ def _existing(folder: Path) -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """Say whether a file is a GGUF with the keys of this program; reads its head."""
+    """Say whether a file is a GGUF with the keys of this program, or a page or record; reads its head."""
     try:
         with path.open("rb") as file:
-            return file.read(4) == b"GGUF" and struct.pack("<Q", len(_OUR_KEY)) + _OUR_KEY in file.read(_HEAD)
+            beginning = file.read(4)
+            if beginning != b"GGUF":
+                beginning += file.read(_PAGE_HEAD)
+                return any(sign in beginning for sign in _OUR_SIGNS)
+            return struct.pack("<Q", len(_OUR_KEY)) + _OUR_KEY in file.read(_HEAD)
     except OSError:
         return False
 

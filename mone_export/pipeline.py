@@ -26,6 +26,7 @@ from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import write
 from mone_export.pruning.plan_files import save_plan
 from mone_export.pruning.planning import plan, plan_without_scores
+from mone_export.publishing.publishing import publish_export
 from mone_export.reporting import Clock, report
 from mone_export.request import Job, Request, check_paths, prepare
 from mone_export.runtime import Progress
@@ -81,7 +82,10 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     if job.request.split_max_size is not None:
         outfile = split(outfile, job.request.split_max_size, overwrite=job.request.overwrite)
     clock.lap("writing")
-    return replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
+    done = replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
+    if job.request.report is not None or job.request.card is not None:
+        publish_export(job, done, chosen, scores, calibration, progress)
+    return done
 
 
 def rehearse(

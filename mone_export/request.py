@@ -23,7 +23,7 @@ from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
-from mone_export.paths import check_outputs, check_room, check_temporary
+from mone_export.paths import check_card, check_outputs, check_room, check_temporary
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
@@ -63,7 +63,8 @@ class Request:
     model. In `workdir` an unfinished one is kept, too, and taken up by the next call, and so
     is what a second pass has found. `sequential` measures
     each layer again after the pruned ones before it. `until_stable` ends the calibration when the decision's
-    overlap with that at half the text is that much.
+    overlap with that at half the text is that much. `report` names a page to write about the result, `card` a
+    folder for what is published with it; `command` is what they say it was made by.
     """
 
     model: str | Path | Source
@@ -101,6 +102,9 @@ class Request:
     trust_remote_code: bool = False
     overwrite: bool = False
     mtp: Mtp | None = None
+    report: str | Path | None = None
+    card: str | Path | None = None
+    command: str = ""
 
     @property
     def recipe(self) -> Recipe:
@@ -507,6 +511,13 @@ def check_paths(job: Job) -> None:
         outputs["--plan-out"] = Path(request.plan_out)
     if request.imatrix is not None:
         outputs["--imatrix"] = Path(request.imatrix)
+    if request.report is not None:
+        page = Path(request.report)
+        if page.suffix != ".html":
+            raise MoneError(f"--report {page}: name a page, such as {page.with_suffix('.html').name}")
+        outputs |= {"--report": page, "--report's record": page.with_suffix(".json")}
+    if request.card is not None:
+        check_card(Path(request.card))
     if stats is not None and stats.exists():
         inputs["--stats"] = [stats]
     elif request.stats is not None and stats is not None:

@@ -29,10 +29,14 @@ ORDER = (
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
-    *("fitting", "request", "spending", "statistics", "deciding", "reporting", "pipeline", "cli"),
+    *("inspection.anatomy", "inspection.savings", "inspection.cache_memory", "inspection.of_gguf"),
+    *("inspection.of_checkpoint", "inspection.of_records", "inspection.inspecting"),
+    *("fitting", "request", "spending", "statistics", "deciding", "reporting"),
+    *("publishing.record", "publishing.shown", "publishing.charts", "publishing.page", "publishing.card"),
+    *("publishing.publishing", "pipeline", "cli"),
 )
-STAGES = ("calibration", "pruning", "output")
-TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road
+STAGES = ("calibration", "pruning", "output", "inspection", "publishing")
+TOP = ("__init__", "__main__", "cli_inspect", "cli_llama", "cli_stats")  # they stand above the road
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -88,7 +92,7 @@ def test_only_the_commands_print() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing <= {"cli", "cli_llama", "cli_stats", "terminal"}
+    assert printing <= {"cli", "cli_inspect", "cli_llama", "cli_stats", "terminal"}
 
 
 def test_llama_cpps_code_is_imported_in_one_place() -> None:

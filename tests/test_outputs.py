@@ -49,7 +49,7 @@ def test_a_device_is_no_output(command: Command) -> None:
 def test_a_file_of_somebody_else_needs_overwrite(command: Command, stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"GGUF, but not ours")
-    command("-o", out, "--stats", stats, text="").is_one_line("is no GGUF of mone-export: .*--overwrite")
+    command("-o", out, "--stats", stats, text="").is_one_line("is no file of mone-export: .*--overwrite")
     assert out.read_bytes() == b"GGUF, but not ours"
     command("-o", out, "--stats", stats, "--overwrite", text="").is_fine()
     command("-o", out, "--stats", stats, text="").is_fine()  # now it is ours

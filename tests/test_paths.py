@@ -99,7 +99,7 @@ def test_special_files_are_refused(tmp_path: Path, kind: str) -> None:
 
 def test_a_strangers_file_needs_overwrite(tmp_path: Path) -> None:
     for path in (written(tmp_path / "notes.gguf"), gguf(tmp_path / "plain.gguf", key="general.name")):
-        with pytest.raises(MoneError, match="is no GGUF of mone-export: .*pass --overwrite"):
+        with pytest.raises(MoneError, match="is no file of mone-export: .*pass --overwrite"):
             check_outputs({"-o": path}, {})
         assert check_outputs({"-o": path}, {}, overwrite=True) == {"-o": path}
     assert check_outputs({"-o": gguf(tmp_path / "ours.gguf")}, {}) == {"-o": tmp_path / "ours.gguf"}

@@ -257,7 +257,7 @@ def test_a_name_that_says_what_was_chosen_replaces_no_strangers_file(
     command("--fit", f"{limit}B", "-o", folder).is_fine()
     (made,) = folder.iterdir()
     made.write_text("a stranger's")
-    command("--fit", f"{limit}B", "-o", folder).is_one_line("exists and is no GGUF of mone-export")
+    command("--fit", f"{limit}B", "-o", folder).is_one_line("exists and is no file of mone-export")
     assert made.read_text() == "a stranger's"
 
 

@@ -55,7 +55,7 @@ def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str,
 def load_recipe(path: str | Path) -> Recipe:
     """Return the recipe that a plan file was made by; raises `MoneError` for what is no such file."""
     try:
-        return Recipe(**_read(Path(path))["recipe"])
+        return Recipe(**read_plan(Path(path))["recipe"])
     except TypeError as error:
         raise _not_ours(Path(path), error) from None
 
@@ -66,7 +66,7 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
     Raises `MoneError` for what is no plan, or one of a model with other layers or experts.
     """
     path = Path(path)
-    found = _read(path)
+    found = read_plan(path)
     try:
         layers = tuple(
             LayerPlan(
@@ -109,7 +109,8 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
     return Plan(spec, recipe, layers)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return what a plan file holds, as JSON has it; raises `MoneError` for what is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["mone_plan"] not in (_VERSION, _WITH_TIERS):

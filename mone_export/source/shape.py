@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Stream = Literal["auto", "on", "off"]
 
-_TOP_K_KEYS = (
+TOP_K_KEYS = (
     "num_experts_per_tok",
     "num_experts_per_token",
     "moe_topk",
@@ -286,7 +286,7 @@ def _states(stated: Mapping[str, Any], key: str) -> bool:
 
 
 def _top_k(config: Any, arch: str, n_expert: int) -> int:
-    for key in _TOP_K_KEYS:
+    for key in TOP_K_KEYS:
         value = getattr(config, key, None)
         values = set(value) if isinstance(value, list | tuple) else {value}  # some name it for each layer
         if len(values) > 1:
@@ -303,7 +303,7 @@ def _top_k(config: Any, arch: str, n_expert: int) -> int:
                 )
             return value
     raise MoneError(
-        f"{arch}: the config names no number of experts per token (looked for {', '.join(_TOP_K_KEYS)})"
+        f"{arch}: the config names no number of experts per token (looked for {', '.join(TOP_K_KEYS)})"
     )
 
 

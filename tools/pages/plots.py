@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw docs/plots/*.svg from docs/measurements/*.json.
 
-    python tools/pages/plots.py       needs matplotlib: pip install -e '.[plots]'
+    python tools/pages/plots.py       from docs/measurements
 
 The same numbers as in the tables of docs/methods.md: KL divergence over the share pruned, and over the size.
 """

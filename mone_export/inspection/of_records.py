@@ -1,0 +1,73 @@
+"""The anatomy of what mone-export keeps beside a model: statistics and plans."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mone_export.artifacts import read_layers_head
+from mone_export.errors import MoneError, first_line
+from mone_export.inspection.anatomy import Anatomy, LayerAnatomy
+from mone_export.pruning.plan_files import read_plan
+
+
+def of_statistics(path: Path) -> Anatomy:
+    """Return the anatomy of a statistics file: its model's shape, and how many experts each layer saw."""
+    import numpy as np
+    from safetensors import safe_open
+
+    head = read_layers_head(path)
+    spec = head["spec"]
+    with safe_open(path, framework="np") as file:
+        seen = {
+            layer: int(np.count_nonzero(file.get_tensor(f"layers.{layer}.count")))
+            for layer in spec["moe_layers"]
+        }
+    texts = {
+        f"text {number}": ", ".join(f"{name} {n} tokens" for name, n in part["sources"].items())
+        for number, part in enumerate(head["parts"], start=1)
+    }
+    made = {"model_sha256": head["model_sha256"], "n_token": head["n_token"]} | texts
+    return Anatomy(
+        **_shape(path, "statistics", spec),
+        layers=tuple(LayerAnatomy(layer, {"whole": spec["n_expert"]}, seen=n) for layer, n in seen.items()),
+        made=made | {"corpus_sha256": head["corpus_sha256"]} | head.get("made_with", {}),
+    )
+
+
+def of_plan(path: Path) -> Anatomy:
+    """Return the anatomy of a plan: the fates of each layer's experts."""
+    found = read_plan(path)
+    n_expert = found["n_expert"]
+    layers = []
+    try:
+        for number, layer in found["layers"].items():
+            fates = {f"whole {layer.get('kind', '')}".rstrip(): len(layer["kept"])}
+            for tier in layer.get("tiers", ()):
+                fate = f"{tier['width']} channels {tier['kind']}".rstrip()
+                fates[fate] = fates.get(fate, 0) + len(tier["experts"])
+            fates |= {"constant": len(layer["pruned"])} if layer["pruned"] else {}
+            layers.append(LayerAnatomy(int(number), fates))
+        made = {**found["recipe"], **{f"source_{key}": value for key, value in found["source"].items()}}
+        calibration = found["calibration"] or {}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MoneError(f"{path} is no plan of mone-export ({first_line(error)})") from None
+    made |= {f"calibration_{key}": value for key, value in calibration.items()}
+    shape = {"n_expert": n_expert, "n_layer": len(layers)}
+    return Anatomy(**_shape(path, "plan", shape), layers=tuple(layers), made=made)
+
+
+def is_plan(path: Path) -> bool:
+    """Say whether a file may be a plan: JSON that says so."""
+    try:
+        return "mone_plan" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _shape(path: Path, kind: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    shape = {"arch": spec.get("arch", "")}
+    names = ("n_layer", "n_expert", "top_k", "hidden_size", "expert_size")
+    return {"kind": kind, "name": path.name, "size": path.stat().st_size, **shape} | {
+        name: int(spec.get(name, 0)) for name in names
+    }

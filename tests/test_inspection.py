@@ -1,0 +1,178 @@
+"""mone-inspect: what it says of every kind of file is what is in it, at once and without anything heavy."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import Command
+from gguf_models import tiny_gguf
+from tiny import save_small
+
+from mone_export import cli_inspect
+from mone_export.errors import MoneError
+from mone_export.inspection.inspecting import examine
+from mone_export.source import open_source
+from mone_export.source.gguf_header import read_header
+from mone_export.source.pruned_before import pruned_before
+
+# heads of their own, windows, latent attention, an indexer, recurrent layers
+CACHES = ("olmoe", "gpt-oss", "deepseek2", "deepseek32", "qwen3next", "lfm2moe", "cohere2moe", "kimi-linear")
+_LOAD = """import sys, llama_cpp
+llama_cpp.Llama(sys.argv[1], n_ctx=4096, n_batch=512, n_ubatch=512, swa_full=False, verbose=True)"""
+
+
+def test_a_pruned_files_fates_and_novices(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "pruned.gguf"
+    command("-o", out, "--novice", "mean", "--plan-out", tmp_path / "plan.json").is_fine()
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["layers"]
+    found = examine(str(out))
+    before = pruned_before(read_header(out), open_source(out).spec)
+    assert before is not None
+    assert found.needs == "patched"
+    for layer in found.layers:
+        own = plan[str(layer.layer)]
+        assert layer.fates == {"whole": len(own["kept"]), "constant": len(own["pruned"])}
+        norms = np.linalg.norm(before.novices(layer.layer)[len(own["kept"]) :].astype(np.float64), axis=1)
+        assert layer.norms == pytest.approx((norms.min(), np.median(norms), norms.max()))
+    assert found.made["mone.novice"] == "mean"
+    assert (
+        found.n_byte["novices"]
+        == sum(n["constant"] for n in (at.fates for at in found.layers)) * found.hidden_size * 4
+    )
+    assert sum(found.n_byte.values()) == sum(info.size for info in read_header(out).tensors.values())
+    assert sum(found.types.values()) == sum(found.n_byte.values())
+
+
+def test_thin_experts_by_their_widths_as_the_plan_has_them(command: Command, tmp_path: Path) -> None:
+    out, plan = tmp_path / "thin.gguf", tmp_path / "plan.json"
+    command("-o", out, "--plan-out", plan).is_fine()
+    assert [at.fates for at in examine(str(out)).layers] == [at.fates for at in examine(str(plan)).layers]
+    assert any("channels" in fate for fate in examine(str(out)).fates)
+
+
+def test_a_checkpoint_and_its_gguf_are_the_same_model(small: Path, command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "whole.gguf"
+    command("-o", out, "--ratio", "0", "--outtype", "f32", text="").is_fine()
+    folder, file = examine(str(small)), examine(str(out))
+    for name in ("n_layer", "n_expert", "top_k", "hidden_size", "expert_size", "fates", "n_ctx_train"):
+        assert getattr(folder, name) == getattr(file, name), name
+    assert folder.n_byte["experts"] == file.n_byte["experts"]
+    assert file.needs == "any"
+
+
+def test_what_ratios_save_is_about_what_an_export_weighs(command: Command, tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole.gguf", tmp_path / "half.gguf"
+    command("-o", whole, "--ratio", "0", text="").is_fine()
+    command("-o", half, "--novice", "mean", "--allocate", "even").is_fine()
+    saved = {(each.ratio, each.outtype): each.size for each in examine(str(whole)).savings}
+    tensors = read_header(half).tensors.values()
+    assert saved[0.5, "as it is"] == pytest.approx(sum(info.size for info in tensors), rel=0.02)
+
+
+def test_statistics_name_text_and_model(stats: Path) -> None:
+    found = examine(str(stats))
+    assert found.kind == "statistics"
+    assert [layer.seen for layer in found.layers] == [layer.seen for layer in found.layers if layer.seen]
+    assert found.made["n_token"] == 64
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("arch", CACHES)
+def test_the_cache_is_as_large_as_llama_cpps(arch: str, tmp_path: Path) -> None:
+    file = tiny_gguf(arch, tmp_path)
+    said = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(file)], capture_output=True, text=True, check=True
+    )
+    sizes = re.findall(r"llama_kv_cache: size =\s+([\d.]+) MiB", said.stderr)
+    memory = examine(str(file), n_ctx=4096).memory
+    assert memory is not None and sizes
+    assert memory.cache / 2**20 == pytest.approx(sum(map(float, sizes)), abs=0.01)
+
+
+def test_a_large_file_takes_no_longer_and_imports_nothing_heavy(demo_gguf: Path, tmp_path: Path) -> None:
+    """A hole of 2 GB in a tensor: what is read is the head. In seconds of CPU: others may be busy beside."""
+    large = tmp_path / "large.gguf"
+    _write_large(large)
+    code = (
+        "import sys, time; from mone_export.cli_inspect import main;"
+        "main(); print(time.process_time(), *{'torch', 'transformers'} & sys.modules.keys())"
+    )
+    times = []
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(large)], capture_output=True, text=True, check=True
+        )
+        *_, last = done.stdout.splitlines()
+        times.append(float(last))  # fails where a module is named after it
+    assert large.stat().st_size > 2e9
+    print(f"{large.stat().st_size / 1e9:.1f} GB, CPU time: {min(times):.2f} s to {max(times):.2f} s")
+    assert min(times) < 0.5
+
+
+def _write_large(path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in (("block_count", 4), ("expert_count", 64), ("expert_used_count", 8)):
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_uint32("llama.embedding_length", 2048)
+    writer.add_token_list([f"token {number}" for number in range(150_000)])
+    for layer in range(4):
+        for matrix, shape in (
+            ("gate", (64, 1024, 2048)),
+            ("up", (64, 1024, 2048)),
+            ("down", (64, 2048, 1024)),
+        ):
+            size = int(np.prod(shape)) * 2
+            name = f"blk.{layer}.ffn_{matrix}_exps.weight"
+            writer.add_tensor_info(name, shape, np.dtype(np.float16), size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + 12 * 64 * 1024 * 2048 * 2 + 64)
+
+
+def test_the_command_prints_a_table_and_json(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pruned.gguf"
+    command("-o", out, "--novice", "mean").is_fine()
+    assert cli_inspect.main([str(out), "-c", "1024"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^runs on    the patched llama.cpp", table, re.MULTILINE)
+    assert "for 1024 tokens" in table and "constant" in table
+    assert cli_inspect.main([str(out), "-c", "1024", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["memory"]["n_ctx"] == 1024 and value["fates"] == examine(str(out)).fates
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"GGUFnot much", "broken|version"), (b"{}", "is no GGUF"), (b"12345678{}", "is not a statistics file")],
+)
+def test_what_is_none_of_them_is_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_bytes(content)
+    with pytest.raises(MoneError, match=says):
+        examine(str(file))
+
+
+def test_a_name_that_is_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_inspect.main([str(tmp_path / "none.gguf")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mone-inspect: there is no ")
+    with pytest.raises(MoneError, match="has no config.json"):
+        examine(str(tmp_path))
+
+
+def test_a_folder_of_fewer_tensors_than_it_lists_is_one_line(tmp_path: Path) -> None:
+    folder = save_small(tmp_path / "broken")
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:6])
+    with pytest.raises(MoneError, match="cannot read .*safetensors"):
+        examine(str(folder))
