@@ -19,7 +19,9 @@ from mone_export.publishing.shown import FORMS, at
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _EMPTY = ("meta", "link", "br", "img")  # tags that nothing ends
-_OWN = r"(?!(?:update\.googleapis|clients\d\.google|accounts\.google)\.com)"  # what the browser asks its maker
+_OWN = (
+    r"(?!(?:update\.googleapis|clients\d\.google|accounts\.google)\.com)"  # what the browser asks its maker
+)
 _NAMES = re.compile(r"SHA-256|4-grams|99(\.9)?%")  # digits that are names, not measurements
 
 
