@@ -119,6 +119,13 @@ def test_the_parser_takes_them(page: Path) -> None:
             cli.parse(words[words.index("mone_export") + 1 :])
 
 
+def test_the_help_texts_examples_parse() -> None:
+    examples = re.findall(r"^  mone-export (.*?)(?:   .*)?$", cli.make_parser().epilog or "", re.M)
+    assert len(examples) == 5
+    for example in examples:
+        cli.parse(shlex.split(example))
+
+
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """What the compiler is asked for, which is not there; one entry of backend and targets a call."""
@@ -194,6 +201,7 @@ def place(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.upstream
 @pytest.mark.parametrize("page", **BY_NAME)
 def test_they_run(page: Path, place: Path, hub: HubServer, tmp_path: Path) -> None:

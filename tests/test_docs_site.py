@@ -1,4 +1,4 @@
-"""The site of the pages: built strictly, its links lead somewhere, it asks nothing of others, its search works."""
+"""The site of the pages: a strict build, links that lead somewhere, nothing from other sites, the search."""
 
 import re
 import subprocess
@@ -62,6 +62,13 @@ def test_pages_ask_nothing_of_other_sites(site: Path) -> None:
     assert not [each for each in found if "//" in each]
     styles = "".join(file.read_text(encoding="utf-8") for file in site.rglob("*.css"))
     assert not re.findall(r"url\(['\"]?(?:https?:)?//", styles)
+
+
+def test_lists_are_lists(site: Path) -> None:
+    """MkDocs wants an empty line before a list, GitHub does not."""
+    for file in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", file.read_text(encoding="utf-8"), re.S)
+        assert not [text for text in paragraphs if re.search(r"\n *(- |\d\. |\|)", text)], file
 
 
 def headings(page: Path) -> Iterator[str]:

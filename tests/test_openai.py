@@ -1,4 +1,4 @@
-"""llama-server with a pruned file, as others talk to it: the openai client, and its web page where it has one."""
+"""llama-server with a pruned file, as others talk to it: the openai client, a browser where it has a page."""
 
 import subprocess
 import urllib.error

@@ -32,6 +32,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Point links at the site's pages; those that lead to other files of the repository become text."""
     docs = Path(config["docs_dir"]).resolve()
     source = OUTSIDE.get(page.file.src_uri, docs / page.file.src_uri)
+    if page.file.src_uri == "changelog.md":  # on GitHub a list may follow a line of text
+        markdown = re.sub(r"(?m)^(\w.*)\n(?=- )", r"\1\n\n", markdown)
     pages = {file: uri for uri, file in OUTSIDE.items()}
 
     def led(match: re.Match[str]) -> str:
