@@ -90,6 +90,12 @@ def test_anchors_exist_on_github(page: Path) -> None:
     assert not wrong
 
 
+def test_the_readme_is_read_in_five_minutes() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    seen = re.sub(r"<!--.*?-->|\]\([^)]*\)", " ", text)
+    assert 800 < len(re.findall(r"\S*\w\S*", seen)) <= 1200
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_search_finds_pages_without_a_network(site: Path) -> None:
     found = visit(
