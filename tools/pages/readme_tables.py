@@ -5,7 +5,8 @@
     python tools/pages/readme_tables.py --check    change nothing; fail where a file differs
 
 `<!-- table:NAME -->` ... `<!-- /table -->` holds the table of docs/measurements/NAME.json, `table:NAME/VIEW`
-another table of the same numbers. No number of ours is typed by hand.
+another table of the same numbers. The long ones have pages of their own in docs/tables, which are written
+whole (`PAGES`). No number of ours is typed by hand.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "docs" / "measurements"
+TABLE_PAGES = ROOT / "docs" / "tables"
 
 Json = dict[str, Any]
 Row = Sequence[str]
@@ -37,13 +39,24 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="only say which files would change")
     check = parser.parse_args().check
-    stale = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if file.is_file()]
-    stale = [file for file in stale if file.read_text() != filled(file.read_text())]
+    texts = {file: filled(file.read_text()) for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    texts |= {TABLE_PAGES / name: page(name) for name in PAGES}
+    stale = sorted(file for file, text in texts.items() if not file.is_file() or file.read_text() != text)
     for file in stale:
         print(f"{file.relative_to(ROOT)}: tables {'differ' if check else 'written'}")
         if not check:
-            file.write_text(filled(file.read_text()))
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(texts[file])
     return 1 if check and stale else 0
+
+
+def page(name: str) -> str:
+    """Return a page of docs/tables: what its tables are, then the tables."""
+    title, text, tables = PAGES[name]
+    parts = [f"# {title}", "Written by `tools/pages/readme_tables.py`; not to be edited.", text]
+    for table, heading in tables.items():
+        parts += [f"## {heading}"] * bool(heading) + [f"<!-- table:{table} -->\n<!-- /table -->"]
+    return filled("\n\n".join(parts) + "\n")
 
 
 def filled(text: str) -> str:
@@ -61,18 +74,20 @@ def filled(text: str) -> str:
 
 def render(data: Json, view: str | None = None) -> str:
     """Return a measurement as a Markdown table, with a line on how it was taken."""
-    header, *rows = TABLES[f"{data['kind']}/{view}" if view else data["kind"]](data)
-    machine, versions = data["machine"], data["versions"]
-    note = NOTES.get(f"{data['kind']}/{view}", NOTES[data["kind"]])
+    name = f"{data['kind']}/{view}" if view else data["kind"]
+    header, *rows = TABLES[name](data)
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        [
-            *(f"| {' | '.join(line)} |" for line in lines),
-            "",
-            f"{note(data)} {data['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, "
-            f"load average {machine['load_average_before'][0]} before and "
-            f"{machine['load_average_after'][0]} after; {versions['llama_cpp']}, torch {versions['torch']}.",
-        ]
+    note = BRIEF.get(name) or f"{NOTES.get(name, NOTES[data['kind']])(data)} {where(data)}"
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", note])
+
+
+def where(data: Json) -> str:
+    """Say when, on what and with what a measurement was taken."""
+    machine, versions = data["machine"], data["versions"]
+    return (
+        f"{data['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, load average "
+        f"{machine['load_average_before'][0]} before and {machine['load_average_after'][0]} after; "
+        f"{versions['llama_cpp']}, torch {versions['torch']}."
     )
 
 
@@ -304,6 +319,16 @@ def methods_third(data: Json) -> Iterable[Row]:
                 yield model, f"{n_token} tokens", f"{ratio:.0%}", text, mean, *cells
 
 
+def methods_third_short(data: Json) -> Iterable[Row]:
+    """Yield the same after the longer calibration, at a quarter and a half."""
+    wanted = (0, 2, 3, 4, 5, 7)
+    header, *rows = methods_third(data)
+    yield tuple(header[column] for column in wanted)
+    for row in rows:
+        if row[1] == f"{_lengths(data)[-1]} tokens" and row[2] in ("25%", "50%"):
+            yield tuple(row[column] for column in wanted)
+
+
 THIN = ("mone", "error", "thin", "budget")
 
 
@@ -341,6 +366,16 @@ def methods_thin_short(data: Json) -> Iterable[Row]:
     header, *rows = methods_thin(data)
     yield header
     yield from (row for row in rows if row[1] in ("25%", "50%", "75%") and row[2] != "rare")
+
+
+def methods_thin_half(data: Json) -> Iterable[Row]:
+    """Yield the same at a half, in few columns."""
+    header, *rows = methods_thin(data)
+    wanted = (0, 2, 3, 4, 5)
+    yield tuple(header[column] for column in wanted)
+    yield from (
+        tuple(row[column] for column in wanted) for row in rows if row[1] == "50%" and row[2] != "rare"
+    )
 
 
 def runs_after(data: Json, n_token: int | None = None) -> list[Json]:
@@ -395,9 +430,13 @@ def methods_note(data: Json) -> str:
         "KL divergence from the unpruned model in nats per token, mean over "
         f"{settings['samples']} calibration samples of {lengths} tokens ± their standard deviation, on "
         f"{settings['evaluation_tokens']} held-out tokens of each kind; x: times as much on the same sample "
-        "as the default in the short table, as the paper's combination in the long one, median (smallest to "
-        f"largest). Float32 in PyTorch. {kinds}."
+        f"as the default, median (smallest to largest). Float32 in PyTorch. {kinds}."
     )
+
+
+def methods_paper_note(data: Json) -> str:
+    """Say what was run, of the view that has multiples of the paper's combination."""
+    return methods_note(data).replace("as the default", "as the paper's combination")
 
 
 def _texts(data: Json) -> tuple[str, str]:
@@ -444,6 +483,23 @@ def bytes_short(data: Json) -> Iterable[Row]:
     for row in rows:
         if row[1] in ("45%", "35%", "26%"):
             yield tuple(row[column] for column in wanted)
+
+
+def bytes_half(data: Json) -> Iterable[Row]:
+    """Yield two sizes, text like the calibration's, and what there is without this tool."""
+    wanted = (0, 1, 3, 6, 7)
+    header, *rows = bytes_table(data)
+    yield tuple(header[column] for column in wanted)
+    for row in rows:
+        if row[1] in ("35%", "26%") and row[2] == "like":
+            yield tuple(row[column] for column in wanted)
+
+
+def speed_q4(data: Json) -> Iterable[Row]:
+    """Yield one type, and the two speeds."""
+    header, *rows = speed_short(data)
+    yield header
+    yield from (row for row in rows if row[1] == "Q4_K")
 
 
 def _arms(data: Json) -> dict[tuple[str, float], dict[str, list[Json]]]:
@@ -646,6 +702,7 @@ def spread_of(ratio: Json) -> str:
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "speed": speed_table,
     "speed/short": speed_short,
+    "speed/q4": speed_q4,
     "speed/spread": speed_spread_table,
     "speed/thin": speed_thin,
     "calibrate": calibrate_table,
@@ -654,12 +711,15 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/short": methods_short,
     "methods/against": methods_against,
     "methods/third": methods_third,
+    "methods/thirdshort": methods_third_short,
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
     "methods/thinshort": methods_thin_short,
+    "methods/thinhalf": methods_thin_half,
     "gpu": gpu_table,
     "bytes": bytes_table,
     "bytes/short": bytes_short,
+    "bytes/half": bytes_half,
     "memory": memory_table,
     "roads": roads_table,
     "server": server_table,
@@ -670,7 +730,10 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "speed": speed_note,
     "calibrate": calibrate_note,
     "quality": quality_note,
-    "methods": methods_note,
+    "methods": methods_paper_note,
+    **dict.fromkeys(
+        (f"methods/{view}" for view in ("short", "against", "third", "thirdshort")), methods_note
+    ),
     **dict.fromkeys(("methods/thin", "methods/thinshort", "methods/controls"), methods_thin_note),
     "speed/thin": speed_thin_note,
     "gpu": gpu_note,
@@ -679,6 +742,53 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "roads": roads_note,
     "server": server_note,
     "large": large_note,
+}
+# the README's tables: where the rest is takes the place of how they were measured
+BRIEF = {
+    "methods/thinhalf": (
+        "Mean over five calibration texts, on text that neither training nor calibration has seen. "
+        "[All ratios, spreads, and how it was measured](docs/tables/thin.md)."
+    ),
+    "bytes/half": (
+        "On text like the calibration's; sizes relative to the unpruned file; after the divergence the type "
+        "of the file, with `--fit` of all but the experts. [All sizes and ways](docs/tables/bytes.md)."
+    ),
+    "speed/q4": (
+        "Random weights of two layers in these shapes, 2 threads. "
+        "[Other types, ratios, spreads](docs/tables/speed.md)."
+    ),
+}
+# title, what its tables are, and the tables with their headings
+PAGES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "thin.md": (
+        "Thin experts at every ratio",
+        "At the same size of the file: REAP, whole experts and constants, and thin experts, on text like the "
+        "calibration's, unlike it, and rare. [What thin experts are, and what this shows]"
+        "(../methods.md#thin-experts-the-best-file-of-a-size).",
+        {"methods-thin/thin": ""},
+    ),
+    "variants.md": (
+        "Every variant of pruning",
+        "Whole experts and constants: each score, novice and way to share out the layers' counts. "
+        "[What this shows](../methods.md#every-variant).",
+        {"methods/short": "Against the default", "methods": "Every variant, against the paper's combination"},
+    ),
+    "rare_text.md": (
+        "Text unlike the calibration's",
+        "The default, and REAP's score, on three kinds of text after calibrations of two lengths. "
+        "[What this shows](../methods.md#text-unlike-the-calibrations).",
+        {"methods-third/third": ""},
+    ),
+    "bytes.md": (
+        "Ways to a size",
+        "What each way to a file of that size costs. [What this shows](../methods.md#at-equal-bytes).",
+        {"bytes": ""},
+    ),
+    "speed.md": (
+        "Speed on the CPU, in every cell",
+        "How many times less time a token takes. [How it was measured, what the names mean](../speed.md).",
+        {"speed": "CPU time", "speed/spread": "With spreads, and wall times"},
+    ),
 }
 
 if __name__ == "__main__":
