@@ -1,6 +1,7 @@
 """mone-inspect: what it says of every kind of file is what is in it, at once and without anything heavy."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from command import Command
 from gguf_models import tiny_gguf
+from hub_server import hub_server
 from tiny import save_small
 
 from mone_export import cli_inspect
@@ -62,6 +64,20 @@ def test_a_checkpoint_and_its_gguf_are_the_same_model(small: Path, command: Comm
         assert getattr(folder, name) == getattr(file, name), name
     assert folder.n_byte["experts"] == file.n_byte["experts"]
     assert file.needs == "any"
+
+
+def test_a_model_on_the_hub_is_told_from_its_heads(small: Path, tmp_path: Path) -> None:
+    with hub_server() as server:
+        commit = server.add("someone/small", small)
+        code = "from mone_export.cli_inspect import main; main(['someone/small', '--json'])"
+        env = os.environ | server.environment(tmp_path / "home")
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        whole = [method for method, _, span in server.asked(r"\.safetensors") if method == "GET" and not span]
+    found, here = json.loads(done.stdout), json.loads(json.dumps(examine(str(small)).as_json()))
+    assert found == here | {"name": "someone/small", "made": {"revision": commit}}
+    assert not whole
 
 
 def test_what_ratios_save_is_about_what_an_export_weighs(command: Command, tmp_path: Path) -> None:
