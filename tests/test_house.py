@@ -23,12 +23,19 @@ ORDER = (
     *("calibration.masking", "calibration.sensitivity", "calibration.channel_sums", "calibration.channels"),
     *("calibration.imatrix_sums", "calibration.eval_callback", "calibration.llama_model"),
     "calibration.through_llamacpp",
-    *("calibration.engines", "calibration.merging", "calibration.usage"),
+    *("calibration.engines", "calibration.merging", "calibration.usage", "pruned_model"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
     *("pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
-    *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
+    *(
+        "output.importance",
+        "output.writing",
+        "output.checkpoints",
+        "output.splitting",
+        "output.restore_check",
+        "output.rounding",
+    ),
     *("fitting", "request", "spending", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output")
