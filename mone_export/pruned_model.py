@@ -42,11 +42,12 @@ def load_pruned(model: str | Path, **options: Any) -> PreTrainedModel:
         )
     source.fetch()
     plan = {layer.layer: layer for layer in source.substituted.plan(source.spec).layers if layer.pruned}
-    own = type(skeleton(source.config))
+    blank = skeleton(source.config)  # of a model that sees, too, transformers may load the text part alone
+    own = type(blank)
     short = _shortened(own, plan)
     try:
         module: PreTrainedModel = short.from_pretrained(
-            source.folder, config=source.config, **{"dtype": "auto", **options}
+            source.folder, config=blank.config, **{"dtype": "auto", **options}
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise MoneError(f"cannot load {model}: {first_line(error)}; is it complete?") from None

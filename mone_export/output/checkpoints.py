@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +31,7 @@ from mone_export.paths import replacing
 from mone_export.runtime import Progress
 from mone_export.source import Checkpoint, Source
 from mone_export.source.hub import INDEX, SINGLE, SMALL, write_hollow
-from mone_export.source.shape import packing
+from mone_export.source.shape import packing, read_config
 from mone_export.source.substituted import EXPERT, EXPERTS_KEY, MADE_KEY, TOKENS_KEY, native_config
 from mone_export.source.weights import NOVICE, prediction_tensors
 
@@ -89,7 +90,7 @@ def write_checkpoint(
             _copy_small(origin, part, plan)
             size = _write_weights(part, entries, progress)
             if plan.recipe.method != "mone":
-                _check_loadable(part, type(origin.config).from_dict(config))
+                _check_loadable(part)
             if folder.exists():  # ours, or empty
                 folder.resolve().rename(part.with_name("before"))
         except OSError as error:
@@ -163,14 +164,16 @@ def _entries(
     axes = _axes(source, plan, others) if method != "mone" and pruned else {}
     for name in others:
         yield _cut(owner, name, axes.get(name), pruned)
-    recombination = Recombination(plan, importance) if method == "dern" else None
-    for number, stack in stacks.items():
+    for number, stack in stacks.items() if method != "dern" else ():
         if method == "mone":
             yield from stack.with_novices(pruned[number], stored[number])
-        elif recombination:
-            yield from stack.recombined(pruned[number], recombination)
         else:
             yield from stack.renumbered(pruned[number])
+    if method == "dern" and stacks:
+        recombination = Recombination(plan, importance)
+        made = [list(stack.recombined(pruned[number], recombination)) for number, stack in stacks.items()]
+        recombination.check()
+        yield from (entry for layer in made for entry in layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,9 @@ def _axes(source: Checkpoint, plan: Plan, names: Sequence[str]) -> dict[str, int
     """Return along which axis tensors have an entry for each expert, such as a router's rows."""
     from mone_export.source.expected import expert_axes  # builds models without weights
 
-    fewer = type(source.config).from_dict(_config(source, plan))
+    with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_config(source, plan)), encoding="utf-8")
+        fewer = read_config(Path(folder))
     return expert_axes(source.config, fewer, names)
 
 
@@ -298,11 +303,11 @@ def _made(
     }
 
 
-def _check_loadable(folder: Path, config: Any) -> None:
+def _check_loadable(folder: Path) -> None:
     """Insist that transformers finds in the files what the config says."""
     from mone_export.source.expected import check_tensors  # builds a model without weights
 
-    check_tensors(folder, config)
+    check_tensors(folder, read_config(folder))
 
 
 def _copy_small(source: Checkpoint, folder: Path, plan: Plan) -> None:
