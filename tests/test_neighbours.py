@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from command import Command, names
-from families import ROWS
+from families import ROWS, Row
 from family_models import calibrated, random_tokens, save_family, without_vocabulary
 from hub_server import hub_server
 from safetensors import safe_open
@@ -38,7 +38,7 @@ from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.recipe import Recipe
 from mone_export.source import llamacpp, open_source
-from mone_export.source.shape import expert_modules
+from mone_export.source.shape import auto_class, expert_modules
 
 TOKENS = torch.randint(3, 400, (2, 40), generator=torch.Generator().manual_seed(1))
 CONSTANTS = ("--novice", "least-squares")
@@ -176,38 +176,40 @@ def with_novices(
         return logits(whole, tokens)
 
 
-APART = ("OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM")
-"""Families of which the MoNE authors have models; Moonlight is of the next one."""
-AUTHORS = (
-    *APART,
-    "DeepseekV3ForCausalLM",
-    "MixtralForCausalLM",
-    "MiniMaxM2ForCausalLM",
-    "Glm4MoeForCausalLM",
-)
+AUTHORS = ("OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM")
+"""Families of which the MoNE authors have models; of Moonlight's, DeepSeek-V3, too."""
+FAST = (*AUTHORS, "DeepseekV3ForCausalLM", "MixtralForCausalLM", "MiniMaxM2ForCausalLM", "Glm4MoeForCausalLM")
+WRITTEN = [
+    pytest.param(row, id=row.name, marks=() if row.name in FAST else (pytest.mark.slow,))
+    for row in ROWS
+    if not (row.packed or row.refused)
+]
 
 
-@pytest.mark.parametrize("name", AUTHORS)
+@pytest.mark.parametrize("row", WRITTEN)
 def test_families_pruned_loaded_and_converted(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written in BF16, loaded by transformers, and converted: the GGUF is the direct one."""
-    row = next(row for row in ROWS if row.hf_class == name and not row.packed and not row.variant)
     folder = to_bf16(save_family(row, tmp_path / "from" / "model"))
     monkeypatch.setattr(llamacpp, "converter_class", without_vocabulary(llamacpp.converter_class))
     source = open_source(folder)
     whole, calibration = calibrated(folder, source.spec)
     chosen = plan(score(calibration), ratio=0.5, score="error")
-    write(source, calibration, chosen, tmp_path / "direct.gguf")
     there = tmp_path / "to" / "model"
     there.parent.mkdir()
-    size = write_checkpoint(source, calibration, chosen, there)
+    try:
+        size = write_checkpoint(source, calibration, chosen, there)
+    except MoneError as error:
+        assert "stacks the experts" in str(error) and row.name not in FAST
+        pytest.skip(str(error))
     assert size == checkpoint_size(source, chosen) == sum(t.nbytes for t in tensors_of(there).values())
 
     tokens = random_tokens(2, 40)
     found = logits(load_pruned(there, dtype=torch.float32), tokens)
     torch.testing.assert_close(found, with_novices(whole, calibration, chosen, tokens), rtol=0, atol=1e-4)
 
+    write(source, calibration, chosen, tmp_path / "direct.gguf")
     as_the_authors_have_it(there)
     again = open_source(there)
     assert again.spec == source.spec and again.substituted
@@ -257,17 +259,24 @@ def test_ordinary_checkpoints_convert_to_the_direct_file(
         assert tensor.data.tobytes() == other.tensors[name].data.tobytes(), name
 
 
+DROPPED = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM", "Ernie4_5_MoeForCausalLM")
+
+
 @pytest.mark.parametrize(
-    "name", ["DeepseekV3ForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM", "Ernie4_5_MoeForCausalLM"]
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=() if row.name in DROPPED else (pytest.mark.slow,))
+        for row in ROWS
+        if not (row.packed or row.refused or row.config.get("n_group", 1) > 1)
+    ],
 )
-def test_transformers_loads_what_is_left(name: str, tmp_path: Path) -> None:
+def test_transformers_loads_what_is_left(row: Row, tmp_path: Path) -> None:
     """Routers with biases, stacks in the files, and names of their own: the logits are of fewer rows."""
-    row = next(row for row in ROWS if row.hf_class == name and not row.packed and not row.variant)
     source = open_source(save_family(row, tmp_path / "model"))
     whole, calibration = calibrated(source.folder, source.spec)
     chosen = plan(score(calibration, "reap"), ratio=0.5, method="drop")
     write_checkpoint(source, calibration, chosen, tmp_path / "half")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
+    found = auto_class(source.config).from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
     kept = {layer.layer: list(layer.kept) for layer in chosen.layers}
     direct = type(whole)(found.config).eval()
     assert {len(experts.down_proj) for _, experts in expert_modules(direct)} == {8}
