@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mone_export.errors import MoneError
     from mone_export.output.writing import write
     from mone_export.pipeline import export
+    from mone_export.pruned_model import load_pruned
     from mone_export.pruning.novices import novices
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score
@@ -40,6 +41,7 @@ _HOME = {
     "Source": "source",
     "Recipe": "recipe",
     "load": "calibration.engines",
+    "load_pruned": "pruned_model",
     "novices": "pruning.novices",
     "plan": "pruning.planning",
     "plan_thin": "deciding",
@@ -65,6 +67,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_pruned",
     "novices",
     "open_source",
     "plan",

@@ -559,7 +559,8 @@ class Report:
     `fates` says for each layer what became of how many experts, as in `Plan.fates`; `spread` how much there
     is to gain in it by treating experts unequally (`damage.spread`), empty without a calibration.
     `stability` is None where no text was read, or too little to compare. `candidates`
-    are the ways there were to reach a size that was asked for, the best first.
+    are the ways there were to reach a size that was asked for, the best first. `checkpoint` is the folder
+    that was written; where no file was, it is `outfile`, too.
     """
 
     outfile: Path
@@ -574,3 +575,4 @@ class Report:
     candidates: tuple[Candidate, ...] = ()
     fates: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     spread: Mapping[int, float] = field(default_factory=dict)
+    checkpoint: Path | None = None

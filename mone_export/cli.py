@@ -133,9 +133,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
     if args.restore_check:
         return args
-    if args.ratio is None and args.fit is None and args.plan is None:
+    if args.ratio is None and args.fit is None and args.plan is None and not _has_novices(args.model):
         parser.error("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
-    if args.outfile is None and not args.dry_run:
+    if args.outfile is None and args.hf_out is None and not args.dry_run:
         parser.error("where to? pass -o FILE, or -o FOLDER")
     if args.scope:
         if args.allocation not in (None, "model") or (args.scope == "layer" and args.allocation):
@@ -145,6 +145,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.method = args.method or ("drop" if args.stock else None)
     args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
     return args
+
+
+def _has_novices(model: str) -> bool:
+    from mone_export.source.substituted import has_novices  # longer than all that most command lines need
+
+    return has_novices(model)
 
 
 def _logging(display: Display, *, verbose: bool, quiet: bool) -> AbstractContextManager[None]:
@@ -328,6 +334,13 @@ def _add_output_options(group: _Group) -> None:
         type=Path,
         metavar="PATH",
         help="the GGUF to write; in a folder it is named after model, ratio and type",
+    )
+    group.add_rare(
+        "--hf-out",
+        type=Path,
+        metavar="DIR",
+        help="write the pruned model as a checkpoint, beside -o or alone: with novices as vLLM and the MoNE "
+        "authors have them, with --method drop or dern an ordinary one",
     )
     group.add(
         "--outtype",
@@ -573,6 +586,7 @@ def _print_spec(spec: "MoeSpec") -> None:
 def _report_values(report: "Report") -> dict[str, Any]:
     """Return a report as JSON has it: paths as text, the stability with its mean."""
     values = asdict(report) | {"outfile": str(report.outfile)}
+    values["checkpoint"] = None if report.checkpoint is None else str(report.checkpoint)
     values["candidates"] = [_candidate_values(item) for item in report.candidates]
     if report.stability:
         values["stability"] |= {"mean": report.stability.mean}
@@ -584,7 +598,8 @@ def _candidate_values(item: "Candidate") -> dict[str, Any]:
 
 
 def _print_report(report: "Report") -> None:
-    print(f"wrote {report.outfile}")
+    for path in dict.fromkeys((report.outfile, report.checkpoint or report.outfile)):
+        print(f"wrote {path}")
     print(f"experts  {_fates(report)}")
     _print_text(report.parts)
     if report.stability:
@@ -638,6 +653,9 @@ def _cut(remark: str) -> str:
 def _how_to_run(report: "Report") -> str:
     """Return the command that runs the file."""
     file = shlex.quote(str(report.outfile))
+    if report.outfile == report.checkpoint:
+        loader = "mone_export.load_pruned" if report.recipe.method == "mone" else "from_pretrained"
+        return f"vllm serve {file}    (or with transformers: {loader})"
     ordinary = all(fates.keys() <= {"whole"} for fates in report.fates.values())
     if report.recipe.method == "mone" and not ordinary:
         return f"$(mone-llama path)/llama-cli -m {file}    (after `mone-llama build`, once)"

@@ -20,6 +20,7 @@ from mone_export.calibration.work_folder import alone_in
 from mone_export.errors import MoneError
 from mone_export.fitting import judge
 from mone_export.lazily import Tensor
+from mone_export.output.checkpoints import checkpoint_size
 from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import measure, packed_together
 from mone_export.paths import check_temporary
@@ -255,7 +256,9 @@ def fitted(
 
 
 def file_size(job: Job, chosen: Plan) -> int:
-    """Return the bytes of a plan's file."""
+    """Return the bytes of a plan's file; of the checkpoint's weights where that is all there will be."""
+    if job.request.only_checkpoint:
+        return checkpoint_size(job.source, chosen)
     uniform = len(set(chosen.n_kept.values())) == 1 and not chosen.n_tier and not chosen.mixes_types
     if uniform and chosen.recipe.allocation == job.recipe.allocation:
         return job.size  # what was measured before

@@ -5,11 +5,12 @@ from pathlib import Path
 
 
 def replace(part: Path, target: Path) -> None:
-    """Rename the complete file `part` to `target`, on the same disk, once its data is on it.
+    """Rename the complete file or folder `part` to `target`, on the same disk, once its data is on it.
 
     The folder of `target` is flushed as well, so that the new name outlives a power cut. Raises `OSError`.
     """
-    _flush(part)
+    for path in (*part.iterdir(), part) if part.is_dir() else (part,):
+        _flush(path)
     part.replace(target)
     _flush(target.parent)
 

@@ -6,6 +6,7 @@ killed process has left is known by its free lock, and the next run of the same 
 """
 
 import glob
+import json
 import shutil
 import struct
 import tempfile
@@ -61,6 +62,28 @@ def check_card(folder: Path) -> None:
         raise MoneError(f"--card {folder} has a README.md that is not ours: name another folder")
     if not folder.exists():
         check_room(folder, option="--card")
+
+
+def check_folder(path: Path, inputs: Inputs, *, ours: str, option: str = "--hf-out") -> None:
+    """Refuse a folder for output that is not new, empty, or a checkpoint with the key `ours` in its config.
+
+    `inputs` are those of `check_outputs`: none of them may lie in the folder.
+    """
+    folder = _resolved(path)
+    check_room(path, option=option)
+    for what, given in inputs.items():
+        for file in [given] if isinstance(given, Path) else given:
+            if _resolved(file).is_relative_to(folder):
+                raise MoneError(f"{option} {path} holds what is read as {what}: choose another {option}")
+    if folder.exists() and not folder.is_dir():
+        raise MoneError(f"{option} {path} is a file: name a folder that is not there yet")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        known = ours in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        known = False
+    if entries and (not known or any(entry.is_dir() for entry in entries)):
+        raise MoneError(f"{path} exists and is no checkpoint of mone-export alone: choose another {option}")
 
 
 def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mone_export.artifacts import Plan, Report
+from mone_export.artifacts import Calibration, Plan, Report
 from mone_export.calibration import ranks
 from mone_export.deciding import (
     after_pruned,
@@ -21,6 +21,7 @@ from mone_export.deciding import (
     with_best_candidate,
 )
 from mone_export.lazily import Tensor
+from mone_export.output.checkpoints import write_checkpoint
 from mone_export.output.splitting import split
 from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import write
@@ -35,12 +36,12 @@ from mone_export.statistics import collect
 
 
 def export(model: str | Path | Source, *, progress: Progress | None = None, **options: Any) -> Report | None:
-    """Prune a model's experts, replace them by novices and write the result as a GGUF.
+    """Prune a model's experts, replace them by novices and write the result as a GGUF, a checkpoint or both.
 
-    `options` are those of `Request`: `outfile`, and `ratio` or `fit` must be among them. With `fit`, a size
-    in bytes, the ratio and the type that do the least harm are chosen, unless given. Every failure is a
-    `MoneError` and leaves no output behind; finished statistics stay. Of several processes that share the
-    rows (torchrun) the first alone returns a report.
+    `options` are those of `Request`: `outfile` or `hf_out`, and `ratio` or `fit` must be among them. With
+    `fit`, a size in bytes, the ratio and the type that do the least harm are chosen, unless given. Every
+    failure is a `MoneError` and leaves no output behind; finished statistics stay. Of several processes that
+    share the rows (torchrun) the first alone returns a report.
     """
     clock = Clock()
     job = prepare(Request(model=model, **options), progress=progress)
@@ -69,6 +70,28 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     if job.request.plan_out is not None:
         named = {"name": job.source.name, "sha256": job.source.fingerprint(progress=progress)}
         save_plan(job.request.plan_out, chosen, scores, named)
+    outfile, size = _written(job, calibration, chosen, novices, progress)
+    clock.lap("writing")
+    done = replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
+    publish_export(job, done, chosen, scores, calibration, progress)
+    return done
+
+
+def _written(
+    job: Job,
+    calibration: Calibration | None,
+    chosen: Plan,
+    novices: Mapping[int, Tensor] | Thinner | None,
+    progress: Progress | None,
+) -> tuple[Path, int]:
+    """Write the GGUF, the checkpoint, or both; returns path and bytes of the GGUF, or of the checkpoint."""
+    request, size = job.request, 0
+    if request.hf_out is not None and not isinstance(novices, Thinner):
+        size = write_checkpoint(
+            job.source, calibration, chosen, request.hf_out, novices=novices, progress=progress
+        )
+    if request.only_checkpoint:
+        return job.outfile, size
     size = write(
         job.source,
         calibration,
@@ -78,14 +101,9 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         outtype=job.rounding,
         progress=progress,
     )
-    outfile = job.outfile
-    if job.request.split_max_size is not None:
-        outfile = split(outfile, job.request.split_max_size, overwrite=job.request.overwrite)
-    clock.lap("writing")
-    done = replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
-    if job.request.report is not None or job.request.card is not None:
-        publish_export(job, done, chosen, scores, calibration, progress)
-    return done
+    if request.split_max_size is None:
+        return job.outfile, size
+    return split(job.outfile, request.split_max_size, overwrite=request.overwrite), size
 
 
 def rehearse(

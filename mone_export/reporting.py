@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from mone_export.artifacts import Calibration, Plan, Report, Stability
 from mone_export.calibration.usage import RARELY, rarely_seen
@@ -40,6 +41,7 @@ def report(
         remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
     return Report(
         outfile=job.outfile,
+        checkpoint=None if job.request.hf_out is None else Path(job.request.hf_out),
         recipe=chosen.recipe,
         size=size,
         size_unpruned=job.size_unpruned,

@@ -19,11 +19,12 @@ from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.lazily import Tensor
 from mone_export.llama_options import LlamaOptions
+from mone_export.output.checkpoints import check_expressible, checkpoint_size
 from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
-from mone_export.paths import check_card, check_outputs, check_room, check_temporary
+from mone_export.paths import check_card, check_folder, check_outputs, check_room, check_temporary
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
@@ -33,6 +34,7 @@ from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
 from mone_export.source.gguf_format import TIER_COUNT_KEY
 from mone_export.source.shape import Dtype, Stream, resolve_device
+from mone_export.source.substituted import MADE_KEY, has_novices
 
 if TYPE_CHECKING:
     from mone_export.calibration.engines import Engine, Setup
@@ -60,11 +62,11 @@ class Request:
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
     keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
     given. `plan` names a file with the choice of experts, made by `plan_out` on this or another copy of the
-    model. In `workdir` an unfinished one is kept, too, and taken up by the next call, and so
-    is what a second pass has found. `sequential` measures
-    each layer again after the pruned ones before it. `until_stable` ends the calibration when the decision's
-    overlap with that at half the text is that much. `report` names a page to write about the result, `card` a
-    folder for what is published with it; `command` is what they say it was made by.
+    model. `hf_out` is a folder for the pruned model as a checkpoint, beside `outfile` or alone. In `workdir`
+    an unfinished calibration is kept, too, and taken up by the next call, and so is what a second pass has
+    found. `sequential` measures each layer again after the pruned ones before it. `until_stable` ends the
+    calibration when the decision's overlap with that at half the text is that much. `report` names a page to
+    write about the file, `card` a folder for what is published with it; `command` is what they say made it.
     """
 
     model: str | Path | Source
@@ -89,6 +91,7 @@ class Request:
     workdir: str | Path | None = None
     plan: str | Path | None = None
     plan_out: str | Path | None = None
+    hf_out: str | Path | None = None
     split_max_size: int | None = None
     imatrix: str | Path | None = None
     with_imatrix: bool = True
@@ -141,6 +144,11 @@ class Request:
         )
 
     @property
+    def only_checkpoint(self) -> bool:
+        """Whether no GGUF is made."""
+        return self.hf_out is not None and self.outfile is None
+
+    @property
     def channels(self) -> Path | None:
         """Where the sums of a second pass are kept; None: only as long as they are needed."""
         return Path(self.workdir) / "rank-0" / "channels" if self.workdir else None
@@ -179,7 +187,9 @@ class Job:
 
     @property
     def outfile(self) -> Path:
-        """The file to write."""
+        """The file to write, or the folder where there is no file."""
+        if self.request.hf_out is not None and self.request.outfile is None:
+            return Path(self.request.hf_out)
         given = Path(self.request.outfile or ".")
         if not given.is_dir():
             return given
@@ -268,6 +278,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
     saved = _saved(request, source)
+    _check_substituted(request, recipe, source)
     recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
     if not dry:
@@ -276,8 +287,12 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
             _check_channels(request, source)
     source.check(known=saved is not None)  # what was calibrated fits
     chosen = None if request.plan is None else _loaded_plan(request, source, recipe)
+    if source.substituted:
+        chosen = source.substituted.plan(source.spec)
+    if request.hf_out is not None:
+        check_expressible(source, chosen or plan_without_scores(source.spec, recipe))
     job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
-    if chosen and (chosen.n_tier or chosen.mixes_types):
+    if chosen and (chosen.n_tier or chosen.mixes_types or source.substituted):
         size, between = measure(source, chosen, outtype=job.outtype)
         job = replace(job, size=size, size_between=between)
     if not dry:
@@ -351,7 +366,8 @@ def _check_plan(request: Request) -> None:
 
 def _check_together(request: Request, recipe: Recipe) -> None:
     """Refuse options that contradict each other, whatever the model."""
-    if request.ratio is None and request.fit is None and request.plan is None:
+    asked = (request.ratio, request.fit, request.plan)
+    if asked == (None, None, None) and not has_novices(request.model):
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
     if request.sequential and (recipe.method != "mone" or recipe.score in ("aimer", "random")):
         raise MoneError(
@@ -372,12 +388,53 @@ def _check_together(request: Request, recipe: Recipe) -> None:
             f"--fit shares out the experts by --allocate even or sensitivity, not {recipe.allocation}: leave "
             "one of them out, or pass the --ratio and --outtype that --fit chooses instead of it"
         )
+    _check_checkpoint(request)
     if recipe.allocation == "search" and request.stream == "on":
         raise MoneError(
             "--allocate search tries counts in a model that is in memory as a whole: leave out --stream on, "
             "or pass --allocate sensitivity"
         )
     _check_early_end(request, recipe)
+
+
+def _check_checkpoint(request: Request) -> None:
+    """Refuse what a checkpoint is no place for, and what is said of a GGUF where none is made."""
+    if request.hf_out is None:
+        return
+    if request.fit is not None:
+        raise MoneError(
+            "--fit counts a GGUF's bytes, and gives experts types that a checkpoint cannot have: pass "
+            "--ratio, or leave out --hf-out"
+        )
+    of_gguf = {
+        "--outtype": request.outtype != "auto",
+        "--imatrix": request.imatrix is not None,
+        "--split-max-size": request.split_max_size is not None,
+        "--report": request.report is not None,
+        "--card": request.card is not None,
+    }
+    said = [option for option, given in of_gguf.items() if given]
+    if request.only_checkpoint and said:
+        raise MoneError(
+            f"{said[0]} is about a GGUF, --hf-out alone makes none: pass -o FILE, or leave it out"
+        )
+
+
+def _check_substituted(request: Request, recipe: Recipe, source: Source) -> None:
+    """Refuse to choose among experts of which some are constants already."""
+    if not source.substituted:
+        return
+    given = {
+        "--ratio": recipe.ratio,
+        "--fit": request.fit,
+        "--plan": request.plan,
+        "--method": request.method,
+    }
+    for option in [option for option, value in given.items() if value and value != "mone"]:
+        raise MoneError(
+            f"{source.name} has constants in the place of experts already, and so has its GGUF: leave out "
+            f"{option}, or prune the model it was made from"
+        )
 
 
 def _check_known_thin(request: Request) -> None:
@@ -446,6 +503,8 @@ def _why_constants(request: Request, source: Source, saved: Calibration | None) 
     """Return why no expert can be thin, empty where some can."""
     if request.sequential:
         return "--sequential does not know them"
+    if request.hf_out is not None:
+        return "a checkpoint (--hf-out) has no place for them"
     if saved and not (request.files or request.datasets or _is_builtin(request, source, saved)):
         return "they take the text of the statistics once more: pass it with -f"
     if reason := _not_thin(source):
@@ -493,6 +552,8 @@ def _not_thin(source: Source) -> str:
 
 def _check_place(request: Request) -> None:
     """Refuse a run without a place for its output, or whose place cannot be written to."""
+    if request.only_checkpoint:
+        return
     if request.outfile is None:
         raise MoneError("where to? pass -o FILE, or -o FOLDER")
     out = Path(request.outfile)
@@ -502,7 +563,8 @@ def _check_place(request: Request) -> None:
 def check_paths(job: Job) -> None:
     """Refuse outputs that would destroy what is read, each other, or a file that is not ours."""
     request, stats = job.request, job.request.stats_file
-    outputs, inputs = {"-o": job.outfile}, {"MODEL": job.source.files}
+    outputs = {} if request.only_checkpoint else {"-o": job.outfile}
+    inputs = {"MODEL": job.source.files}
     inputs["-f"] = [path for given in request.files if (path := Path(str(given).rpartition("=")[0] or given))]
     inputs["-f"] += [Path(given) for given in request.files]
     if request.plan is not None:
@@ -523,6 +585,9 @@ def check_paths(job: Job) -> None:
     elif request.stats is not None and stats is not None:
         outputs["--stats"] = stats
     check_outputs(outputs, inputs, overwrite=request.overwrite)
+    if request.hf_out is not None:
+        others = {**inputs, **{option: [path] for option, path in outputs.items()}}
+        check_folder(Path(request.hf_out), others, ours=MADE_KEY)
 
 
 def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress | None) -> Job:
@@ -535,6 +600,10 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
         resolve_device(device)
     if request.fit is not None and source.spec.kept_before:
         raise MoneError(f"--fit cannot tell yet what {source.name} loses, which has novices: pass --ratio")
+    if request.only_checkpoint:
+        plans = (plan_without_scores(source.spec, each) for each in (recipe, replace(recipe, ratio=0.0)))
+        size, whole = (checkpoint_size(source, plan) for plan in plans)
+        return Job(request, source, recipe, request.outtype, size, 0, whole, device)
     if request.fit is None:
         outtype = request.outtype
         imatrix = _with_imatrix(request, source, recipe, outtype)
@@ -574,7 +643,12 @@ def _announce(job: Job) -> None:
     between = job.size_between
     temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
     log.info("%s will have %s%.1f MB%s", job.outfile, about, job.size / 1e6, temporary)
-    check_room(job.outfile, needed=job.size + between)
+    check_room(
+        job.outfile, needed=job.size + between, option="--hf-out" if job.request.only_checkpoint else "-o"
+    )
+    if job.request.hf_out is not None and not job.request.only_checkpoint:
+        needed = checkpoint_size(job.source, job.plan or plan_without_scores(job.source.spec, job.recipe))
+        check_room(Path(job.request.hf_out), needed=needed, option="--hf-out")
     if command := job.source.projector_command(job.outfile):
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
 

@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 EXAMPLES = re.findall(r"## (\d\..*?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_there_are_six() -> None:
-    assert len(EXAMPLES) == 6
+def test_there_are_seven() -> None:
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.slow

@@ -114,6 +114,8 @@ def choose(
 
 
 def _checkpoint(source: Source) -> Checkpoint:
+    if isinstance(source, Checkpoint) and source.substituted:
+        raise MoneError(f"{source.name} has novices already: mone_export.load_pruned loads it")
     if isinstance(source, Checkpoint):
         return source
     raise MoneError(f"{source.name} is no checkpoint, which is what transformers loads: pass its folder")

@@ -9,17 +9,21 @@ from mone_export.source import Source
 Keys = dict[str, tuple[str, Any]]  # key -> (GGUF type, value)
 
 
-def provenance(plan: Plan) -> Keys:
-    """Return the keys that state a plan's recipe; of a plan that prunes nothing, that it does not."""
-    recipe = plan.recipe
+def provenance(plan: Plan, source: Source) -> Keys:
+    """Return the keys that state a plan's recipe; of a plan that prunes nothing, that it does not.
+
+    Of a checkpoint that came with its novices nobody may know how they were chosen.
+    """
+    recipe, known = plan.recipe, not source.substituted or source.substituted.recipe is not None
     keys: Keys = {
         "mone.format_version": ("UINT32", 2 if plan.n_tier else 1),
         "mone.ratio": ("FLOAT32", plan.share_pruned),
         "mone.tool_version": ("STRING", __version__),
     }
     if plan.share_pruned:
+        keys["mone.method"] = ("STRING", recipe.method)
+    if plan.share_pruned and known:
         keys |= {
-            "mone.method": ("STRING", recipe.method),
             "mone.score": ("STRING", recipe.score),
             "mone.novice": ("STRING", recipe.novice),
             "mone.scope": ("STRING", "layer" if recipe.allocation == "even" else recipe.allocation),

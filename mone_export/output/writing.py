@@ -95,19 +95,13 @@ def write(
         raise MoneError("the plan has thin experts: pass as novices what plan_thin returned with it")
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
-    stored: dict[int, np.ndarray] = {}
-    importance: dict[int, Tensor] = {}
-    if not calibration:  # then all experts are whole, those of tiers too
-        nothing = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
-        stored = {layer.layer: nothing for layer in plan.layers if layer.replaced}
-    else:
-        stored = _stored(calibration, plan, source, novices)
-        importance = {layer: stats.gate_sum / stats.n_token for layer, stats in calibration.layers.items()}
-    edits = Edits(plan, stored, importance, novices if isinstance(novices, Thinner) else None)
+    stored = stored_novices(calibration, plan, source, novices)
+    thinner = novices if isinstance(novices, Thinner) else None
+    edits = Edits(plan, stored, importances(calibration), thinner)
     text = None
     if calibration and plan.recipe.needs_statistics:
         text = calibration.corpus_sha256, calibration.n_token
-    keys = provenance(plan) | origin(source, source.fingerprint(progress=progress), text)
+    keys = provenance(plan, source) | origin(source, source.fingerprint(progress=progress), text)
     with replacing(target) as part:
         direct = rounding.outtype in _direct_types(source, plan)
         base = part if direct else part.with_name("base.gguf")
@@ -222,7 +216,7 @@ def layouts(
     """
     blank = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
     text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
-    keys = provenance(plan) | origin(source, "0" * 64, text)
+    keys = provenance(plan, source) | origin(source, "0" * 64, text)
     found: dict[str, Layout] = {}
     direct = _direct_types(source, plan)
     base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]
@@ -454,16 +448,27 @@ def _renumbered(plan: Plan, source: Source) -> Plan:
     return replace(plan, layers=tuple(layers))
 
 
-def _stored(
-    calibration: Calibration,
+def importances(calibration: Calibration | None) -> dict[int, Tensor]:
+    """Return the routing weight per token of each layer's experts, [n_expert]; none without statistics."""
+    layers = calibration.layers.items() if calibration else ()
+    return {layer: stats.gate_sum / stats.n_token for layer, stats in layers}
+
+
+def stored_novices(
+    calibration: Calibration | None,
     plan: Plan,
     source: Source,
     novices: Mapping[int, Tensor] | Thinner | None,
 ) -> dict[int, np.ndarray]:
-    """Return the novices of each pruned layer as the file stores them, float32 [n_expert, d].
+    """Return the novices of each pruned layer as files store them, float32 [n_expert, d].
 
-    Those that an earlier pruning has made stay as they are.
+    Those that an earlier pruning has made stay as they are. Without statistics there are none but those.
     """
+    if source.substituted:
+        return source.substituted.novices(plan.spec)
+    if not calibration:  # then all experts are whole, those of tiers too
+        nothing = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
+        return {layer.layer: nothing for layer in plan.layers if layer.replaced}
     found = {}
     for layer in plan.layers if plan.recipe.method == "mone" else ():
         if not layer.replaced:

@@ -5,6 +5,7 @@ gguf_file.py     a GGUF is another; gguf_header.py: what it holds; gguf_conversi
                  experts; gguf_types.py: ggml's types; fingerprints.py: hashed once;
                  gguf_format.py: what a pruned file adds to an ordinary GGUF; pruned_before.py: read again
 shape.py         config.json -> the mixture-of-experts shape, and what cannot be exported
+substituted.py   checkpoints in which constants stand in for experts
 weights.py       which files are the weights, and their fingerprint
 hub.py           models on the Hugging Face Hub: small files, headers, weights
 tokenizing.py    text -> token ids; gguf_tokenizing.py: by a GGUF's own tokenizer and template

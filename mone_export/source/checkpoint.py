@@ -29,6 +29,7 @@ from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, expert_modules, packing, read_config, shape_of, skeleton
+from mone_export.source.substituted import Substituted, substituted
 from mone_export.source.tokenizing import TextReader, load_tokenizer
 from mone_export.source.weights import fingerprint, left_out, open_weights, weight_files
 
@@ -91,6 +92,10 @@ class Source(Protocol):
     @property
     def before(self) -> PrunedBefore | None:
         """What an earlier pruning has left, None where there was none."""
+
+    @property
+    def substituted(self) -> Substituted | None:
+        """What constants stand in for in a checkpoint, None where they do not."""
 
     def fetch(self, *, progress: Progress | None = None) -> None:
         """Bring what was left out until now, the weights: from here on, values are read."""
@@ -181,15 +186,15 @@ class Checkpoint:
     def config(self) -> Any:
         """transformers' config; raises `MoneError` for one that cannot be read or used."""
         if not self.trust_remote_code:
-            refuse_remote_code(self.folder)
-        config = read_config(self.folder, trust_remote_code=self.trust_remote_code)
-        check_config(config, self.name, self._stated)
+            refuse_remote_code(self._home)
+        config = read_config(self._home, trust_remote_code=self.trust_remote_code)
+        check_config(config, self.name, self.stated)
         return config
 
     @cached_property
-    def _stated(self) -> Mapping[str, Any]:
-        """What config.json says."""
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+    def stated(self) -> Mapping[str, Any]:
+        """What config.json says; not to be changed."""
+        found: dict[str, Any] = json.loads((self._home / "config.json").read_text(encoding="utf-8"))
         return found
 
     @cached_property
@@ -207,7 +212,7 @@ class Checkpoint:
     @cached_property
     def computing_config(self) -> Mapping[str, Any]:
         """config.json without what changes no number: names, versions, ids, training's own."""
-        return dict(_computing(self._stated))
+        return dict(_computing(self.stated))
 
     @property
     def files(self) -> list[Path]:
@@ -215,12 +220,27 @@ class Checkpoint:
         return [*sorted(self.folder.glob("*.json")), *weight_files(self.folder)]
 
     @cached_property
+    def substituted(self) -> Substituted | None:
+        """What constants stand in for, None in an ordinary checkpoint."""
+        return substituted(self.folder)
+
+    @property
+    def _home(self) -> Path:
+        """The folder with a config that transformers and llama.cpp know."""
+        return self.view if self.substituted else self.folder
+
+    @cached_property
     def view(self) -> Path:
         """The folder as other libraries should see it: without weights that are no part of the model.
 
-        They would take the weights by rules of their own, and not all by the same.
+        They would take the weights by rules of their own, and not all by the same. Where constants stand in
+        for experts, those are there, as zeros, and no code is.
         """
         strays = left_out(self.folder)
+        if self.substituted:
+            self._view = tempfile.TemporaryDirectory(prefix="mone-export-")
+            self.substituted.complete(Path(self._view.name))
+            return Path(self._view.name)
         if not strays:
             return self.folder
         log.warning("%s: not part of the model, and left out: %s", self.name, ", ".join(strays))
@@ -245,7 +265,7 @@ class Checkpoint:
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Return the model's own tokenizer."""
-        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self._home, trust_remote_code=self.trust_remote_code)
 
     @property
     def not_thin(self) -> str:
@@ -284,7 +304,7 @@ class Checkpoint:
         It takes the size of FP8 blocks from the number of scales, which is wrong where the last block is cut.
         Of weights that were calibrated before (`known`), names and shapes are not compared with the config's.
         """
-        check_convertible(self.folder)
+        check_convertible(self._home)
         owner = self.tensors()
         block = packing(self.config).get("weight_block_size") or (1, 1)
         for name in owner:
@@ -301,7 +321,7 @@ class Checkpoint:
 
     def convert(self, *, edits: Edits, outtype: str = "auto", mtp: Mtp = "keep") -> Conversion:
         """Open llama.cpp's conversion of the folder; arguments are `Conversion`'s."""
-        check_convertible(self.folder)
+        check_convertible(self._home)
         return Conversion(
             self.view,
             edits,
@@ -313,7 +333,7 @@ class Checkpoint:
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts the vision or audio part, None where there is none."""
-        return projector_command(self.folder, outfile)
+        return projector_command(self._home, outfile)
 
 
 class Download(Checkpoint):
@@ -342,7 +362,8 @@ class Download(Checkpoint):
         weights(self._snapshot, listed_files(self._snapshot.folder), progress)
         self.folder = self._snapshot.folder
         self._skeleton.close()
-        self.__dict__.pop("view", None)
+        for name in ("view", "substituted"):
+            self.__dict__.pop(name, None)
 
 
 def _is_matrix(part: Any) -> bool:

@@ -21,8 +21,16 @@ from transformers import PreTrainedModel
 
 from mone_export.errors import MoneError
 from mone_export.source.shape import auto_class, packing
-from mone_export.source.weights import open_weights
-from mone_export.transformers_internals import AutoHfQuantizer, compare, leaves_out
+from mone_export.source.weights import NOVICE, open_weights
+from mone_export.transformers_internals import (
+    AutoHfQuantizer,
+    WeightConverter,
+    WeightRenaming,
+    compare,
+    leaves_out,
+    reading,
+    rename_source_key,
+)
 
 _TYPES = {
     "F32": torch.float32,
@@ -72,10 +80,41 @@ def check_tensors(path: Path, config: Any) -> None:
             "norms: pass the model's original checkpoint"
         )
     module, quantizer = without_weights(config)
-    tensors = {name: _blank(file.get_slice(name)) for name, file in weights.items()}
+    holders = (config, config.get_text_config())
+    known = any(getattr(holder, "approximate_experts", None) for holder in holders)
+    tensors = {
+        name: _blank(file.get_slice(name))
+        for name, file in weights.items()
+        if not (known and name.endswith(NOVICE))
+    }
     found = difference(module, tensors, quantizer)
     lost = _lost_scales(tensors) if quantizer else ()
     refuse(path, module, replace(found, missing=found.missing.union(lost)))
+
+
+def expert_axes(config: Any, fewer: Any, names: Iterable[str]) -> dict[str, int]:
+    """Return along which axis tensors of a checkpoint have an entry for each expert, by their names.
+
+    `fewer` is the config of the same model with fewer experts: what has another shape then depends on them.
+    Names of single experts' tensors are taken for their stack's.
+    """
+    module, shorter = without_weights(config)[0], without_weights(fewer)[0].state_dict()
+    known = module.state_dict()
+    axes = {
+        name: axis
+        for name, tensor in known.items()
+        for axis, (size, less) in enumerate(zip(tensor.shape, shorter[name].shape, strict=True))
+        if size != less
+    }
+    mapping: Any = reading(module, dtype=module.dtype, device="meta").weight_mapping or ()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
+        if target in axes:
+            found[name] = axes[target]
+    return found
 
 
 def unpacking(config: Any) -> Any:

@@ -39,6 +39,7 @@ class GgufFile:
 
     direct_types = ("auto",)  # of `--outtype`: what is written without llama-quantize
     id = revision = ""
+    substituted = None
 
     def __init__(self, path: Path) -> None:
         """Take a file, the first one where the model is split; nothing is read yet."""

@@ -24,7 +24,8 @@ from mone_export.runtime import Progress
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-_SMALL = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md")
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+SMALL = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.txt", "README.md", *LICENCES)
 _ELSEWHERE = ("*/*", "*.safetensors", "consolidated*")  # other copies of the weights lie in folders
 _PATIENCE = 10.0  # seconds until a Hub that says nothing counts as not there; huggingface_hub waits for ever
 _AT_ONCE = 8  # requests for headers
@@ -77,7 +78,7 @@ def metadata(model: str, revision: str | None = None, *, code: bool = False) -> 
     try:
         folder = _small_files(model, revision, ["config.json"], cached=unreachable is not None)
         if (folder / "config.json").is_file():
-            patterns = [*_SMALL, *["*.py"] * code]
+            patterns = [*SMALL, *["*.py"] * code]
             folder = _small_files(model, folder.name, patterns, cached=unreachable is not None)
     except Exception as error:
         raise _refusal(unreachable or error, model, revision) from None
@@ -139,7 +140,7 @@ def skeleton_folder(snapshot: Snapshot, progress: Progress | None = None) -> Ite
                 if file.is_file() and file.suffix != ".safetensors":
                     shutil.copyfile(file, folder / file.name)
             for name, header in found.items():
-                _write_hollow(folder / name, header)
+                write_hollow(folder / name, header)
         except OSError as error:
             raise MoneError(
                 f"cannot write to {folder} ({error.strerror}): free some space, or set TMPDIR"
@@ -205,10 +206,11 @@ def _size(snapshot: Snapshot, files: Sequence[str]) -> int:
 
 def _header(snapshot: Snapshot, name: str) -> dict[str, Any]:
     file = snapshot.folder / name
-    return _local_header(file) if file.is_file() else _remote_header(snapshot, name)
+    return local_header(file) if file.is_file() else _remote_header(snapshot, name)
 
 
-def _local_header(file: Path) -> dict[str, Any]:
+def local_header(file: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file here, in the form of `headers`; `MoneError` for another."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -239,8 +241,8 @@ def _remote_header(snapshot: Snapshot, name: str) -> dict[str, Any]:
     return ({"__metadata__": found.metadata} if found.metadata else {}) | tensors
 
 
-def _write_hollow(file: Path, header: Mapping[str, Any]) -> None:
-    """Write a safetensors file of this header, with a hole for the data."""
+def write_hollow(file: Path, header: Mapping[str, Any]) -> None:
+    """Write a safetensors file of this header, with a hole for the data, which reads as zeros."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     end = max((item["data_offsets"][1] for key, item in header.items() if key != "__metadata__"), default=0)

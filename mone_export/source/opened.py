@@ -13,6 +13,7 @@ from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError, first_line
 from mone_export.lazily import Tensor, torch
 from mone_export.source.naming import card_folder, completed
+from mone_export.source.weights import NOVICE
 
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
 
@@ -105,8 +106,9 @@ class Opened:
 
     @classmethod
     def filter_tensors(cls, item: tuple[str, Any]) -> Any:
-        """Leave tensors out by the names they have in the checkpoint."""
-        return None if item[0] in cls.left_out else cls.base.filter_tensors.__func__(cls, item)
+        """Leave tensors out by the names they have in the checkpoint, and constants: they come as edits."""
+        out = item[0] in cls.left_out or item[0].endswith(NOVICE)
+        return None if out else cls.base.filter_tensors.__func__(cls, item)
 
     def prepare_tensors(self) -> None:
         """Cut down what goes around `modify_tensors` too: experts that stay as they are packed."""

@@ -20,6 +20,8 @@ from mone_export.source.fingerprints import remembered
 from mone_export.source.hub import INDEX, SINGLE
 from mone_export.source.hub import weight_files as listed_files
 
+NOVICE = ".approx_value"  # how the name of a constant in the place of an expert ends (`substituted`)
+
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of weights of a model folder, ascending.
