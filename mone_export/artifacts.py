@@ -398,17 +398,35 @@ def _not_ours(path: Path, error: Exception) -> MoneError:
     return MoneError(f"{path} is not a statistics file of mone-export ({error}): remove it or choose another")
 
 
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """The experts that one text needs most: they stay, whatever the text says that was calibrated on.
+
+    At most `n` of each layer, original ids by layer, ascending; fewer where the text used fewer. `n_saved` is
+    how many of all would not have stayed whole; None where that is not known.
+    """
+
+    name: str
+    n: int
+    corpus_sha256: str
+    n_token: int
+    experts: Mapping[int, tuple[int, ...]]
+    n_saved: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """One number per expert, float64 [n_moe_layer, n_expert], layers as in `spec`; larger = keep.
 
     `calibration` is what they follow from; None where they follow from the weights alone, or from nothing.
+    Experts that are `protected` score infinity.
     """
 
     spec: MoeSpec
     score: ScoreName
     values: Tensor
     calibration: Calibration | None = None
+    protected: tuple[Protected, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,11 +468,15 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole decision: per layer, which experts stay, and the recipe that led to it."""
+    """The whole decision: per layer, which experts stay, and the recipe that led to it.
+
+    `protected` are those that had to stay for a text of their own.
+    """
 
     spec: MoeSpec
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
+    protected: tuple[Protected, ...] = ()
 
     @property
     def n_kept(self) -> dict[int, int]:

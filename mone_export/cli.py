@@ -291,22 +291,11 @@ def _add_pruning_options(group: _Group) -> None:
     )
     _add_plan_options(group)
     group.add_rare("--scope", choices=("layer", "model"), help="model: what --allocate model is called now")
-    group.add_rare(
-        "--min-kept",
-        type=int,
-        metavar="N",
-        help="experts that must stay in a layer (default: as many as a token uses)",
-    )
+    _add_staying_options(group)
     group.add_rare(
         "--sequential",
         action="store_true",
         help="calibrate each layer after the pruned ones before it: two more passes over the text",
-    )
-    group.add_rare(
-        "--no-guard",
-        dest="guarded",
-        action="store_false",
-        help="let experts of extreme outputs be pruned like others",
     )
     group.add_rare(
         "--seed", type=int, default=0, metavar="N", help="for --dataset and --score random (default 0)"
@@ -318,6 +307,29 @@ def _add_plan_options(group: _Group) -> None:
         "--plan", type=Path, metavar="FILE", help="prune what --plan-out chose, on this or another copy of it"
     )
     group.add_rare("--plan-out", type=Path, metavar="FILE", help="keep which experts were chosen, as JSON")
+
+
+def _add_staying_options(group: _Group) -> None:
+    """Add what keeps experts whatever their score."""
+    group.add_rare(
+        "--min-kept",
+        type=int,
+        metavar="N",
+        help="experts that must stay in a layer (default: as many as a token uses)",
+    )
+    group.add_rare(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="FILE=N",
+        help="the N experts of each layer that this text needs most stay whole, whatever -f says; repeatable",
+    )
+    group.add_rare(
+        "--no-guard",
+        dest="guarded",
+        action="store_false",
+        help="let experts of extreme outputs be pruned like others",
+    )
 
 
 def _add_output_options(group: _Group) -> None:

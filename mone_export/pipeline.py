@@ -4,6 +4,7 @@ Everything that can fail cheaply fails before anything expensive starts (`reques
 """
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mone_export.calibration import ranks
 from mone_export.deciding import (
     after_pruned,
     budgeted,
+    counted,
     decided,
     file_size,
     fitted_novices,
@@ -30,7 +32,9 @@ from mone_export.reporting import Clock, report
 from mone_export.request import Job, Request, check_paths, prepare
 from mone_export.runtime import Progress
 from mone_export.source import Source
-from mone_export.statistics import collect
+from mone_export.statistics import collect, known_protected
+
+log = logging.getLogger(__name__)
 
 
 def export(model: str | Path | Source, *, progress: Progress | None = None, **options: Any) -> Report | None:
@@ -44,7 +48,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     clock = Clock()
     job = prepare(Request(model=model, **options), progress=progress)
     clock.lap("checks")
-    calibration, stability = collect(job, progress=progress)
+    job, calibration, stability = collect(job, progress=progress)
     clock.lap("calibration")
     if ranks.rank() > 0:
         return None
@@ -62,6 +66,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)
         chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
         clock.lap("layer by layer")
+    chosen = counted(job, calibration, chosen)
     if calibration and job.recipe.novice == "joint":
         novices = fitted_novices(job, calibration, chosen, progress=progress)
         clock.lap("joint novices")
@@ -95,11 +100,16 @@ def rehearse(
     job = prepare(Request(model=model, **options), dry=True, progress=progress)
     if job.plan:
         return replace(job, size=file_size(job, job.plan)), job.plan
-    if not job.saved or not job.needs_statistics or job.recipe.novice == "thin":
+    saved = job.saved
+    if not saved or not job.needs_statistics or job.recipe.novice == "thin":
         return job, plan_without_scores(job.source.spec, job.recipe)
-    scores = scored(job, job.saved)
+    if (known := known_protected(job)) is None:
+        log.info("which experts --protect holds is known after its text was calibrated on")
+        return replace(job, saved=None), plan_without_scores(job.source.spec, job.recipe)
+    job = known
+    scores = scored(job, saved)
     if job.recipe.allocation == "budget":
-        job, chosen, _ = budgeted(job, job.saved, scores, progress=progress)
+        job, chosen, _ = budgeted(job, saved, scores, progress=progress)
         return job, chosen
     job = with_best_candidate(job, scores)
     chosen = decided(job, scores)

@@ -35,7 +35,7 @@ def report(
     clock: Clock,
 ) -> Report:
     """Return the report of a finished export."""
-    remarks = [*_unstable(stability, job.request.until_stable)]
+    remarks = [*_unstable(stability, job.request.until_stable), *_protected(chosen)]
     if calibration and chosen.share_pruned:
         remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
     return Report(
@@ -59,6 +59,17 @@ def _unstable(stability: Stability | None, until: float | None) -> Iterator[str]
         yield (
             f"--until-stable {until:g} was not reached in {stability.n_token} tokens: "
             "more text may still change which experts go (--chunks)"
+        )
+
+
+def _protected(chosen: Plan) -> Iterator[str]:
+    """Say of each protected text how many experts stay that would have gone."""
+    for text in chosen.protected:
+        n_held = sum(map(len, text.experts.values()))
+        saved = "" if text.n_saved is None else f", {text.n_saved} of them would not have"
+        yield (
+            f"{text.name} ({text.n_token} tokens) protects {text.n} experts of each layer: {n_held} stay "
+            f"whole{saved}"
         )
 
 

@@ -25,7 +25,7 @@ ORDER = (
     "calibration.through_llamacpp",
     *("calibration.engines", "calibration.merging", "calibration.usage"),
     *("pruning.novices", "pruning.damage", "pruning.guard", "pruning.uncertainty", "pruning.scoring"),
-    *("pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
+    *("pruning.protecting", "pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),

@@ -79,6 +79,28 @@ def read_corpus(
     return _interleaved(mixed)
 
 
+def read_all(
+    file: Path,
+    tokenizer: "TextReader | PreTrainedTokenizerBase",
+    *,
+    field: str = "text",
+    n_row: int = 100,
+    seq_len: int = 2048,
+) -> Corpus:
+    """Read one text into as many rows as it has, `n_row` at most; one that is shorter than a row is one row.
+
+    Raises `MoneError` when it cannot be used.
+    """
+    reader, ids = as_reader(tokenizer), list[int]()
+    _append_ids(ids, read_documents(file, reader, field=field), Encoder(reader), n_row * seq_len)
+    if len(ids) < 2:
+        raise MoneError(f"{file} gives {len(ids)} tokens, too few to run a model on: add text")
+    length = min(seq_len, len(ids))
+    n_whole = min(n_row, len(ids) // length)
+    rows = np.array(ids[: n_whole * length], np.int64).reshape(n_whole, length)
+    return Corpus(rows, file.name, fingerprint_rows(rows), {file.name: rows.size})
+
+
 def make_corpus(
     documents: Iterable[Document],
     tokenizer: "TextReader | PreTrainedTokenizerBase",
