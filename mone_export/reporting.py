@@ -66,7 +66,7 @@ def _protected(chosen: Plan) -> Iterator[str]:
     """Say of each protected text how many experts stay that would have gone."""
     for text in chosen.protected:
         n_held = sum(map(len, text.experts.values()))
-        saved = "" if text.n_saved is None else f", {text.n_saved} of them would not have"
+        saved = "" if text.n_saved is None else f", {text.n_saved} of which would not without it"
         yield (
             f"{text.name} ({text.n_token} tokens) protects {text.n} experts of each layer: {n_held} stay "
             f"whole{saved}"
