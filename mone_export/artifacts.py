@@ -52,11 +52,23 @@ class MoeSpec:
         return self.n_group > 1 or layer in self.numbered
 
 
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """What a text looked like when it was read: pieces from all over it, and how many documents were chats.
+
+    `n_chat` is None where the tokenizer has no chat template.
+    """
+
+    pieces: tuple[str, ...]
+    n_chat: int | None
+
+
 class Corpus:
     """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values.
 
     `tokens` has them as a tensor, `ids` as an array of the same memory. `sources` says how many of the tokens
-    each text gave, by name; `origin`, int16 [n_row, seq_len], which of them each token is from.
+    each text gave, by name; `origin`, int16 [n_row, seq_len], which of them each token is from. `sample` is
+    None where the rows were not read from a text.
     """
 
     def __init__(
@@ -66,10 +78,12 @@ class Corpus:
         sha256: str,
         sources: Mapping[str, int] | None = None,
         origin: np.ndarray | None = None,
+        sample: TextSample | None = None,
     ) -> None:
         """Take rows as either; they become a tensor where one is asked for, as a dry run never does."""
         self.ids: np.ndarray = np.asarray(tokens)
         self.name, self.sha256, self.sources, self.origin = name, sha256, sources or {}, origin
+        self.sample = sample
 
     @property
     def tokens(self) -> Tensor:

@@ -490,6 +490,7 @@ def _restore_check(args: argparse.Namespace, display: Display) -> None:
 def _dry_run(args: argparse.Namespace, display: Display) -> None:
     _quiet_transformers(args.model)
     from mone_export.artifacts import Part
+    from mone_export.cautions import cautions
     from mone_export.pipeline import rehearse
 
     if args.sequential or args.allocation == "search":
@@ -499,6 +500,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     display.close()
     saved = job.saved
     parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()
+    remarks = cautions(job, chosen)
     even = chosen.recipe.allocation == "even" or not job.recipe.ratio
     thin = chosen.recipe.novice == "thin" and not even  # only a second pass knows
     real = job.plan is not None or (saved is not None and not thin)
@@ -517,6 +519,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
             size_is_exact=counted,
             size_unpruned=job.size_unpruned if decided else None,
             candidates=[_candidate_values(item) for item in job.candidates],
+            remarks=remarks,
         )
         return
     _print_spec(job.source.spec)
@@ -539,6 +542,8 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
         _print_sizes(job.size_unpruned, job.size, about=not counted)
     else:
         print("note     which of these does least harm is known after a calibration, or with saved --stats")
+    for remark in remarks:
+        print(f"note     {_cut(remark)}")
 
 
 def _ratio(text: str) -> float:

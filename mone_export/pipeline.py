@@ -82,11 +82,11 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         outtype=job.rounding,
         progress=progress,
     )
-    outfile = job.outfile
     if job.request.split_max_size is not None:
-        outfile = split(outfile, job.request.split_max_size, overwrite=job.request.overwrite)
+        first = split(job.outfile, job.request.split_max_size, overwrite=job.request.overwrite)
+        job = replace(job, request=replace(job.request, outfile=first))
     clock.lap("writing")
-    return replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
+    return report(job, calibration, stability, chosen, size=size, clock=clock)
 
 
 def rehearse(

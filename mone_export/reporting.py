@@ -5,9 +5,11 @@ from collections.abc import Iterator
 
 from mone_export.artifacts import Calibration, Plan, Report, Stability
 from mone_export.calibration.usage import RARELY, rarely_seen
+from mone_export.cautions import cautions, prediction
 from mone_export.pruning.damage import mean_relative_error, spread
 from mone_export.pruning.guard import super_experts
 from mone_export.request import Job
+from mone_export.source.gguf_header import read_header
 
 
 class Clock:
@@ -38,6 +40,7 @@ def report(
     remarks = [*_unstable(stability, job.request.until_stable), *_protected(chosen)]
     if calibration and chosen.share_pruned:
         remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
+    remarks += [*cautions(job, chosen), *_predicting(job, chosen)]
     return Report(
         outfile=job.outfile,
         recipe=chosen.recipe,
@@ -52,6 +55,17 @@ def report(
         fates=chosen.fates,
         spread=spread(calibration) if calibration else {},
     )
+
+
+def _predicting(job: Job, chosen: Plan) -> Iterator[str]:
+    """Say what became of blocks that predict further tokens, by what the file says."""
+    if not job.source.predicts:
+        return
+    header = read_header(job.outfile)
+    arch = header.value("general.architecture")
+    kept = header.integer(f"{arch}.nextn_predict_layers") > 0
+    if chosen.share_pruned or not kept:
+        yield prediction(kept=kept)
 
 
 def _unstable(stability: Stability | None, until: float | None) -> Iterator[str]:

@@ -29,7 +29,7 @@ ORDER = (
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
-    *("fitting", "request", "spending", "statistics", "deciding", "reporting", "pipeline", "cli"),
+    *("fitting", "request", "spending", "statistics", "deciding", "cautions", "reporting", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output")
 TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road

@@ -421,6 +421,44 @@ def methods_thin_note(data: Json) -> str:
     )
 
 
+def protect_table(data: Json) -> Iterable[Row]:
+    """Yield what each pruned model strays on the protected text and on the calibration's, by number held."""
+    numbers = sorted({run["n"] for run in data["runs"]} - {0})
+    held = (f"--protect, {n} a layer" for n in numbers)
+    yield "model", "pruned by", "protected", "text", "not protected", *held, "calibrated on it too"
+    runs: dict[tuple[Any, ...], dict[int, Json]] = defaultdict(dict)
+    for run in data["runs"]:
+        runs[run["model"], run["way"], run["protected"], run["n"], run["mixed"]][run["sample"]] = run
+    ways = dict.fromkeys(run["way"] for run in data["runs"])
+    for model, way, kind in product(data["settings"]["models"], ways, ("unlike", "rare")):
+        own = runs[model, way, "", 0, False]
+        arms = [runs[model, way, kind, n, False] for n in numbers] + [runs[model, way, kind, 0, True]]
+        for text in (kind, "like"):
+            times = ([arm[sample][text]["kl"] / own[sample][text]["kl"] for sample in own] for arm in arms)
+            cells = (f"x {statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in times)
+            yield (
+                model,
+                way,
+                kind,
+                text,
+                f"{statistics.mean(r[text]['kl'] for r in own.values()):.2g}",
+                *cells,
+            )
+
+
+def protect_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    _, kinds = _texts(data)
+    return (
+        f"KL divergence from the unpruned model in nats per token, {settings['ratio']:.0%} of the experts or "
+        f"of their bytes gone: mean over {settings['samples']} calibration samples of "
+        f"{settings['calibration_tokens']} tokens, on {settings['evaluation_tokens']} held-out tokens of "
+        "each kind; x: times as much on the same sample, median (smallest to largest). Protected, or "
+        f"calibrated on too: {settings['protected_tokens']} tokens. Float32 in PyTorch. {kinds}."
+    )
+
+
 def bytes_table(data: Json) -> Iterable[Row]:
     """Yield what each way to a size costs, and what --fit's file does as a multiple of others."""
     columns = ("only quantised", "REAP", "constants", "--fit", "to only quantised", "inverted")
@@ -654,6 +692,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/short": methods_short,
     "methods/against": methods_against,
     "methods/third": methods_third,
+    "protect": protect_table,
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
     "methods/thinshort": methods_thin_short,
@@ -671,6 +710,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "calibrate": calibrate_note,
     "quality": quality_note,
     "methods": methods_note,
+    "protect": protect_note,
     **dict.fromkeys(("methods/thin", "methods/thinshort", "methods/controls"), methods_thin_note),
     "speed/thin": speed_thin_note,
     "gpu": gpu_note,
