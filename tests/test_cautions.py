@@ -15,7 +15,7 @@ from family_models import calibrated, save_family, without_vocabulary
 import mone_export as mone
 from mone_export import cautions
 from mone_export.artifacts import TextSample
-from mone_export.calibration.corpus import read_corpus
+from mone_export.calibration.corpus import head, read_corpus
 from mone_export.source import llamacpp, open_source
 
 ENGLISH = """The harbour was quiet when the first of the boats came back, and the men who had waited on the
@@ -169,6 +169,18 @@ def test_a_report_and_a_dry_run_say_the_same(tmp_path: Path, capsys: pytest.Capt
     assert quiet and not [remark for remark in quiet.remarks if "chat" in remark or "all " in remark]
 
 
+def test_a_mix_is_looked_at_as_a_whole(tmp_path: Path) -> None:
+    (prose := tmp_path / "prose.txt").write_text(ENGLISH * 40)
+    (code := tmp_path / "code.txt").write_text(CODE * 60)
+    tokenizer = open_source("demo").tokenizer()
+    mixed = read_corpus([f"{prose}=1", f"{code}=1"], tokenizer, n_row=8, seq_len=128)
+    assert mixed.sample and {*map(cautions.kind_of, mixed.sample.pieces)} == {"English", "code"}
+    assert mixed.sample.n_chat == 0 and head(mixed, 2).sample == mixed.sample
+    with_chats = read_corpus([f"{prose}=1", f"{chats(tmp_path)}=1"], tokenizer, n_row=4, seq_len=128)
+    assert with_chats.sample and with_chats.sample.n_chat
+    assert not any("<|" in piece for piece in with_chats.sample.pieces), "control tokens are no text"
+
+
 def test_nothing_is_said_where_nothing_is_pruned(tmp_path: Path) -> None:
     report = mone.export("demo", ratio=0, outfile=tmp_path / "a.gguf")
     assert report and not report.remarks
@@ -202,3 +214,4 @@ def test_blocks_that_predict_further_tokens(
     wanted = {("keep", 0.5): ["stays, with all"], ("keep", 0.0): []}.get((mtp, ratio), ["is not in the file"])
     found = [remark for remark in report.remarks if "multi-token" in remark]
     assert len(found) == len(wanted) and all(words in found[0] for words in wanted)
+    assert open_source(tmp_path / "a.gguf").predicts is (mtp == "keep")

@@ -111,11 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     protect = commands.add_parser("protect", parents=[common], help="a rare text with and without --protect")
     protect.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     protect.add_argument("--ratio", type=float, default=0.5)
-    protect.add_argument("--numbers", type=int, nargs="+", default=[1, 2, 4, 8], help="experts of each layer")
+    protect.add_argument("--numbers", type=int, nargs="+", default=[2, 4, 8], help="experts of each layer")
     protect.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     protect.add_argument("--samples", type=int, default=5, help="calibration samples")
     protect.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
-    protect.add_argument("--protected-rows", type=int, default=8, help="rows of 512 tokens to protect")
+    protect.add_argument(
+        "--protected-rows", type=int, nargs="+", default=[2, 8], help="rows of 512 tokens to protect"
+    )
     protect.add_argument("--eval-rows", type=int, default=8, help="rows of 512 tokens of each text")
     protect.add_argument(
         "--minutes", type=float, default=55, help="training time of a model not in the cache"

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def measure_protect(args: argparse.Namespace) -> Json:
             "ratio": args.ratio,
             "samples": args.samples,
             "calibration_tokens": args.rows * SEQ_LEN,
-            "protected_tokens": args.protected_rows * SEQ_LEN,
+            "protected_tokens": [n_row * SEQ_LEN for n_row in args.protected_rows],
             "evaluation_tokens": args.eval_rows * SEQ_LEN,
         },
         "runs": [run for name in args.models for run in _runs_of(name, args)],
@@ -62,11 +63,10 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
     for sample in range(args.samples):
         corpus = rows_of(model, "calibration", like, args.rows, first=sample, step=args.samples)
+        longest = max(args.protected_rows)
         rare = {
-            "unlike": rows_of(
-                model, "calibration", unlike, args.protected_rows, first=sample, step=args.samples
-            ),
-            "rare": rare_rows(model, args.protected_rows, seed=1 + sample),
+            "unlike": rows_of(model, "calibration", unlike, longest, first=sample, step=args.samples),
+            "rare": rare_rows(model, longest, seed=1 + sample),
         }
         for arm, module in _arms(model, corpus, rare, args):
             run = {"model": name, "sample": sample} | arm | compare(module, texts, wanted)
@@ -77,23 +77,24 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
 def _arms(
     model: Any, corpus: Any, rare: Mapping[str, Any], args: argparse.Namespace
 ) -> Iterator[tuple[Json, Any]]:
-    """Yield each arm, by `way`, `protected` text, `n` and whether it is `mixed`, with the pruned model."""
+    """Yield each arm, by `way`, `protected` text and its rows, `n` and whether it is `mixed`, pruned."""
+    from mone_export.calibration.corpus import head
     from mone_export.pruning.protecting import most_needed
 
     prunings = Pruning(model, corpus, args.ratio)
     for way in args.ways:
         with prunings.pruned(way) as (module, _):
             yield {"way": way, "protected": "", "n": 0, "mixed": False}, module
-    for kind in KINDS:
-        calibration = _calibrated(model, rare[kind])
+    for kind, n_row in product(KINDS, args.protected_rows):
+        text = head(rare[kind], n_row)
+        calibration, mixed = _calibrated(model, text), Pruning(model, _joined(corpus, text), args.ratio)
         for way in args.ways:
+            arm = {"way": way, "protected": kind, "protected_tokens": n_row * SEQ_LEN}
             for n in args.numbers:
                 with prunings.pruned(way, most_needed(calibration, n)) as (module, n_saved):
-                    yield {"way": way, "protected": kind, "n": n, "mixed": False, "n_saved": n_saved}, module
-        mixed = Pruning(model, _joined(corpus, rare[kind]), args.ratio)
-        for way in args.ways:
+                    yield arm | {"n": n, "mixed": False, "n_saved": n_saved}, module
             with mixed.pruned(way) as (module, _):
-                yield {"way": way, "protected": kind, "n": 0, "mixed": True}, module
+                yield arm | {"n": 0, "mixed": True}, module
 
 
 class Pruning:

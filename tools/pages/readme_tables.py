@@ -428,22 +428,23 @@ def protect_table(data: Json) -> Iterable[Row]:
     yield "model", "pruned by", "protected", "text", "not protected", *held, "calibrated on it too"
     runs: dict[tuple[Any, ...], dict[int, Json]] = defaultdict(dict)
     for run in data["runs"]:
-        runs[run["model"], run["way"], run["protected"], run["n"], run["mixed"]][run["sample"]] = run
+        arm = (run["protected"], run.get("protected_tokens"), run["n"], run["mixed"])
+        runs[run["model"], run["way"], arm][run["sample"]] = run
     ways = dict.fromkeys(run["way"] for run in data["runs"])
-    for model, way, kind in product(data["settings"]["models"], ways, ("unlike", "rare")):
-        own = runs[model, way, "", 0, False]
-        arms = [runs[model, way, kind, n, False] for n in numbers] + [runs[model, way, kind, 0, True]]
+    lengths = data["settings"]["protected_tokens"]
+    for model, way, kind, length in product(data["settings"]["models"], ways, ("unlike", "rare"), lengths):
+        own = runs[model, way, ("", None, 0, False)]
+        arms = [(kind, length, n, False) for n in numbers] + [(kind, length, 0, True)]
         for text in (kind, "like"):
-            times = ([arm[sample][text]["kl"] / own[sample][text]["kl"] for sample in own] for arm in arms)
-            cells = (f"x {statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in times)
-            yield (
-                model,
-                way,
-                kind,
-                text,
-                f"{statistics.mean(r[text]['kl'] for r in own.values()):.2g}",
-                *cells,
-            )
+            mean = f"{statistics.mean(run[text]['kl'] for run in own.values()):.2g}"
+            cells = (_ratio_to(own, runs[model, way, arm], text) for arm in arms)
+            yield model, way, f"{kind}, {length} tokens", text, mean, *cells
+
+
+def _ratio_to(base: dict[int, Json], runs: dict[int, Json], text: str) -> str:
+    """Format divergences as multiples of others, sample by sample: median and range."""
+    times = [runs[sample][text]["kl"] / run[text]["kl"] for sample, run in base.items()]
+    return f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
 
 
 def protect_note(data: Json) -> str:
@@ -454,8 +455,8 @@ def protect_note(data: Json) -> str:
         f"KL divergence from the unpruned model in nats per token, {settings['ratio']:.0%} of the experts or "
         f"of their bytes gone: mean over {settings['samples']} calibration samples of "
         f"{settings['calibration_tokens']} tokens, on {settings['evaluation_tokens']} held-out tokens of "
-        "each kind; x: times as much on the same sample, median (smallest to largest). Protected, or "
-        f"calibrated on too: {settings['protected_tokens']} tokens. Float32 in PyTorch. {kinds}."
+        "each kind; x: times as much on the same sample, median (smallest to largest). Float32 in PyTorch. "
+        f"{kinds}."
     )
 
 
