@@ -52,11 +52,23 @@ class MoeSpec:
         return self.n_group > 1 or layer in self.numbered
 
 
+@dataclass(frozen=True, slots=True)
+class TextSample:
+    """What a text looked like when it was read: pieces from all over it, and how many documents were chats.
+
+    `n_chat` is None where the tokenizer has no chat template.
+    """
+
+    pieces: tuple[str, ...]
+    n_chat: int | None
+
+
 class Corpus:
     """Rows of token ids, int64 [n_row, seq_len], and the SHA-256 of their shape and values.
 
     `tokens` has them as a tensor, `ids` as an array of the same memory. `sources` says how many of the tokens
-    each text gave, by name; `origin`, int16 [n_row, seq_len], which of them each token is from.
+    each text gave, by name; `origin`, int16 [n_row, seq_len], which of them each token is from. `sample` is
+    None where the rows were not read from a text.
     """
 
     def __init__(
@@ -66,10 +78,12 @@ class Corpus:
         sha256: str,
         sources: Mapping[str, int] | None = None,
         origin: np.ndarray | None = None,
+        sample: TextSample | None = None,
     ) -> None:
         """Take rows as either; they become a tensor where one is asked for, as a dry run never does."""
         self.ids: np.ndarray = np.asarray(tokens)
         self.name, self.sha256, self.sources, self.origin = name, sha256, sources or {}, origin
+        self.sample = sample
 
     @property
     def tokens(self) -> Tensor:
@@ -410,17 +424,35 @@ def _not_ours(path: Path, error: Exception) -> MoneError:
     return MoneError(f"{path} is not a statistics file of mone-export ({error}): remove it or choose another")
 
 
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """The experts that one text needs most: they stay, whatever the text says that was calibrated on.
+
+    At most `n` of each layer, original ids by layer, ascending; fewer where the text used fewer. `n_saved` is
+    how many of all would not have stayed whole; None where that is not known.
+    """
+
+    name: str
+    n: int
+    corpus_sha256: str
+    n_token: int
+    experts: Mapping[int, tuple[int, ...]]
+    n_saved: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
     """One number per expert, float64 [n_moe_layer, n_expert], layers as in `spec`; larger = keep.
 
     `calibration` is what they follow from; None where they follow from the weights alone, or from nothing.
+    Experts that are `protected` score infinity.
     """
 
     spec: MoeSpec
     score: ScoreName
     values: Tensor
     calibration: Calibration | None = None
+    protected: tuple[Protected, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,11 +494,15 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole decision: per layer, which experts stay, and the recipe that led to it."""
+    """The whole decision: per layer, which experts stay, and the recipe that led to it.
+
+    `protected` are those that had to stay for a text of their own.
+    """
 
     spec: MoeSpec
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
+    protected: tuple[Protected, ...] = ()
 
     @property
     def n_kept(self) -> dict[int, int]:

@@ -298,22 +298,11 @@ def _add_pruning_options(group: _Group) -> None:
     )
     _add_plan_options(group)
     group.add_rare("--scope", choices=("layer", "model"), help="model: what --allocate model is called now")
-    group.add_rare(
-        "--min-kept",
-        type=int,
-        metavar="N",
-        help="experts that must stay in a layer (default: as many as a token uses)",
-    )
+    _add_staying_options(group)
     group.add_rare(
         "--sequential",
         action="store_true",
         help="calibrate each layer after the pruned ones before it: two more passes over the text",
-    )
-    group.add_rare(
-        "--no-guard",
-        dest="guarded",
-        action="store_false",
-        help="let experts of extreme outputs be pruned like others",
     )
     group.add_rare(
         "--seed", type=int, default=0, metavar="N", help="for --dataset and --score random (default 0)"
@@ -325,6 +314,29 @@ def _add_plan_options(group: _Group) -> None:
         "--plan", type=Path, metavar="FILE", help="prune what --plan-out chose, on this or another copy of it"
     )
     group.add_rare("--plan-out", type=Path, metavar="FILE", help="keep which experts were chosen, as JSON")
+
+
+def _add_staying_options(group: _Group) -> None:
+    """Add what keeps experts whatever their score."""
+    group.add_rare(
+        "--min-kept",
+        type=int,
+        metavar="N",
+        help="experts that must stay in a layer (default: as many as a token uses)",
+    )
+    group.add_rare(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="FILE=N",
+        help="the N experts of each layer that this text needs most stay whole, whatever -f says; repeatable",
+    )
+    group.add_rare(
+        "--no-guard",
+        dest="guarded",
+        action="store_false",
+        help="let experts of extreme outputs be pruned like others",
+    )
 
 
 def _add_output_options(group: _Group) -> None:
@@ -508,6 +520,7 @@ def _restore_check(args: argparse.Namespace, display: Display) -> None:
 def _dry_run(args: argparse.Namespace, display: Display) -> None:
     _quiet_transformers(args.model)
     from mone_export.artifacts import Part
+    from mone_export.cautions import cautions
     from mone_export.pipeline import rehearse
 
     if args.sequential or args.allocation == "search":
@@ -517,6 +530,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
     display.close()
     saved = job.saved
     parts = saved.parts if saved else (Part(job.corpus.sha256, job.corpus.sources),) if job.corpus else ()
+    remarks = cautions(job, chosen)
     even = chosen.recipe.allocation == "even" or not job.recipe.ratio
     thin = chosen.recipe.novice == "thin" and not even  # only a second pass knows
     real = job.plan is not None or (saved is not None and not thin)
@@ -535,6 +549,7 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
             size_is_exact=counted,
             size_unpruned=job.size_unpruned if decided else None,
             candidates=[_candidate_values(item) for item in job.candidates],
+            remarks=remarks,
         )
         return
     _print_spec(job.source.spec)
@@ -557,6 +572,8 @@ def _dry_run(args: argparse.Namespace, display: Display) -> None:
         _print_sizes(job.size_unpruned, job.size, about=not counted)
     else:
         print("note     which of these does least harm is known after a calibration, or with saved --stats")
+    for remark in remarks:
+        print(f"note     {_cut(remark)}")
 
 
 def _ratio(text: str) -> float:

@@ -28,6 +28,7 @@ from mone_export.pruning.allocation import Counts, allocate, possible
 from mone_export.pruning.fates import plan_fates
 from mone_export.pruning.novices import joint_novices, novices
 from mone_export.pruning.planning import plan
+from mone_export.pruning.protecting import protect, with_count
 from mone_export.pruning.scoring import random_scores, score, score_weights
 from mone_export.pruning.thinning import channel_bytes, down_projections, thin, widths_of
 from mone_export.recipe import Recipe
@@ -49,26 +50,30 @@ Divergence = Callable[[Mapping[int, Sequence[int]], Mapping[int, Tensor]], float
 
 
 def scored(job: Job, calibration: Calibration | None) -> Scores:
-    """Score the experts, from the statistics or the weights."""
+    """Score the experts, from the statistics or the weights; protected ones above all others."""
     recipe = job.recipe
     if recipe.score == "aimer" and recipe.ratio and not job.plan:
-        scores = score_weights(job.source.spec, job.engine().experts())
-        return replace(scores, calibration=calibration)
-    if calibration is None:
-        return random_scores(job.source.spec, seed=recipe.seed)
-    return score(calibration, recipe.score, guarded=recipe.guarded, seed=recipe.seed)
+        found = score_weights(job.source.spec, job.engine().experts())
+        scores = replace(found, calibration=calibration)
+    elif calibration is None:
+        scores = random_scores(job.source.spec, seed=recipe.seed)
+    else:
+        scores = score(calibration, recipe.score, guarded=recipe.guarded, seed=recipe.seed)
+    return protect(scores, job.protected)
 
 
 def with_best_candidate(job: Job, scores: Scores) -> Job:
     """Choose among a job's candidates by their estimated errors, and fix ratio and type; the best first."""
     if len(job.candidates) < 2 or scores.calibration is None:
         return job
-    judged = judge(
-        job.candidates,
-        job.source,
-        scores.calibration,
-        lambda item: plan(scores, recipe=replace(job.recipe, ratio=item.ratio)),
-    )
+
+    def planned(item: Candidate) -> Plan:
+        return plan(scores, recipe=replace(job.recipe, ratio=item.ratio))
+
+    possible = [item for item in job.candidates if not scores.protected or _can(planned, item)]
+    if not possible:
+        planned(job.candidates[0])  # raises the reason
+    judged = judge(possible, job.source, scores.calibration, planned)
     best = judged[0]
     return replace(
         job,
@@ -79,6 +84,26 @@ def with_best_candidate(job: Job, scores: Scores) -> Job:
         size_between=best.size_between,
         size_unpruned=best.size_unpruned,
     )
+
+
+def _can(planned: Callable[[Candidate], Plan], item: Candidate) -> bool:
+    """Say whether a candidate keeps all experts that must stay."""
+    try:
+        planned(item)
+    except MoneError:
+        return False
+    return True
+
+
+def counted(job: Job, calibration: Calibration | None, chosen: Plan) -> Plan:
+    """Return a plan that says how many of its protected experts the scores alone would have pruned.
+
+    The layers keep as many as they do; of a budget that was counted already.
+    """
+    if not job.protected or chosen.recipe.allocation == "budget":
+        return chosen
+    unprotected = scored(replace(job, protected=()), calibration)
+    return with_count(chosen, plan(unprotected, chosen.n_kept, recipe=chosen.recipe))
 
 
 def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Plan:
@@ -125,10 +150,24 @@ def budgeted(
     missing = thinner.errors if thinner else missing_without_channels(scores)
     if job.plan:
         return job, job.plan, thinner
-    if not job.candidates:
-        return job, plan_fates(scores, missing, widths, job.recipe), thinner
-    job, chosen = spent(job, Spending(job.source, scores, job.recipe, widths, missing), progress=progress)
+    spending = Spending(job.source, scores, job.recipe, widths, missing)
+    if job.candidates:
+        job, chosen = spent(job, spending, progress=progress)
+    else:
+        chosen = plan_fates(scores, missing, widths, job.recipe)
+    if job.protected:
+        spending = replace(spending, scores=scored(replace(job, protected=()), calibration))
+        chosen = with_count(chosen, _unprotected(job, spending))
     return job, chosen, thinner
+
+
+def _unprotected(job: Job, spending: Spending) -> Plan:
+    """Return what would become of the experts if none were protected, of the type that was chosen."""
+    if not job.candidates:
+        return plan_fates(spending.scores, spending.missing, spending.widths, job.recipe)
+    best, limit = job.candidates[0], job.request.fit
+    assert limit is not None
+    return spending.plan(best, limit, mixed=job.mixes(best))[0]
 
 
 def spent(job: Job, spending: Spending, *, progress: Progress | None = None) -> tuple[Job, Plan]:

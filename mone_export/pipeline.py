@@ -4,6 +4,7 @@ Everything that can fail cheaply fails before anything expensive starts (`reques
 """
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mone_export.calibration import ranks
 from mone_export.deciding import (
     after_pruned,
     budgeted,
+    counted,
     decided,
     file_size,
     fitted_novices,
@@ -32,7 +34,9 @@ from mone_export.reporting import Clock, report
 from mone_export.request import Job, Request, check_paths, prepare
 from mone_export.runtime import Progress
 from mone_export.source import Source
-from mone_export.statistics import collect
+from mone_export.statistics import collect, known_protected
+
+log = logging.getLogger(__name__)
 
 
 def export(model: str | Path | Source, *, progress: Progress | None = None, **options: Any) -> Report | None:
@@ -46,7 +50,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     clock = Clock()
     job = prepare(Request(model=model, **options), progress=progress)
     clock.lap("checks")
-    calibration, stability = collect(job, progress=progress)
+    job, calibration, stability = collect(job, progress=progress)
     clock.lap("calibration")
     if ranks.rank() > 0:
         return None
@@ -64,6 +68,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)
         chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
         clock.lap("layer by layer")
+    chosen = counted(job, calibration, chosen)
     if calibration and job.recipe.novice == "joint":
         novices = fitted_novices(job, calibration, chosen, progress=progress)
         clock.lap("joint novices")
@@ -72,7 +77,9 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         save_plan(job.request.plan_out, chosen, scores, named)
     outfile, size = _written(job, calibration, chosen, novices, progress)
     clock.lap("writing")
-    done = replace(report(job, calibration, stability, chosen, size=size, clock=clock), outfile=outfile)
+    if outfile != job.outfile:
+        job = replace(job, request=replace(job.request, outfile=outfile))  # the first of several
+    done = report(job, calibration, stability, chosen, size=size, clock=clock)
     publish_export(job, done, chosen, scores, calibration, progress)
     return done
 
@@ -117,11 +124,16 @@ def rehearse(
     job = prepare(Request(model=model, **options), dry=True, progress=progress)
     if job.plan:
         return replace(job, size=file_size(job, job.plan)), job.plan
-    if not job.saved or not job.needs_statistics or job.recipe.novice == "thin":
+    saved = job.saved
+    if not saved or not job.needs_statistics or job.recipe.novice == "thin":
         return job, plan_without_scores(job.source.spec, job.recipe)
-    scores = scored(job, job.saved)
+    if (known := known_protected(job)) is None:
+        log.info("which experts --protect holds is known after its text was calibrated on")
+        return replace(job, saved=None), plan_without_scores(job.source.spec, job.recipe)
+    job = known
+    scores = scored(job, saved)
     if job.recipe.allocation == "budget":
-        job, chosen, _ = budgeted(job, job.saved, scores, progress=progress)
+        job, chosen, _ = budgeted(job, saved, scores, progress=progress)
         return job, chosen
     job = with_best_candidate(job, scores)
     chosen = decided(job, scores)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from mone_export.artifacts import Calibration, Plan, Report, Stability
 from mone_export.calibration.usage import RARELY, rarely_seen
+from mone_export.cautions import cautions, prediction
 from mone_export.pruning.damage import mean_relative_error, spread
 from mone_export.pruning.guard import super_experts
 from mone_export.request import Job
+from mone_export.source.gguf_header import read_header
 
 
 class Clock:
@@ -36,9 +38,10 @@ def report(
     clock: Clock,
 ) -> Report:
     """Return the report of a finished export."""
-    remarks = [*_unstable(stability, job.request.until_stable)]
+    remarks = [*_unstable(stability, job.request.until_stable), *_protected(chosen)]
     if calibration and chosen.share_pruned:
         remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
+    remarks += [*cautions(job, chosen), *_predicting(job, chosen)]
     return Report(
         outfile=job.outfile,
         checkpoint=None if job.request.hf_out is None else Path(job.request.hf_out),
@@ -56,11 +59,33 @@ def report(
     )
 
 
+def _predicting(job: Job, chosen: Plan) -> Iterator[str]:
+    """Say what became of blocks that predict further tokens, by what the file says."""
+    if not job.source.predicts or job.request.only_checkpoint:
+        return
+    header = read_header(job.outfile)
+    arch = header.value("general.architecture")
+    kept = header.integer(f"{arch}.nextn_predict_layers") > 0
+    if chosen.share_pruned or not kept:
+        yield prediction(kept=kept)
+
+
 def _unstable(stability: Stability | None, until: float | None) -> Iterator[str]:
     if stability and until and stability.mean < until:
         yield (
             f"--until-stable {until:g} was not reached in {stability.n_token} tokens: "
             "more text may still change which experts go (--chunks)"
+        )
+
+
+def _protected(chosen: Plan) -> Iterator[str]:
+    """Say of each protected text how many experts stay that would have gone."""
+    for text in chosen.protected:
+        n_held = sum(map(len, text.experts.values()))
+        saved = "" if text.n_saved is None else f", {text.n_saved} of which would not without it"
+        yield (
+            f"{text.name} ({text.n_token} tokens) protects {text.n} experts of each layer: {n_held} stay "
+            f"whole{saved}"
         )
 
 

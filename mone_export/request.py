@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, Candidate, ChannelStats, Corpus, Plan, differing
+from mone_export.artifacts import (
+    Calibration,
+    Candidate,
+    ChannelStats,
+    Corpus,
+    Plan,
+    Protected,
+    differing,
+)
 from mone_export.calibration import ranks
-from mone_export.calibration.corpus import BUILT_IN, head, read_corpus
+from mone_export.calibration.corpus import BUILT_IN, head, read_all, read_corpus
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.lazily import Tensor
@@ -64,9 +72,11 @@ class Request:
     given. `plan` names a file with the choice of experts, made by `plan_out` on this or another copy of the
     model. `hf_out` is a folder for the pruned model as a checkpoint, beside `outfile` or alone. In `workdir`
     an unfinished calibration is kept, too, and taken up by the next call, and so is what a second pass has
-    found. `sequential` measures each layer again after the pruned ones before it. `until_stable` ends the
-    calibration when the decision's overlap with that at half the text is that much. `report` names a page to
-    write about the file, `card` a folder for what is published with it; `command` is what they say made it.
+    found. `protect` has texts, `FILE=N` or pairs of both: the N experts of each layer that a text needs most
+    stay whole. `sequential` measures each layer again after the pruned ones before it. `until_stable` ends
+    the calibration when the decision's overlap with that at half the text is that much. `report` names a page
+    to write about the file, `card` a folder for what is published with it; `command` is what they say made
+    it.
     """
 
     model: str | Path | Source
@@ -80,6 +90,7 @@ class Request:
     allocation: str | None = None
     min_kept: int | None = None
     guarded: bool = True
+    protect: Sequence[str | tuple[str | Path, int]] = ()
     sequential: bool = False
     files: Sequence[str | Path] = ()
     datasets: Sequence[str] = ()
@@ -130,6 +141,11 @@ class Request:
     def _novice(self) -> str | None:
         return None if self.novice == AUTO else self.novice
 
+    @property
+    def protected_texts(self) -> tuple[tuple[Path, int], ...]:
+        """The texts whose experts are protected, and how many experts of each layer."""
+        return tuple(map(_protected_text, self.protect))
+
     def mixes_types(self, source: Source) -> bool:
         """Whether experts may have types of their own: where a size decides, and llama-quantize rounds."""
         return self.fit is not None and self.outtype not in _UNROUNDED and not source.packed
@@ -168,7 +184,8 @@ class Job:
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
     `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
     statistics made before; `corpus` is None where no text is needed; `held_out` [n, seq_len] are rows
-    that no calibration sees; `plan` is one that was made before.
+    that no calibration sees; `plan` is one that was made before. `protected_texts` are those whose experts
+    are protected, and how many of each layer; `protected` those experts, once the texts were run.
     """
 
     request: Request
@@ -184,6 +201,8 @@ class Job:
     corpus: Corpus | None = None
     held_out: Tensor | None = None
     plan: Plan | None = None
+    protected_texts: tuple[tuple[Corpus, int], ...] = ()
+    protected: tuple[Protected, ...] = ()
 
     @property
     def outfile(self) -> Path:
@@ -281,6 +300,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     _check_substituted(request, recipe, source)
     recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
+    _check_protected_texts(request, recipe, source)
     if not dry:
         _check_place(request)
         if recipe.novice == "thin" and (recipe.ratio or request.fit is not None):
@@ -300,11 +320,54 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         _announce(job)
     if recipe.allocation == "search" and not chosen:
         _check_search(job)
-    job = _with_text(job)
+    job = _with_protected_texts(_with_text(job))
     if job.wants_imatrix and job.corpus is None:  # there will be none
         found = _sized(replace(request, with_imatrix=False), source, recipe, progress)
-        job = replace(found, request=request, saved=saved, plan=chosen)
+        job = replace(found, request=request, saved=saved, plan=chosen, protected_texts=job.protected_texts)
     return job
+
+
+def _protected_text(given: str | tuple[str | Path, int]) -> tuple[Path, int]:
+    """Return the text that `FILE=N` names, and the number."""
+    name, _, number = given.rpartition("=") if isinstance(given, str) else (given[0], "", given[1])
+    try:
+        n = int(number)
+    except ValueError:
+        n = 0
+    if not name or n < 1:
+        raise MoneError(
+            f"--protect {given}: pass a text and how many experts of a layer stay, such as a.txt=4"
+        )
+    return Path(name), n
+
+
+def _check_protected_texts(request: Request, recipe: Recipe, source: Source) -> None:
+    """Refuse to protect more experts of a layer than stay in it, and texts that are not there."""
+    spec = source.spec
+    kept = min(even_counts(spec, recipe).values()) if request.fit is None else min(spec.present.values())
+    for file, n in request.protected_texts:
+        if n > kept:
+            asked = f"--ratio {recipe.ratio:g}" if request.fit is None else source.name
+            raise MoneError(
+                f"--protect {file}={n} is more than the {kept} experts that {asked} leaves in a layer: pass "
+                f"{kept} or less, or prune less"
+            )
+        if not file.is_file():
+            raise MoneError(f"--protect {file}={n}: there is no such file")
+
+
+def _with_protected_texts(job: Job) -> Job:
+    """Return the job with the texts whose experts are protected, as far as anything is pruned."""
+    request, (n_row, seq_len) = job.request, job.request.chunks
+    if not request.protected_texts or not (job.needs_statistics or job.recipe.ratio):
+        return job
+    reader = job.source.tokenizer()
+    texts = []
+    for file, n in request.protected_texts:
+        text = read_all(file, reader, field=request.field, n_row=n_row, seq_len=seq_len)
+        _check_text(job, text)
+        texts.append((text, n))
+    return replace(job, protected_texts=tuple(texts))
 
 
 def _loaded_plan(request: Request, source: Source, recipe: Recipe) -> Plan:
@@ -356,6 +419,7 @@ def _check_plan(request: Request) -> None:
         "--score": request.score,
         "--allocate": request.allocation,
         "--min-kept": request.min_kept,
+        "--protect": request.protect or None,
         "--until-stable": request.until_stable,
         "--sequential": request.sequential or None,
     }
@@ -567,6 +631,7 @@ def check_paths(job: Job) -> None:
     inputs = {"MODEL": job.source.files}
     inputs["-f"] = [path for given in request.files if (path := Path(str(given).rpartition("=")[0] or given))]
     inputs["-f"] += [Path(given) for given in request.files]
+    inputs["--protect"] = [file for file, _ in request.protected_texts]
     if request.plan is not None:
         inputs["--plan"] = [Path(request.plan)]
     if request.plan_out is not None:

@@ -7,9 +7,10 @@ how much text is enough.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from mone_export.pruning.allocation import sensitivities
 from mone_export.pruning.damage import relative_error
 from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan
+from mone_export.pruning.protecting import most_needed
 from mone_export.pruning.scoring import score
 from mone_export.request import NO_EARLY_END, Job
 from mone_export.runtime import Progress
@@ -45,14 +47,17 @@ _BUILTIN_TEXT = (
 # need: so it is imported where a model is at work.
 
 
-def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration | None, Stability | None]:
+def collect(
+    job: Job, *, progress: Progress | None = None
+) -> tuple[Job, Calibration | None, Stability | None]:
     """Return a job's statistics, and how stable the decision became while they grew, if that is known.
 
-    Nothing is measured where nothing depends on it. Of several processes (torchrun) all take part. Raises
-    `MoneError` for saved statistics of another model or text.
+    The job that is returned knows the experts that are protected. Nothing is measured where nothing depends
+    on it. Of several processes (torchrun) all take part. Raises `MoneError` for saved statistics of another
+    model or text.
     """
-    if not job.needs_statistics:
-        return None, None
+    if not (job.needs_statistics or job.protected_texts):
+        return job, None, None
     workdir = job.request.workdir
     alone = alone_in(Path(workdir) / f"rank-{ranks.rank()}") if workdir else nullcontext()
     with alone, ranks.joined():
@@ -60,14 +65,56 @@ def collect(job: Job, *, progress: Progress | None = None) -> tuple[Calibration 
             job.source.fingerprint(progress=progress) if ranks.rank() == 0 else ""
         )
         job, folder = _opened(job, model_sha256) if job.request.workdir else (job, None)
-        if job.saved:
-            saved = _saved(job, job.saved, model_sha256)
-            found: tuple[Calibration, Stability | None] = _completed(job, saved, progress), None
-        else:
-            found = _measured(job, model_sha256, folder, progress)
+        engine = cache(job.engine)
+        calibration: Calibration | None = None
+        stability: Stability | None = None
+        if job.saved and job.needs_statistics:
+            calibration = _completed(job, _saved(job, job.saved, model_sha256), engine, progress)
+        elif job.needs_statistics:
+            calibration, stability = _measured(job, model_sha256, folder, engine, progress)
         if folder is not None:
             folder.clear()
-    return found
+        if job.protected_texts:
+            job = _with_protected(job, model_sha256, engine, progress)
+    return job, calibration, stability
+
+
+def known_protected(job: Job) -> Job | None:
+    """Return the job with its protected experts where saved statistics of all their texts know them."""
+    found = []
+    for text, n in job.protected_texts:
+        file = _beside(job, text)
+        if file is None or not file.exists():
+            return None
+        found.append(most_needed(Calibration.load(file), n))
+    return replace(job, protected=tuple(found))
+
+
+def _with_protected(
+    job: Job, model_sha256: str, engine: Callable[[], "Engine"], progress: Progress | None
+) -> Job:
+    """Return the job with its protected experts: their texts run like the calibration's, unless saved."""
+    found = []
+    for text, n in job.protected_texts:
+        file = _beside(job, text)
+        if ranks.from_first(file is not None and file.exists()):
+            assert file is not None
+            calibration = Calibration.load(file)
+            check_origin(job, calibration, model_sha256, text, stats=file)
+        else:
+            calibration = engine().calibrate(text, model_sha256=model_sha256, progress=progress)
+            if file is not None and ranks.rank() == 0:
+                calibration.save(file)
+        if ranks.rank() == 0:  # no other has the sums of all
+            found.append(most_needed(calibration, n))
+        ranks.wait()
+    return replace(job, protected=tuple(found))
+
+
+def _beside(job: Job, text: Corpus) -> Path | None:
+    """Return where the statistics of a protected text are kept: beside the others, named by its rows."""
+    stats = job.request.stats_file
+    return stats and stats.with_name(f"{stats.name}.protect-{text.sha256[:12]}")
 
 
 def _opened(job: Job, model_sha256: str) -> tuple[Job, WorkFolder]:
@@ -105,19 +152,25 @@ def _saved(job: Job, saved: Calibration, model_sha256: str) -> Calibration:
     return saved
 
 
-def _completed(job: Job, saved: Calibration, progress: Progress | None) -> Calibration:
+def _completed(
+    job: Job, saved: Calibration, engine: Callable[[], "Engine"], progress: Progress | None
+) -> Calibration:
     """Return saved statistics with the sensitivities that a run which was ended has not measured."""
     if not job.lacks_sensitivity or job.corpus is None or ranks.rank() > 0:
         return saved
     corpus = head(job.corpus, saved.n_token // job.corpus.tokens.shape[1])
-    found = with_sensitivity(job.engine(), corpus, saved, progress=progress)
+    found = with_sensitivity(engine(), corpus, saved, progress=progress)
     if found.sensitivity and job.request.stats_file is not None:
         found.save(job.request.stats_file)
     return found
 
 
 def _measured(
-    job: Job, model_sha256: str, folder: WorkFolder | None, progress: Progress | None
+    job: Job,
+    model_sha256: str,
+    folder: WorkFolder | None,
+    engine: Callable[[], "Engine"],
+    progress: Progress | None,
 ) -> tuple[Calibration, Stability | None]:
     """Calibrate; save the statistics at once, and again with the layers' sensitivities."""
     request = job.request
@@ -126,9 +179,8 @@ def _measured(
         log.info(_BUILTIN_TEXT)
     if request.until_stable and job.streamed:
         raise MoneError(NO_EARLY_END)
-    engine = job.engine()
     watch = _watch(job, job.corpus)
-    calibration = engine.calibrate(
+    calibration = engine().calibrate(
         job.corpus, model_sha256=model_sha256, work=folder, progress=progress, watch=watch
     )
     if ranks.rank() == 0:
@@ -137,7 +189,7 @@ def _measured(
             calibration.save(stats)
         if job.probed or stats is not None:
             corpus = head(job.corpus, calibration.n_token // job.corpus.tokens.shape[1])
-            calibration = with_sensitivity(engine, corpus, calibration, progress=progress)
+            calibration = with_sensitivity(engine(), corpus, calibration, progress=progress)
             if stats is not None and calibration.sensitivity:
                 calibration.save(stats)
     ranks.wait()
@@ -180,12 +232,14 @@ def with_sensitivity(
     return replace(calibration, sensitivity=sensitivities(damage, errors))
 
 
-def check_origin(job: Job, saved: Calibration, model_sha256: str, corpus: Corpus | None) -> None:
+def check_origin(
+    job: Job, saved: Calibration, model_sha256: str, corpus: Corpus | None, *, stats: Path | None = None
+) -> None:
     """Insist that saved statistics are of this model, and of this text if one is given; say of what they are.
 
     Raises `MoneError` with what differs: both fingerprints, or the precision. Other versions are warned of.
     """
-    stats, text_sha256 = job.request.stats_file, saved.corpus_sha256
+    stats, text_sha256 = stats or job.request.stats_file, saved.corpus_sha256
     remedy = "choose another --stats file, or the same model, text, --chunks and --ctx-size"
     for what, found, wanted in (
         ("model", saved.model_sha256, model_sha256),

@@ -5,6 +5,7 @@
     python tools/measure.py calibrate    what observing costs on top of a forward pass
     python tools/measure.py quality      perplexity on held-out text by ratio, score and novice
     python tools/measure.py methods      KL divergence by method, score, novice and ratio
+    python tools/measure.py protect      KL divergence on a rare text with and without --protect
     python tools/measure.py bytes        KL divergence at equal bytes: prune, or only quantise?
     python tools/measure.py roads        from a checkpoint or from a GGUF: KL divergence, speed
     python tools/measure.py memory       peak memory of the writing stage
@@ -31,6 +32,7 @@ from measuring.calibrate import measure_calibrate  # noqa: E402
 from measuring.large import measure_large  # noqa: E402
 from measuring.memory import measure_memory  # noqa: E402
 from measuring.methods import MODELS, VARIANTS, measure_methods  # noqa: E402
+from measuring.protect import WAYS, measure_protect  # noqa: E402
 from measuring.quality import measure_quality  # noqa: E402
 from measuring.roads import measure_roads  # noqa: E402
 from measuring.server import measure_server  # noqa: E402
@@ -105,6 +107,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     methods.add_argument("-t", "--threads", type=int, default=2)
     methods.set_defaults(measure=measure_methods)
+
+    protect = commands.add_parser("protect", parents=[common], help="a rare text with and without --protect")
+    protect.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    protect.add_argument("--ratio", type=float, default=0.5)
+    protect.add_argument("--numbers", type=int, nargs="+", default=[2, 4, 8], help="experts of each layer")
+    protect.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    protect.add_argument("--samples", type=int, default=5, help="calibration samples")
+    protect.add_argument("--rows", type=int, default=32, help="rows of 512 tokens to calibrate on")
+    protect.add_argument(
+        "--protected-rows", type=int, nargs="+", default=[2, 8], help="rows of 512 tokens to protect"
+    )
+    protect.add_argument("--eval-rows", type=int, default=8, help="rows of 512 tokens of each text")
+    protect.add_argument(
+        "--minutes", type=float, default=55, help="training time of a model not in the cache"
+    )
+    protect.add_argument("-t", "--threads", type=int, default=2)
+    protect.set_defaults(measure=measure_protect)
 
     same = commands.add_parser("bytes", parents=[common], help="KL divergence at equal bytes")
     same.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")

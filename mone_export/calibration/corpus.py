@@ -14,13 +14,14 @@ import json
 import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mone_export.artifacts import Corpus
+from mone_export.artifacts import Corpus, TextSample
 from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor
@@ -29,6 +30,7 @@ from mone_export.source.tokenizing import Encoder, TextReader, as_reader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PIECE, _PIECE_EVERY = 512, 2048  # characters of a text that are looked at, of so many
 BUILT_IN = "built-in"  # the name of the text where none is given
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,28 @@ def read_corpus(
     return _interleaved(mixed)
 
 
+def read_all(
+    file: Path,
+    tokenizer: "TextReader | PreTrainedTokenizerBase",
+    *,
+    field: str = "text",
+    n_row: int = 100,
+    seq_len: int = 2048,
+) -> Corpus:
+    """Read one text into as many rows as it has, `n_row` at most; one that is shorter than a row is one row.
+
+    Raises `MoneError` when it cannot be used.
+    """
+    reader, ids = as_reader(tokenizer), list[int]()
+    _append_ids(ids, read_documents(file, reader, field=field), Encoder(reader), n_row * seq_len)
+    if len(ids) < 2:
+        raise MoneError(f"{file} gives {len(ids)} tokens, too few to run a model on: add text")
+    length = min(seq_len, len(ids))
+    n_whole = min(n_row, len(ids) // length)
+    rows = np.array(ids[: n_whole * length], np.int64).reshape(n_whole, length)
+    return Corpus(rows, file.name, fingerprint_rows(rows), {file.name: rows.size})
+
+
 def make_corpus(
     documents: Iterable[Document],
     tokenizer: "TextReader | PreTrainedTokenizerBase",
@@ -98,7 +122,7 @@ def head(corpus: Corpus, n_row: int) -> Corpus:
         origin = corpus.origin[:n_row]
         counts = np.bincount(origin.ravel(), minlength=len(corpus.sources)).tolist()
         sources = dict(zip(corpus.sources, counts, strict=True))
-    return Corpus(ids, corpus.name, fingerprint_rows(ids), sources, origin)
+    return Corpus(ids, corpus.name, fingerprint_rows(ids), sources, origin, corpus.sample)
 
 
 def fingerprint_rows(tokens: Tensor | np.ndarray) -> str:
@@ -115,11 +139,12 @@ def _corpus(texts: Sequence[_Text], encoder: Encoder, *, n_row: int, seq_len: in
         )
     wanted = n_row * seq_len
     ids: list[int] = []
+    seen = _Seen()
     sources: dict[str, int] = {}
     for number, text in enumerate(texts):
         before = len(ids)
         if before < wanted:
-            _append_ids(ids, text.documents, encoder, wanted)
+            _append_ids(ids, seen.watched(text.documents), encoder, wanted)
         label = text.name if text.name not in sources else f"{text.name} ({number + 1})"
         sources[label] = max(min(len(ids), wanted) - before, 0)
     name = ", ".join(text.name for text in texts)
@@ -137,7 +162,42 @@ def _corpus(texts: Sequence[_Text], encoder: Encoder, *, n_row: int, seq_len: in
     rows = np.array(ids[:wanted], np.int64).reshape(n_row, seq_len)
     numbers = np.arange(len(sources), dtype=np.int16)
     origin = numbers.repeat(list(sources.values())).reshape(n_row, seq_len)
-    return Corpus(rows, name, fingerprint_rows(rows), sources, origin)
+    return Corpus(rows, name, fingerprint_rows(rows), sources, origin, seen.sample(encoder))
+
+
+class _Seen:
+    """Looks on while documents are read, and keeps pieces of them."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._n_chat = 0
+
+    def watched(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yield the documents."""
+        for document in documents:
+            text = document.text
+            if document.kind == "chat":
+                self._n_chat += 1
+                text = _without(text, document.control)
+            self._keep(text)
+            yield replace(document, rest=map(self._kept, document.rest)) if document.rest else document
+
+    def sample(self, encoder: Encoder) -> TextSample:
+        """Return what was seen."""
+        return TextSample(tuple(self._pieces), self._n_chat if encoder.has_template else None)
+
+    def _kept(self, part: str) -> str:
+        self._keep(part)
+        return part
+
+    def _keep(self, part: str) -> None:
+        self._pieces += [part[at : at + _PIECE] for at in range(0, len(part), _PIECE_EVERY)]
+
+
+def _without(text: str, control: Sequence[tuple[int, int]]) -> str:
+    """Return a rendered chat without its control tokens."""
+    starts, ends = [0, *(end for _, end in control)], [*(start for start, _ in control), len(text)]
+    return " ".join(text[start:end] for start, end in zip(starts, ends, strict=True))
 
 
 def _append_ids(ids: list[int], documents: Iterable[Document], encoder: Encoder, wanted: int) -> None:
@@ -172,7 +232,11 @@ def _interleaved(parts: Sequence[Corpus]) -> Corpus:
     labels = [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
     sources = {label: part.ids.size for label, part in zip(labels, parts, strict=True)}
     origin = np.broadcast_to(numbers[:, None], ids.shape)
-    return Corpus(ids, ", ".join(names), fingerprint_rows(ids), sources, origin)
+    samples = [part.sample for part in parts if part.sample]
+    pieces = tuple(chain.from_iterable(sample.pieces for sample in samples))
+    chats = [sample.n_chat for sample in samples if sample.n_chat is not None]
+    sample = TextSample(pieces, sum(chats) if chats else None)
+    return Corpus(ids, ", ".join(names), fingerprint_rows(ids), sources, origin, sample)
 
 
 def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int) -> list[int]:

@@ -28,6 +28,9 @@ def provenance(plan: Plan, source: Source) -> Keys:
             "mone.novice": ("STRING", recipe.novice),
             "mone.scope": ("STRING", "layer" if recipe.allocation == "even" else recipe.allocation),
         }
+    if plan.protected:  # SHA-256 of each text's rows, and how many experts of a layer it holds
+        named = (f"{text.corpus_sha256}={text.n}" for text in plan.protected)
+        keys["mone.protected"] = ("STRING", ", ".join(named))
     return keys
 
 

@@ -1,7 +1,7 @@
 """Statistics in, a decision out: pure functions, no model.
 
 scoring.py    how much each expert matters
-guard.py      which experts are never pruned
+guard.py      which experts are never pruned; protecting.py: nor those that a text of its own needs
 planning.py   which experts stay
 allocation.py how many each layer keeps
 novices.py    what stands in for the others

@@ -57,6 +57,11 @@ def allocate(scores: Scores, recipe: Recipe, *, n_less: int = 0, trial: Try | No
     curves = error_curves(scores.calibration, scores, recipe.known_novice)
     floors = _floors(scores, least, even)
     if recipe.allocation == "sensitivity":
+        if n_place < sum(floors.values()):
+            raise MoneError(
+                "the experts that must stay do not fit: pass a larger size, or smaller numbers with "
+                "--min-kept and --protect"
+            )
         return share_out(curves, n_place, floors)
     assert trial is not None, "a search needs the model"
     return search(curves, even, floors, trial)
@@ -273,12 +278,13 @@ def _by_score(scores: Scores, n_place: int, floor: int) -> Counts:
 
 
 def _floors(scores: Scores, least: int, even: Counts) -> dict[int, int]:
-    """Return how many experts each layer keeps at least: guarded ones are not given away."""
-    guarded = scores.values.isposinf().sum(1).tolist()
-    return {
-        layer: min(even[layer], max(least, n))
-        for layer, n in zip(scores.spec.moe_layers, guarded, strict=True)
-    }
+    """Return how many experts each layer keeps at least: guarded and protected ones are not given away."""
+    floors = {}
+    for layer, values in zip(scores.spec.moe_layers, scores.values, strict=True):
+        order = ranking(scores.spec, values, even[layer])
+        held = [place for place, expert in enumerate(order, start=1) if values[expert] == torch.inf]
+        floors[layer] = min(even[layer], max([least, *held]))
+    return floors
 
 
 def _check_routing(spec: MoeSpec, recipe: Recipe) -> None:

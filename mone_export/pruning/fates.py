@@ -45,7 +45,7 @@ class _Layer:
     prices: np.ndarray  # [n_option], bytes; the first is a constant's
     full: np.ndarray  # bool [n_option], with all channels
     kinds: np.ndarray  # str [n_option]
-    whole: np.ndarray  # bool [M]: guarded, they stay whole
+    whole: np.ndarray  # bool [M]: guarded or protected, they stay whole
     at_least: Sequence[int]  # so many experts must have channels, these first
     grouped: bool  # these and no others, where each group needs its own
 
@@ -120,7 +120,7 @@ def plan_fates(
     """Return the plan that spends a recipe's budget of channels with the least squared error.
 
     `errors` float64 [M, n_width] per layer are `Thinning.errors`, of ascending `widths`, 0 first and the
-    experts' own last. Experts that score infinity (`guard`) stay whole.
+    experts' own last. Experts that score infinity (`guard`, `protecting`) stay whole, like the layer's best.
     """
     spec = scores.spec
     budget = sum(even_counts(spec, recipe).values()) * spec.expert_size
@@ -141,7 +141,8 @@ def plan_within(
         for row, layer in enumerate(spec.moe_layers)
     ]
     chosen = zip(spec.moe_layers, _spent(layers, budget), strict=True)
-    return Plan(spec, recipe, tuple(_planned(number, fates, options) for number, fates in chosen))
+    decided = tuple(_planned(number, fates, options) for number, fates in chosen)
+    return Plan(spec, recipe, decided, scores.protected)
 
 
 def damage(scores: Scores, errors: Mapping[int, np.ndarray], options: Sequence[Option], plan: Plan) -> float:
@@ -206,8 +207,8 @@ def _spent(layers: Sequence[_Layer], budget: int) -> list[Fates]:
     room = budget - used(best)
     if room < 0:
         raise MoneError(
-            "the experts that must stay take more than the ratio leaves: pass a smaller --ratio, --no-guard "
-            "or a smaller --min-kept"
+            "the experts that must stay take more than the ratio leaves: pass a smaller --ratio, --no-guard, "
+            "or smaller numbers with --min-kept and --protect"
         )
     while room > 0:
         steps = [(step, own) for own, layer in enumerate(layers) if (step := layer.raised(best[own], room))]

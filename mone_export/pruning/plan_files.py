@@ -2,9 +2,10 @@
 
 JSON: `mone_plan` (version), `source` (name, SHA-256), `calibration` (text's SHA-256, tokens; null without),
 `recipe`, `n_expert`, and for each layer by number `kept`, `pruned` (original ids, ascending) and `scores`
-(one per expert, larger = keep; null is minus infinity, "guarded" infinity). Version 2 has tiers: each layer
-has the `kind` of its kept experts' matrices (a type such as `q4_k`; "": the file's) and `tiers`, each of a
-`width` (channels), a `kind` and `experts`.
+(one per expert, larger = keep; null is minus infinity, "guarded" infinity: super experts, and protected ones,
+which `protected` lists by text as `Protected` has them). Version 2 has tiers: each layer has the `kind` of
+its kept experts' matrices (a type such as `q4_k`; "": the file's) and `tiers`, each of a `width` (channels),
+a `kind` and `experts`.
 """
 
 import json
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mone_export import files
-from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores, Tier
+from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Protected, Scores, Tier
 from mone_export.errors import MoneError, first_line
+from mone_export.pruning.protecting import check_protected
 from mone_export.recipe import Recipe
 from mone_export.source.gguf_format import MOST_TIERS
 
@@ -34,6 +36,7 @@ def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str,
         "calibration": text and {"sha256": text.corpus_sha256, "tokens": text.n_token},
         "recipe": asdict(plan.recipe),
         "n_expert": plan.spec.n_expert,
+        **({"protected": [asdict(text) for text in plan.protected]} if plan.protected else {}),
         "layers": {
             str(layer.layer): {
                 "kept": layer.kept,
@@ -82,6 +85,12 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
             for number, layer in found["layers"].items()
         )
         n_expert = int(found["n_expert"])
+        protected = tuple(
+            Protected(
+                **text | {"experts": {int(layer): tuple(ids) for layer, ids in text["experts"].items()}}
+            )
+            for text in found.get("protected", ())
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(path, error) from None
     if n_expert != spec.n_expert or tuple(layer.layer for layer in layers) != spec.moe_layers:
@@ -106,7 +115,8 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
             f"{path} keeps different numbers of experts, --method {recipe.method} cannot: make the plan with "
             "--allocate even, or use --method mone"
         )
-    return Plan(spec, recipe, layers)
+    check_protected(protected, layers)
+    return Plan(spec, recipe, layers, protected)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

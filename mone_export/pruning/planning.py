@@ -6,6 +6,7 @@ from mone_export.artifacts import LayerPlan, MoeSpec, Plan, Scores
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor
 from mone_export.pruning.allocation import Counts, allocate, even_counts, possible, ranking
+from mone_export.pruning.protecting import check_protected
 from mone_export.recipe import Recipe
 
 
@@ -15,14 +16,17 @@ def plan(
     """Keep the best experts of each layer, as many as `counts` says, or else as the recipe allocates.
 
     `choices` are those of `Recipe.of`, `ratio` among them, where no recipe is given. Equal scores go to the
-    lower id. Raises `MoneError` for choices that cannot be, and a ratio that leaves too few experts.
+    lower id. Raises `MoneError` for choices that cannot be, and a ratio that leaves too few experts, or fewer
+    than are protected.
     """
     recipe = possible(recipe or Recipe.of(**{"score": scores.score, **choices}), scores.calibration)
     if recipe.novice == "thin" and recipe.ratio:
         raise MoneError("thin experts are fitted to a text: plan them with mone_export.plan_thin")
     counts = counts or allocate(scores, recipe)
-    layers = zip(scores.spec.moe_layers, scores.values, strict=True)
-    return Plan(scores.spec, recipe, tuple(_layer(scores.spec, layer, counts, own) for layer, own in layers))
+    rows = zip(scores.spec.moe_layers, scores.values, strict=True)
+    layers = tuple(_layer(scores.spec, layer, counts, own) for layer, own in rows)
+    check_protected(scores.protected, layers)
+    return Plan(scores.spec, recipe, layers, scores.protected)
 
 
 def plan_without_scores(spec: MoeSpec, recipe: Recipe) -> Plan:

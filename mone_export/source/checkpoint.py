@@ -26,6 +26,7 @@ from mone_export.source.hub import weight_files as listed_files
 from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, check_convertible, projector_command
 from mone_export.source.naming import name_of
 from mone_export.source.opened import Edits
+from mone_export.source.prediction import blocks_after
 from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
 from mone_export.source.shape import check_config, expert_modules, packing, read_config, shape_of, skeleton
@@ -80,6 +81,10 @@ class Source(Protocol):
     @property
     def direct_types(self) -> Collection[str]:
         """The types, of `--outtype`, that its conversion writes itself; llama-quantize makes all others."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has blocks that predict further tokens."""
 
     @property
     def files(self) -> list[Path]:
@@ -284,6 +289,11 @@ class Checkpoint:
         found = (getattr(config, key, None) for key in ("vocab_size", "max_position_embeddings"))
         n_vocab, window = (value if isinstance(value, int) else None for value in found)
         return n_vocab, window
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has blocks that predict further tokens."""
+        return bool(blocks_after(self.view, self.spec))
 
     def sample(self, n_weight: int) -> Iterator[np.ndarray]:
         """Yield rows of matrices all over the model that are not packed, float32, about `n_weight` in all."""

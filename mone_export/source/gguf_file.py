@@ -94,6 +94,11 @@ class GgufFile:
         window = self.header.integer(f"{self.spec.arch}.context_length")
         return (embeddings.shape[-1] if embeddings else None), window or None
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it has blocks that predict further tokens."""
+        return self.header.integer(f"{self.spec.arch}.nextn_predict_layers") > 0
+
     @cached_property
     def before(self) -> PrunedBefore | None:
         """What an earlier pruning has left, None where there was none."""

@@ -160,6 +160,11 @@ class Encoder:
         """Take a tokenizer of any kind."""
         self._reader = as_reader(tokenizer)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return self._reader.has_template
+
     def text(self, parts: Iterable[str]) -> Iterator[list[int]]:
         """Yield the ids of a plain text that comes in parts, with the special tokens of a document around it.
 

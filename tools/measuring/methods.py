@@ -154,13 +154,13 @@ def _runs_of(name: str, args: argparse.Namespace) -> Iterator[Json]:
     }
     texts["rare"] = rare_rows(model, args.eval_rows)
     wanted = {text: log_probabilities(model.module, corpus.tokens) for text, corpus in texts.items()}
-    yield {"model": name, "ratio": 0.0} | _compare(model.module, texts, wanted)
+    yield {"model": name, "ratio": 0.0} | compare(model.module, texts, wanted)
     for sample, corpus, held_out, calibration in _calibrations(model, like, args):
         n_row = len(corpus.tokens)
         for ratio in args.ratios:
             for variant in _variants(args, n_row):
                 with pruned(model, calibration, corpus, held_out, variant, ratio, seed=sample) as module:
-                    result = _compare(module, texts, wanted)
+                    result = compare(module, texts, wanted)
                 run = {"model": name, "ratio": ratio, "sample": sample, "calibration_tokens": n_row * SEQ_LEN}
                 run |= variant._asdict() | result
                 print(run, file=sys.stderr, flush=True)
@@ -191,11 +191,11 @@ def rows_of(model: Any, split: Any, kind: str, n_row: int, *, first: int = 0, st
     return _rows(model, islice(documents, first, None, step), kind, n_row)
 
 
-def rare_rows(model: Any, n_row: int) -> Any:
+def rare_rows(model: Any, n_row: int, *, seed: int = 0) -> Any:
     """Return rows of the third kind of text."""
     from measuring.rare_text import rare_documents
 
-    return _rows(model, rare_documents(0), "rare", n_row)
+    return _rows(model, rare_documents(seed), "rare", n_row)
 
 
 def _rows(model: Any, documents: Any, name: str, n_row: int) -> Any:
@@ -257,17 +257,11 @@ def with_thin_experts(
     model: Any, calibration: Any, corpus: Any, recipe: Any, *, control: str = ""
 ) -> Iterator[Any]:
     """Yield the model with thin experts: zeros where channels went, constants added."""
-    import torch
-
     from mone_export.calibration.engines import engine_of
-    from mone_export.calibration.masking import standing_in
-    from mone_export.calibration.observer import run_experts
     from mone_export.deciding import fitted
     from mone_export.pruning.fates import plan_fates
-    from mone_export.pruning.novices import novices
     from mone_export.pruning.scoring import score
     from mone_export.pruning.thinning import widths_of
-    from mone_export.source.shape import expert_modules
 
     scores = score(calibration, "error", guarded=False)
     widths = widths_of(model.spec, 1)
@@ -276,6 +270,21 @@ def with_thin_experts(
     if control in ("inverted", "shuffled"):
         layers = (reordered(layer, thinner.errors[layer.layer][:, 0], control) for layer in chosen.layers)
         chosen = replace(chosen, layers=tuple(layers))
+    with thinned(model, calibration, thinner, chosen) as module:
+        yield module
+
+
+@contextmanager
+def thinned(model: Any, calibration: Any, thinner: Any, chosen: Any) -> Iterator[Any]:
+    """Yield the model as a plan with thin experts has it."""
+    import torch
+
+    from mone_export.calibration.masking import standing_in
+    from mone_export.calibration.observer import run_experts
+    from mone_export.output.thin_experts import constants as with_tiers
+    from mone_export.pruning.novices import novices
+    from mone_export.source.shape import expert_modules
+
     modules, before, forwards = dict(expert_modules(model.module)), {}, {}
 
     def forward(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
@@ -286,7 +295,7 @@ def with_thin_experts(
         module, number = modules[layer.layer], layer.layer
         before[number] = module.down_proj.data.clone()
         own = novices(calibration.layers[number]).float().numpy()
-        constants = torch.from_numpy(thinner.constants(layer, own))
+        constants = torch.from_numpy(with_tiers(layer, model.spec.expert_size, own, thinner))
         constants[list(layer.kept)] = 0
         module.down_proj.data[list(layer.pruned)] = 0
         for tier in layer.tiers:
@@ -380,7 +389,7 @@ def log_probabilities(module: Any, rows: Any) -> Any:
         return torch.cat([module(part).logits.float().log_softmax(-1) for part in rows.split(8)])
 
 
-def _compare(module: Any, texts: Json, wanted: Json) -> Json:
+def compare(module: Any, texts: Json, wanted: Json) -> Json:
     """Return perplexity, KL(unpruned || pruned) per token in nats and top-1 agreement, by text."""
     results = {}
     for text, corpus in texts.items():

@@ -460,6 +460,45 @@ def methods_thin_note(data: Json) -> str:
     )
 
 
+def protect_table(data: Json) -> Iterable[Row]:
+    """Yield what each pruned model strays on the protected text and on the calibration's, by number held."""
+    numbers = sorted({run["n"] for run in data["runs"]} - {0})
+    held = (f"--protect, {n} a layer" for n in numbers)
+    yield "model", "pruned by", "protected", "text", "not protected", *held, "calibrated on it too"
+    runs: dict[tuple[Any, ...], dict[int, Json]] = defaultdict(dict)
+    for run in data["runs"]:
+        arm = (run["protected"], run.get("protected_tokens"), run["n"], run["mixed"])
+        runs[run["model"], run["way"], arm][run["sample"]] = run
+    ways = dict.fromkeys(run["way"] for run in data["runs"])
+    lengths = data["settings"]["protected_tokens"]
+    for model, way, kind, length in product(data["settings"]["models"], ways, ("unlike", "rare"), lengths):
+        own = runs[model, way, ("", None, 0, False)]
+        arms = [(kind, length, n, False) for n in numbers] + [(kind, length, 0, True)]
+        for text in (kind, "like"):
+            mean = f"{statistics.mean(run[text]['kl'] for run in own.values()):.2g}"
+            cells = (_ratio_to(own, runs[model, way, arm], text) for arm in arms)
+            yield model, way, f"{kind}, {length} tokens", text, mean, *cells
+
+
+def _ratio_to(base: dict[int, Json], runs: dict[int, Json], text: str) -> str:
+    """Format divergences as multiples of others, sample by sample: median and range."""
+    times = [runs[sample][text]["kl"] / run[text]["kl"] for sample, run in base.items()]
+    return f"x {statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+
+
+def protect_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    _, kinds = _texts(data)
+    return (
+        f"KL divergence from the unpruned model in nats per token, {settings['ratio']:.0%} of the experts or "
+        f"of their bytes gone: mean over {settings['samples']} calibration samples of "
+        f"{settings['calibration_tokens']} tokens, on {settings['evaluation_tokens']} held-out tokens of "
+        "each kind; x: times as much on the same sample, median (smallest to largest). Float32 in PyTorch. "
+        f"{kinds}."
+    )
+
+
 def bytes_table(data: Json) -> Iterable[Row]:
     """Yield what each way to a size costs, and what --fit's file does as a multiple of others."""
     columns = ("only quantised", "REAP", "constants", "--fit", "to only quantised", "inverted")
@@ -712,6 +751,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/against": methods_against,
     "methods/third": methods_third,
     "methods/thirdshort": methods_third_short,
+    "protect": protect_table,
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
     "methods/thinshort": methods_thin_short,
@@ -734,6 +774,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     **dict.fromkeys(
         (f"methods/{view}" for view in ("short", "against", "third", "thirdshort")), methods_note
     ),
+    "protect": protect_note,
     **dict.fromkeys(("methods/thin", "methods/thinshort", "methods/controls"), methods_thin_note),
     "speed/thin": speed_thin_note,
     "gpu": gpu_note,
