@@ -615,7 +615,8 @@ def test_defaults_are_those_of_the_function() -> None:
     given = {"model": "folder", "outfile": Path("x"), "ratio": 0.5}
     args = cli.parse(["folder", "--ratio", "0.5", "-o", "x"])
     request = Request(**cli.request_options(args))
-    assert replace(request, files=(), datasets=(), protect=()) == Request(**given)
+    assert request.command == "mone-export folder --ratio 0.5 -o x"
+    assert replace(request, files=(), datasets=(), protect=(), command="") == Request(**given)
     assert not request.files and not request.datasets and not request.protect
 
 
