@@ -29,9 +29,10 @@ ORDER = (
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
+    "evaluation.results",
     *("fitting", "request", "spending", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )
-STAGES = ("calibration", "pruning", "output")
+STAGES = ("calibration", "pruning", "output", "evaluation")
 TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road
 
 
