@@ -29,11 +29,12 @@ ORDER = (
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.splitting", "output.restore_check", "output.rounding"),
-    "evaluation.results",
+    *("evaluation.results", "evaluation.texts", "evaluation.slots", "evaluation.predictions"),
+    *("evaluation.probe", "evaluation.speed", "evaluation.tasks", "evaluation.evaluate"),
     *("fitting", "request", "spending", "statistics", "deciding", "reporting", "pipeline", "cli"),
 )
 STAGES = ("calibration", "pruning", "output", "evaluation")
-TOP = ("__init__", "__main__", "cli_llama", "cli_stats")  # they stand above the road
+TOP = ("__init__", "__main__", "cli_eval", "cli_llama", "cli_stats")  # they stand above the road
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -89,7 +90,7 @@ def test_only_the_commands_print() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing <= {"cli", "cli_llama", "cli_stats", "terminal"}
+    assert printing <= {"cli", "cli_eval", "cli_llama", "cli_stats", "terminal"}
 
 
 def test_llama_cpps_code_is_imported_in_one_place() -> None:

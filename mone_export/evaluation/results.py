@@ -57,7 +57,8 @@ class Continuations:
     `repeated` is the share of a continuation's 4-grams that occurred in it before, `distinct` that of the
     4-grams of all continuations together that are different, `ended` the share of continuations that end by
     themselves, `length` their tokens, `closed` the share in which thinking that the prompt began is ended
-    (None where prompts begin none).
+    (None where prompts begin none). `drift`, of sampled ones beside an original, says how much less likely
+    their tokens are to the original than to the file that wrote them: the mean logarithm of the ratio.
     """
 
     repeated: Measured
@@ -65,6 +66,7 @@ class Continuations:
     ended: Measured
     length: Measured
     closed: Measured | None = None
+    drift: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class ProbeResult:
     `differences` are the file's less the original's, paired by prompt, by manner and name of a field of
     `Continuations`: `differences["greedy"]["repeated"]`; empty without an original, and for the original.
     `differing` names the fields by which the file differs from the original: those of which both manners
-    differ in one direction by more than three standard errors.
+    differ in one direction by more than three standard errors; `drift` where the sampled one does.
     """
 
     n_prompt: int
