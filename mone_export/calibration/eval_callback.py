@@ -85,6 +85,8 @@ class Ggml:
         """Return a node's values, the outermost dimension first: themselves in main memory, else a copy."""
         node = Node.from_address(address)
         dtype = _NUMBERS[node.type]
+        if 0 in node.ne:  # a last layer's, of tokens whose logits nobody asked for
+            return np.empty(tuple(node.ne)[::-1], dtype)
         n_byte = self._n_byte(node)
         if self.is_host(node):
             buffer: Any = (ctypes.c_char * n_byte).from_address(node.data)

@@ -27,6 +27,7 @@ from mone_export.runtime import Progress
 
 KINDS = ("hellaswag", "winogrande", "multiple-choice")
 _BLIND = 2  # standard errors
+_N_TRY = 3  # a program that ends does not wait for its log: of short runs the last lines may be lost
 _SCORES = {  # the last line with the share that is right so far, in percent
     "hellaswag": re.compile(r"^(\d+)\s+([\d.]+)%\s+\[", re.MULTILINE),
     "winogrande": re.compile(r"^(\d+)\s+([\d.]+)\s+-?[\w.]+\s+-?[\w.]+\s+[12]\s+[12]\s*$", re.MULTILINE),
@@ -83,13 +84,16 @@ def measure_task(
     if progress:
         progress(0, 0, f"answering {task.name}")
     given = (f"--{task.kind}", f"--{task.kind}-tasks", n, "-bf", task.path, "-np", max(task.n_answer))
-    output, _ = run_program("llama-perplexity", file, options, *given)
-    found = _SCORES[task.kind].findall(output)
-    if not found or int(found[-1][0]) != n:
+    for _ in range(_N_TRY):
+        output, _ = run_program("llama-perplexity", file, options, *given)
+        found = _SCORES[task.kind].findall(output)
+        if found and int(found[-1][0]) == n:
+            break
+    else:
         answered = found[-1][0] if found else 0
         raise MoneError(
             f"llama-perplexity answered {answered} of {n} questions of {task.path}: leave out those that are "
-            "too long, or pass a larger --ctx-size"
+            "too long for it"
         )
     right = float(found[-1][1]) / 100
     error = (right * (1 - right) / (n - 1)) ** 0.5 if n > 1 else None
