@@ -74,7 +74,7 @@ def test_numbers_are_those_of_llama_perplexity(
     demo_gguf: Path, half_gguf: Path, text: Path, measured: dict[str, Predictions], tmp_path: Path
 ) -> None:
     base = tmp_path / "base.kl"
-    perplexity_of(demo_gguf, "-f", text, "--chunks", N_CHUNK, "--kl-divergence-base", base, until="PPL =")
+    perplexity_of(demo_gguf, "-f", text, "--chunks", N_CHUNK, "--kl-divergence-base", base, until="[4]")
     said = perplexity_of(half_gguf, "--kl-divergence-base", base, "--kl-divergence", until="Same top p:")
 
     def printed(name: str) -> tuple[float, ...]:
@@ -112,8 +112,8 @@ def test_a_file_does_not_differ_from_itself(measured: dict[str, Predictions]) ->
 def test_chunks_longer_than_a_piece_are_those_of_llama_perplexity(half_gguf: Path, text: Path) -> None:
     cut = text_of(half_gguf, text, n_ctx=1100, n_chunk=2)
     found = predictions(half_gguf, cut).result()
-    said = perplexity_of(half_gguf, "-f", text, "--chunks", 2, "-c", 1100, until="PPL =")
-    (wanted,) = re.findall(r"PPL = (\S+)", said)
+    said = perplexity_of(half_gguf, "-f", text, "--chunks", 2, "-c", 1100, until="[2]")
+    (wanted,) = re.findall(r"\[2\]([\d.]+)", said)
     assert found.perplexity.value == pytest.approx(float(wanted), rel=1e-4)
     assert [sum(own.values()) for own in found.slots.values()] == [pytest.approx(1)] * 5
 

@@ -80,7 +80,12 @@ class LlamaModel:
         return torch.cat([logits for _, logits in self._run(row[None], tap, outputs)])
 
     def begin(self, n_row: int, seq_len: int) -> None:
-        """Have room for `n_row` rows of up to `seq_len` tokens, and forget all others."""
+        """Have room for `n_row` rows of up to `seq_len` tokens, and forget all others.
+
+        Raises `MoneError` where there is none, or not one token of each row fits into a batch.
+        """
+        if n_row > self.n_piece:
+            raise MoneError(f"-ub {self.n_piece} for {n_row} rows at a time: pass {n_row} or more")
         self._make_room(n_row, n_row * seq_len)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
@@ -90,8 +95,7 @@ class LlamaModel:
         Returns the logits after the last one, float32 [n_row, n_vocab].
         """
         n_row, n = rows.shape
-        if not (width := self.n_piece // n_row):
-            raise MoneError(f"-ub {self.n_piece} for {n_row} rows at a time: pass {n_row} or more")
+        width = self.n_piece // n_row
         last = torch.zeros(n, dtype=torch.bool)
         last[-1] = True
         found = [
