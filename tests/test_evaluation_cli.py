@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf_parts import key, put_together, taken_apart
 
@@ -71,6 +72,24 @@ def test_speed_and_memory(run: Run, half_gguf: Path, text: Path, tmp_path: Path)
     assert found.resident > found.size, "a process that holds the file"
     assert found.resident < 2**30, "of this small one, not of ours with PyTorch in it"
     assert f"{found.resident / 1e6:.1f} MB" in out
+
+
+def test_a_task_the_original_guesses_at_says_nothing(
+    run: Run, demo_gguf: Path, half_gguf: Path, text: Path, tmp_path: Path
+) -> None:
+    """Each of the same four endings is right as often."""
+    kept, swag = tmp_path / "found.json", tmp_path / "swag.txt"
+    endings = "\n".join(("the end", "of it all", "and so on", "or not"))
+    swag.write_text("".join(f"It is number {n}\n{n % 4}\n{endings}\n" for n in range(20)))
+    status, out, err = run(half_gguf, "--against", demo_gguf, "-f", text, *QUICK, "--tasks", swag, "-o", kept)
+    assert status == 0, err
+    found = Evaluation.load(kept)
+    assert found.against
+    original, own = (each.tasks[0] for each in (found.against, found.files[0]))
+    assert abs(original.accuracy.value - 0.25) < 2 * np.sqrt(0.25 * 0.75 / 20)
+    assert original.blind and own.blind and own.n_question == 20
+    assert len(re.findall(r"^swag.txt .*25.0% +the original is at chance", out, re.MULTILINE)) == 2
+    assert "note     swag.txt: the original is within two standard errors of chance" in out
 
 
 def test_without_texts_the_table_says_which_they_are(run: Run, half_gguf: Path) -> None:
