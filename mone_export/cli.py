@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mone_export import __version__
 from mone_export.errors import MoneError, first_line
-from mone_export.llama_options import LlamaOptions
+from mone_export.llama_options import LlamaOptions, add_llama_options
 from mone_export.recipe import ALLOCATIONS, AUTO, METHODS, NOVICE_NAMES, SCORE_NAMES
 from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logging_to, steady_output
 
@@ -431,7 +431,7 @@ def _add_run_options(group: _Group) -> None:
         default="auto",
         help="bring the model's layers into memory one at a time (default auto: if they do not fit together)",
     )
-    _add_llama_options(group)
+    add_llama_options(group.add_rare)
     group.add_rare(
         "--memory",
         type=_size,
@@ -451,44 +451,12 @@ def _add_run_options(group: _Group) -> None:
     )
 
 
-def _add_llama_options(group: _Group) -> None:
-    """Add how llama.cpp runs a GGUF, in its own words."""
-    group.add_rare(
-        "-ngl",
-        "--n-gpu-layers",
-        type=int,
-        metavar="N",
-        help="of a GGUF: layers that llama.cpp runs on the GPU (default: its own choice)",
-    )
-    group.add_rare(
-        "--n-cpu-moe",
-        type=int,
-        default=0,
-        metavar="N",
-        help="so many of them keep their experts on the CPU",
-    )
-    group.add_rare(
-        "-t", "--n-threads", "--threads", type=int, metavar="N", help="of a GGUF: threads of llama.cpp"
-    )
-    group.add_rare(
-        "-b", "--n-batch", "--batch-size", type=int, default=2048, metavar="N", help="tokens of a batch"
-    )
-    group.add_rare(
-        *("-ub", "--n-ubatch", "--ubatch-size"),
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens that llama.cpp computes at a time (default 512)",
-    )
-
-
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of a request: options have their names."""
     from mone_export.request import Request
 
     values = vars(args)
-    own = {field.name for field in fields(LlamaOptions)} & values.keys()
-    values["llama"] = LlamaOptions(**{name: values[name] for name in own})
+    values["llama"] = LlamaOptions.of(values)
     return {field.name: values[field.name] for field in fields(Request)}
 
 

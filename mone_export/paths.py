@@ -23,7 +23,11 @@ Inputs = Mapping[str, Path | Sequence[Path]]
 _OUR_KEY = b"mone.format_version"  # `source.gguf_format` says what it means
 _HEAD = 2**26  # bytes of a GGUF in which its keys end: a vocabulary of 256k tokens takes a quarter of it
 _PAGE_HEAD = 512
-_OUR_SIGNS = (b'<meta name="generator" content="mone-export">', b'{\n "mone_report": ')
+_OUR_SIGNS = (
+    b'<meta name="generator" content="mone-export">',
+    b'{\n "mone_report": ',
+    b'{\n "mone_evaluation": ',
+)
 _N_TRY = 10
 RECORD = "report.json"  # what a card's numbers come from
 
@@ -52,6 +56,13 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: boo
                 f"{path} exists and is no file of mone-export: choose another {option}, or pass --overwrite"
             )
     return found
+
+
+def page_outputs(page: Path) -> dict[str, Path]:
+    """Return the outputs of a page, by option, as `check_outputs` wants them; refuse another kind of file."""
+    if page.suffix != ".html":
+        raise MoneError(f"--report {page}: name a page, such as {page.with_suffix('.html').name}")
+    return {"--report": page, "--report's record": page.with_suffix(".json")}
 
 
 def check_card(folder: Path) -> None:

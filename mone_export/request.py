@@ -32,7 +32,14 @@ from mone_export.output.importance import Rounding
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
-from mone_export.paths import check_card, check_folder, check_outputs, check_room, check_temporary
+from mone_export.paths import (
+    check_card,
+    check_folder,
+    check_outputs,
+    check_room,
+    check_temporary,
+    page_outputs,
+)
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
@@ -639,10 +646,7 @@ def check_paths(job: Job) -> None:
     if request.imatrix is not None:
         outputs["--imatrix"] = Path(request.imatrix)
     if request.report is not None:
-        page = Path(request.report)
-        if page.suffix != ".html":
-            raise MoneError(f"--report {page}: name a page, such as {page.with_suffix('.html').name}")
-        outputs |= {"--report": page, "--report's record": page.with_suffix(".json")}
+        outputs |= page_outputs(Path(request.report))
     if request.card is not None:
         check_card(Path(request.card))
     if stats is not None and stats.exists():

@@ -41,6 +41,15 @@ def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def half_gguf(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The demo at half the bytes of its experts, thin ones and constants, its plan beside it as JSON."""
+    path = tmp_path_factory.mktemp("half") / "demo-half.gguf"
+    plan = path.with_suffix(".json")
+    export("demo", ratio=0.5, outfile=path, outtype="f32", files=[text], n_row=16, plan_out=plan)
+    return path
+
+
 @pytest.fixture
 def command(small: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     """The command on the small model and the text."""

@@ -203,7 +203,9 @@ def place(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.slow
 @pytest.mark.upstream
-@pytest.mark.parametrize("page", **BY_NAME)
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_COMMANDS if page.stem != "evaluation"], ids=lambda page: page.stem
+)
 def test_they_run(page: Path, place: Path, hub: HubServer, tmp_path: Path) -> None:
     for line in commands(page):
         words = shlex.split(line)
@@ -229,6 +231,7 @@ def test_they_run(page: Path, place: Path, hub: HubServer, tmp_path: Path) -> No
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OURS = (
     ("mone-export", "--help-all"),
+    ("mone-eval", "--help"),
     ("mone-inspect", "--help"),
     ("mone-llama", "build", "--help"),
     ("mone-stats", "merge", "--help"),
@@ -279,9 +282,9 @@ def test_the_example_runs(place: Path) -> None:
 
 
 def test_every_python_block_is_run() -> None:
-    """Those of python.md by tests/test_python_api.py."""
+    """Those of python.md by tests/test_python_api.py, evaluation.md's by tests/test_evaluation_cli.py."""
     having = {page.stem for page in PAGES for block in blocks(page) if block.language == "python"}
-    assert having == {"example", "python"}
+    assert having == {"evaluation", "example", "python"}
 
 
 def run_ours(words: Sequence[str], hub: dict[str, str]) -> None:

@@ -30,14 +30,23 @@ ORDER = (
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     *("output.importance", "output.writing", "output.checkpoints", "output.splitting"),
     *("output.restore_check", "output.rounding"),
+    *("evaluation.results", "evaluation.texts", "evaluation.slots", "evaluation.predictions"),
+    *("evaluation.probe", "evaluation.speed", "evaluation.tasks", "evaluation.evaluate"),
     *("inspection.anatomy", "inspection.savings", "inspection.cache_memory", "inspection.of_gguf"),
     *("inspection.of_checkpoint", "inspection.of_records", "inspection.inspecting"),
     *("fitting", "request", "spending", "statistics", "deciding", "cautions", "reporting"),
     *("publishing.record", "publishing.shown", "publishing.charts", "publishing.page", "publishing.card"),
     *("publishing.publishing", "pipeline", "cli"),
 )
-STAGES = ("calibration", "pruning", "output", "inspection", "publishing")
-TOP = ("__init__", "__main__", "cli_inspect", "cli_llama", "cli_stats")  # they stand above the road
+STAGES = ("calibration", "pruning", "output", "evaluation", "inspection", "publishing")
+TOP = (
+    "__init__",
+    "__main__",
+    "cli_eval",
+    "cli_inspect",
+    "cli_llama",
+    "cli_stats",
+)  # they stand above the road
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -93,7 +102,7 @@ def test_only_the_commands_print() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
-    assert printing <= {"cli", "cli_inspect", "cli_llama", "cli_stats", "terminal"}
+    assert printing <= {"cli", "cli_eval", "cli_inspect", "cli_llama", "cli_stats", "terminal"}
 
 
 def test_llama_cpps_code_is_imported_in_one_place() -> None:

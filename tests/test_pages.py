@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from command import Command, names
 
+from mone_export import cli_eval
 from mone_export.pipeline import export
 from mone_export.publishing.page import render
 from mone_export.publishing.record import load_record
@@ -212,6 +213,32 @@ def test_the_cards_selection_is_the_plans(command: Command, tmp_path: Path) -> N
     text = (card / "README.md").read_text(encoding="utf-8")
     assert f"- {sum(len(own['pruned']) for own in chosen.values())}: a constant vector" in text
     assert f"{out.stat().st_size / 1e6:.2f} MB, in place of" in text
+
+
+def test_what_mone_eval_finds_joins_page_and_card(
+    published: Path, demo_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(published, tmp_path / "own")
+    page, card, found = folder / "half.html", folder / "card", folder / "found.json"
+    options = ["--chunks", "2", "-n", "0", "--no-speed", "-q", "-o", str(found)]
+    places = ["--report", str(page), "--card", str(card)]
+    assert cli_eval.main([str(folder / "half.gguf"), "--against", str(demo_gguf), *options, *places]) == 0
+    said = capsys.readouterr().out
+    record = load_record(page.with_suffix(".json"))
+    assert record["evaluation"] == json.loads(found.read_text(encoding="utf-8"))
+    assert record["evaluation"] == load_record(card / "report.json")["evaluation"]
+    assert record["export"] == load_record(published / "half.json")["export"]
+    shown = Page(page.read_text(encoding="utf-8"))
+    assert not differences(shown, record)
+    assert not [text for text in shown.rest if re.search(r"\d", _NAMES.sub("", text))]
+    for text in record["evaluation"]["files"][0]["texts"]:
+        value = f"{text['kl_mean']['value']:.3g} ± {text['kl_mean']['error']:.3g}"
+        assert f"| {text['name']} | {value} |" in (card / "README.md").read_text(encoding="utf-8")
+        assert text["name"] in said
+
+    (other := folder / "other.gguf").write_bytes(demo_gguf.read_bytes())
+    assert cli_eval.main([str(other), *options, "--overwrite", *places]) == 1
+    assert "half.html is of half.gguf, not of" in capsys.readouterr().err
 
 
 def test_an_ordinary_file_says_that_any_llama_cpp_runs_it(command: Command, tmp_path: Path) -> None:

@@ -100,10 +100,11 @@ class Template:
         names = sorted(reader.control, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
-    def render(self, chat: Conversation) -> Chat:
+    def render(self, chat: Conversation, *, asking: bool = False) -> Chat:
         """Render a conversation, in the first of these ways that the template takes.
 
         As it is; with the arguments of tool calls as strings; with the system's message in the user's first.
+        With `asking` the text ends where the model's answer begins.
 
         Raises `UnusableError` when the template takes none, or nothing of the messages reaches the text.
         """
@@ -117,7 +118,7 @@ class Template:
         for variant in _variants(chat):
             try:
                 told = _mapped(variant, lambda text: self._marked(text, mark))
-                marked = self._reader.render(told.messages, told.tools, _FIXED_DATE)
+                marked = self._reader.render(told.messages, told.tools, _FIXED_DATE, asking=asking)
             except Exception as error:  # a template is a program: it may fail in any way
                 refusal = refusal or first_line(error)
                 continue

@@ -115,6 +115,28 @@ def make_corpus(
     return _corpus([_Text(name, documents)], Encoder(tokenizer), n_row=n_row, seq_len=seq_len)
 
 
+def first_rows(
+    documents: Iterable[Document],
+    tokenizer: "TextReader | PreTrainedTokenizerBase",
+    *,
+    name: str,
+    most: int,
+    seq_len: int,
+) -> np.ndarray:
+    """Return the rows that documents give by the module's rule, int64 [n_row, seq_len]: `most` or fewer.
+
+    Raises `MoneError` where there is not a single one.
+    """
+    ids: list[int] = []
+    _append_ids(ids, documents, Encoder(tokenizer), most * seq_len)
+    n_row = min(most, len(ids) // seq_len)
+    if not n_row:
+        raise MoneError(
+            f"{name} has {len(ids)} tokens, one chunk takes {seq_len}: add text or lower --ctx-size"
+        )
+    return np.array(ids[: n_row * seq_len], np.int64).reshape(n_row, seq_len)
+
+
 def head(corpus: Corpus, n_row: int) -> Corpus:
     """Return the first rows of a corpus as one of its own."""
     ids, origin, sources = corpus.ids[:n_row], None, {}

@@ -85,6 +85,8 @@ class Ggml:
         """Return a node's values, the outermost dimension first: themselves in main memory, else a copy."""
         node = Node.from_address(address)
         dtype = _NUMBERS[node.type]
+        if 0 in node.ne:  # a last layer's, of tokens whose logits nobody asked for
+            return np.empty(tuple(node.ne)[::-1], dtype)
         n_byte = self._n_byte(node)
         if self.is_host(node):
             buffer: Any = (ctypes.c_char * n_byte).from_address(node.data)
@@ -177,6 +179,7 @@ class Tap:
     until: int | None = None  # the layer after whose experts the run ends; None: after the last hidden states
     logits: bool = False  # nothing ends the run
     channels: bool = False  # `see` gets them, too
+    route: Callable[[int, Tensor], None] | None = None  # in place of `see`: slots int64 [n_token, top_k]
 
 
 class EvalCallback:
@@ -240,6 +243,10 @@ class EvalCallback:
         if node.op == self._ggml.mul_mat_id and (layer := self._wanted_layer(node)) is not None:
             # read now: nothing keeps them until the outputs are weighted
             ids = self._ggml.values(node.src[2])[0, 0].astype(np.int64)
+            if self._tap.route:
+                self.seen.append(layer)
+                self._tap.route(layer, torch.from_numpy(ids))
+                return True
             if self._tap.channels:
                 self._channels = torch.from_numpy(self._ggml.values(node.src[1])[0].copy())
             if self._inputs_weighted:

@@ -23,7 +23,7 @@ _N_SEQ = 64  # rows of one batch
 
 
 class LlamaModel:
-    """A model in memory; `close` frees it."""
+    """A model in memory; `close` frees it, as does the end of a `with`."""
 
     def __init__(self, path: Path, options: LlamaOptions) -> None:
         """Load the model; raises `MoneError` with llama.cpp's own reason."""
@@ -46,6 +46,14 @@ class LlamaModel:
         if not self._model:
             self.close()
             raise MoneError(f"llama.cpp cannot load {path}: {self._log.reason()}")
+
+    def __enter__(self) -> "LlamaModel":
+        """Return the model itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the model."""
+        self.close()
 
     @property
     def version(self) -> str:
@@ -71,6 +79,41 @@ class LlamaModel:
         """
         return torch.cat([logits for _, logits in self._run(row[None], tap, outputs)])
 
+    def begin(self, n_row: int, seq_len: int) -> None:
+        """Have room for `n_row` rows of up to `seq_len` tokens, and forget all others.
+
+        Raises `MoneError` where there is none, or not one token of each row fits into a batch.
+        """
+        if n_row > self.n_piece:
+            raise MoneError(f"-ub {self.n_piece} for {n_row} rows at a time: pass {n_row} or more")
+        self._make_room(n_row, n_row * seq_len)
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def extend(self, rows: Tensor, start: int) -> Tensor:
+        """Run the tokens int64 [n_row, n] that follow in each row, the first of them the row's `start`.
+
+        Returns the logits after the last one, float32 [n_row, n_vocab].
+        """
+        n_row, n = rows.shape
+        width = self.n_piece // n_row
+        last = torch.zeros(n, dtype=torch.bool)
+        last[-1] = True
+        found = [
+            self._decode(rows[:, at : at + width], start + at, Tap(logits=True), last[at : at + width])[1]
+            for at in range(0, n, width)
+        ]
+        return found[-1]
+
+    @property
+    def n_vocab(self) -> int:
+        """How many tokens there are."""
+        return int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model)))
+
+    def end_tokens(self) -> list[int]:
+        """Return the tokens by which the model says that a text is over."""
+        vocab = self._lib.llama_model_get_vocab(self._model)
+        return [token for token in range(self.n_vocab) if self._lib.llama_vocab_is_eog(vocab, token)]
+
     def close(self) -> None:
         """Free the model, when llama.cpp is done with what it is doing."""
         self._worker.shutdown()
@@ -94,8 +137,7 @@ class LlamaModel:
 
     def _run(self, rows: Tensor, tap: Tap, outputs: Tensor | None) -> list[tuple[list[int], Tensor]]:
         n_row, seq_len = rows.shape
-        self._make_room(n_row, n_row * seq_len)
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self.begin(n_row, seq_len)
         found = []
         for start in range(0, seq_len, self.n_piece):
             piece = rows[:, start : start + self.n_piece]
@@ -128,11 +170,10 @@ class LlamaModel:
         return self._seam.seen, self._logits(n_row * int(wanted.sum())) if tap.logits else torch.empty(0)
 
     def _logits(self, n_output: int) -> Tensor:
-        n_vocab = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         if not n_output:
-            return torch.empty(0, n_vocab)
+            return torch.empty(0, self.n_vocab)
         pointer = self._lib.llama_get_logits(self._context)
-        return torch.from_numpy(np.ctypeslib.as_array(pointer, (n_output, n_vocab)).copy())
+        return torch.from_numpy(np.ctypeslib.as_array(pointer, (n_output, self.n_vocab)).copy())
 
     def _make_room(self, n_seq: int, n_token: int) -> None:
         """Have a context for so many sequences, and tokens of all together."""

@@ -185,12 +185,12 @@ def _speeds(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part
 
 
 def _probes(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part]:
-    names = ("repeated", "distinct", "ended", "closed")
+    columns = {name: "share" for name in ("repeated", "distinct", "ended", "closed")} | {"drift": "number"}
     rows = [
         [
             show(f"{place}/file"),
             manner,
-            *(show.measured(f"{place}/probe/{manner}/{name}", "share") for name in names),
+            *(show.measured(f"{place}/probe/{manner}/{name}", form) for name, form in columns.items()),
         ]
         for place in places
         if at(record, f"{place}/probe")
@@ -203,19 +203,21 @@ def _probes(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part
         "continued",
         "repeated 4-grams",
         "different 4-grams",
-        "end by themselves",
-        "close thinking",
+        "ends by itself",
+        "closes thinking",
     )
-    yield Part("table", label="Does it loop, does it end", head=heads, rows=rows)
+    yield Part("table", label="Does it loop, does it end", head=(*heads, "drift, nats per token"), rows=rows)
     lines = []
-    for place in places:
-        if at(record, f"{place}/probe/differing") == []:
-            lines.append(Markup("{} goes on like its original.").format(show(f"{place}/file")))
-        for number, _ in enumerate(at(record, f"{place}/probe/differing") or ()):
-            what = show(f"{place}/probe/differing/{number}")
-            lines.append(Markup("{} goes on unlike its original: {}.").format(show(f"{place}/file"), what))
-    if lines and at(record, "evaluation/against"):
-        yield Part("list", lines=[line for line in lines if line])
+    for place in places if at(record, "evaluation/against") else ():
+        differing = at(record, f"{place}/probe/differing")
+        if differing is None or place == "evaluation/against":
+            continue
+        names = [show(f"{place}/probe/differing/{number}") for number, _ in enumerate(differing)]
+        said = (
+            "differs from the original in " if names else "writes like the original, as far as this can tell"
+        )
+        lines.append(Markup("{} {}{}.").format(show(f"{place}/file"), said, Markup(", ").join(names)))
+    yield Part("list", lines=lines)
 
 
 def _tasks(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part]:
@@ -293,7 +295,10 @@ def _asked(record: Record, show: Shown) -> Iterator[Part]:
             found = fate_names([list(row) for row in slots.values()])
             place = f"evaluation/files/0/texts/{number}"
             rows = [
-                [layer, *(show(f"{place}/slots/{layer}/{step(name)}", "share") for name in found)]
+                [
+                    show.key(f"{place}/slots", layer),
+                    *(show(f"{place}/slots/{layer}/{step(name)}", "share") for name in found),
+                ]
                 for layer in slots
             ]
             yield Part("text", text=Markup("On {}:").format(show(f"{place}/name")))

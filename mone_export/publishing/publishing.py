@@ -1,12 +1,13 @@
 """publish(): the page and the card of what was exported, or measured."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mone_export.artifacts import Calibration, Plan, Report, Scores
 from mone_export.errors import MoneError
+from mone_export.evaluation.results import Evaluation
 from mone_export.inspection.anatomy import Anatomy
 from mone_export.inspection.of_checkpoint import of_checkpoint
 from mone_export.inspection.of_gguf import of_gguf
@@ -50,29 +51,29 @@ def publish_export(
     _written(record, page=page, card=card)
 
 
-def publish_evaluation(evaluation: dict[str, Any], *, page: Path | None, card: Path | None) -> None:
-    """Add what was measured to the page and the card of the first file, new ones if there are none yet.
+def records_of(file: Path, *, page: Path | None, card: Path | None) -> tuple[Record, Record]:
+    """Return the records of a file's page and card, without an evaluation; new ones where there are none yet.
 
-    `evaluation` is as `Evaluation.as_json` has it. Raises `MoneError` where they are of another file.
+    Raises `MoneError` where they are of another file.
     """
-    first = evaluation["files"][0]
-    for target, place in ((page, record_of(page)), (card, card and card / RECORD)):
-        if target is None or place is None:
-            continue
-        record = load_record(place)
-        own = record.get("file")
-        if own and (own["file"] != Path(first["file"]).name or own["size"] != first["size"]):
-            raise MoneError(f"{target} is of {own['file']}, not of {first['file']}: name another place")
-        record["evaluation"] = evaluation
-        if target is page:
-            _written(record, page=page, card=None)
-        else:
-            _written(record, page=None, card=card)
+    known = of_gguf(file).as_json() | {"file": file.name}
+    found = []
+    for target, place in ((page, page and page.with_suffix(".json")), (card, card and card / RECORD)):
+        record = load_record(place) if place else {}
+        own = record.setdefault("file", known)
+        if (own["file"], own["size"]) != (known["file"], known["size"]):
+            raise MoneError(f"{target} is of {own['file']}, not of {file}: name another place")
+        found.append(record)
+    return found[0], found[1]
 
 
-def record_of(page: Path | None) -> Path | None:
-    """Return where the record of a page lies: beside it."""
-    return page and page.with_suffix(".json")
+def publish_evaluation(
+    evaluation: Evaluation, records: tuple[Record, Record], *, page: Path | None, card: Path | None
+) -> None:
+    """Write page and card again with what was measured; `records` are those of `records_of`."""
+    measured = json.loads(evaluation.as_json())
+    _written(records[0] | {"evaluation": measured}, page=page, card=None)
+    _written(records[1] | {"evaluation": measured}, page=None, card=card)
 
 
 def _written(record: Record, *, page: str | Path | None, card: str | Path | None) -> None:

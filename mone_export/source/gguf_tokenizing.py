@@ -71,15 +71,18 @@ class GgufReader:
         """Return the ids of a text alone."""
         return self._tokens(text) if len(text) <= _SHORT else _with_room(lambda: self._tokens(text))
 
-    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+    def render(
+        self, messages: list[Any], tools: list[Any] | None, prefix: str, *, asking: bool = False
+    ) -> str:
         """Return what the chat template, with `prefix` put before it, makes of messages and tools.
 
-        Like transformers, it gives the template nothing but plain values.
+        With `asking` it ends where the model's answer begins. Like transformers, this gives the template
+        nothing but plain values.
         """
         template = self._with_tools if tools and self._with_tools else self._template
         plain = json.dumps([messages, tools], default=lambda value: f"<{type(value).__name__}>")
         messages, tools = json.loads(plain)
-        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": False}
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": asking}
         return _compiled(prefix + template).render(self._special | given)
 
     def _tokens(self, text: str, *, add_special: bool = False) -> list[int]:

@@ -105,10 +105,13 @@ class TextReader(Protocol):
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text alone; names of control tokens in it are text."""
 
-    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+    def render(
+        self, messages: list[Any], tools: list[Any] | None, prefix: str, *, asking: bool = False
+    ) -> str:
         """Return what the chat template, with `prefix` put before it, makes of messages and tools.
 
-        Raises whatever a template that cannot render them raises.
+        With `asking` it ends where the model's answer begins. Raises whatever a template that cannot render
+        them raises.
         """
 
 
@@ -140,11 +143,15 @@ class TransformersReader:
         found = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(found["input_ids"])
 
-    def render(self, messages: list[Any], tools: list[Any] | None, prefix: str) -> str:
+    def render(
+        self, messages: list[Any], tools: list[Any] | None, prefix: str, *, asking: bool = False
+    ) -> str:
         """Return what the chat template, with `prefix` put before it, makes of messages and tools."""
         template = prefix + self._tokenizer.get_chat_template(None, tools=tools)
         return str(
-            self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
+            self._tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=asking
+            )
         )
 
 
