@@ -1,5 +1,6 @@
 """Shared fixtures: calibration text that every checkout has."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mone_export.pipeline import export
 
 # the models are so small that threads would mostly wait for each other
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of programs: others have the cores, too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
