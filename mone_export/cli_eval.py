@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mone_export import __version__
 from mone_export.errors import MoneError
+from mone_export.evaluation.results import percent, shown
 from mone_export.llama_options import LlamaOptions, add_llama_options
 from mone_export.paths import check_card, check_outputs, page_outputs
 from mone_export.terminal import ProgressLine, logging_to, steady_output
@@ -175,8 +175,8 @@ def _text_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
         for file in files:
             text = file.texts[number]
             divergences = (text.kl_mean, text.kl_median, text.kl_99, text.kl_999)
-            shown = [_shown(each) for each in (text.perplexity, *divergences)]
-            yield [text.name, file.file, *shown, _percent(text.same_top)]
+            cells = [shown(each) for each in (text.perplexity, *divergences)]
+            yield [text.name, file.file, *cells, percent(text.same_top)]
 
 
 def _slot_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
@@ -213,15 +213,15 @@ def _probe_rows(files: Sequence["FileResult"], *, against: bool) -> Iterator[lis
         if against and number:
             verdict = f"differs: {', '.join(found.differing)}" if found.differing else "not clearly different"
         for manner, own in (("greedy", found.greedy), ("sampled", found.sampled)):
-            shares = [_percent(each) for each in (own.repeated, own.distinct, own.ended, own.closed)]
-            yield [file.file, manner, *shares, _shown(own.drift), verdict]
+            shares = [percent(each) for each in (own.repeated, own.distinct, own.ended, own.closed)]
+            yield [file.file, manner, *shares, shown(own.drift), verdict]
             verdict = ""
 
 
 def _cost_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
     yield ["costs", "size", "resident", "prefill", "decode"]
     for file in files:
-        speeds = [f"{_shown(each)} tokens/s" if each else "" for each in (file.prefill, file.decode)]
+        speeds = [f"{shown(each)} tokens/s" if each else "" for each in (file.prefill, file.decode)]
         resident = f"{file.resident / 1e6:.1f} MB" if file.resident else ""
         yield [file.file, f"{file.size / 1e6:.1f} MB", resident, *speeds]
 
@@ -233,7 +233,7 @@ def _task_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
     for number in range(len(files[0].tasks)):
         for file in files:
             task = file.tasks[number]
-            right, chance = _percent(task.accuracy), f"{task.chance:.1%}"
+            right, chance = percent(task.accuracy), f"{task.chance:.1%}"
             remark = "the original is at chance: says nothing" if task.blind else ""
             yield [task.name, file.file, str(task.n_question), right, chance, remark]
 
@@ -250,25 +250,8 @@ def _print_rows(rows: Iterator[list[str]]) -> None:
     print()
 
 
-def _shown(number: "Measured | None") -> str:
-    """Return a number with its error, whose two digits decide how many the number has."""
-    if number is None:
-        return ""
-    if not number.error:
-        return f"{number.value:.4g}"
-    n_digit = max(0, 1 - math.floor(math.log10(number.error)))
-    return f"{number.value:.{n_digit}f} ± {number.error:.{n_digit}f}"
-
-
 def _signed(number: "Measured | None") -> str:
-    return ("+" if number and number.value >= 0 else "") + _shown(number)
-
-
-def _percent(share: "Measured | None") -> str:
-    if share is None:
-        return ""
-    error = "" if share.error is None else f" ± {share.error:.1%}"
-    return f"{share.value:.1%}{error}"
+    return ("+" if number and number.value >= 0 else "") + shown(number)
 
 
 if __name__ == "__main__":

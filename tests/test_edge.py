@@ -97,7 +97,7 @@ def test_split_file_loads_and_merges(
         (("-ngl", 99, "--cpu-moe"), {"CPU"}),
         (("-ngl", 99, "--override-tensor", r"blk\.[02]\.ffn_.*_exps=CPU"), {"RPC0", "CPU"}),
     ],
-    ids=str,
+    ids=lambda given: " ".join(map(str, sorted(given, key=str))),
 )
 def test_two_processes_share_a_model(
     options: tuple[object, ...],

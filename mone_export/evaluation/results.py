@@ -5,6 +5,7 @@ the file. Whatever could not be measured, or was not asked for, is None or empty
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -23,6 +24,24 @@ class Measured:
 
     value: float
     error: float | None = None
+
+
+def shown(number: Measured | None) -> str:
+    """Return a number with its error, whose two digits decide how many the number has; empty for none."""
+    if number is None:
+        return ""
+    if not number.error:
+        return f"{number.value:.4g}"
+    n_digit = max(0, 1 - math.floor(math.log10(number.error)))
+    return f"{number.value:.{n_digit}f} ± {number.error:.{n_digit}f}"
+
+
+def percent(share: Measured | None) -> str:
+    """Return a share with its error; empty for none."""
+    if share is None:
+        return ""
+    error = "" if share.error is None else f" ± {share.error:.1%}"
+    return f"{share.value:.1%}{error}"
 
 
 @dataclass(frozen=True, slots=True)

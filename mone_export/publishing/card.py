@@ -131,26 +131,19 @@ def _measured(record: Record, show: Any) -> Iterator[str]:
         for number, _ in enumerate(at(record, f"{place}/texts") or ()):
             text = f"{place}/texts/{number}"
             cells = [
-                _with_error(record, f"{text}/kl_mean", "number"),
-                _with_error(record, f"{text}/same_top", "share"),
-                _with_error(record, f"{text}/perplexity", "number"),
+                show(f"{text}/kl_mean", "measured"),
+                show(f"{text}/same_top", "measured share"),
+                show(f"{text}/perplexity", "measured"),
             ]
             row = [show(f"{place}/file"), show(f"{place}/size", "size"), show(f"{text}/name"), *cells]
             yield f"| {' | '.join(row)} |"
     yield ""
     for place in files:
         for number, task in enumerate(at(record, f"{place}/tasks") or ()):
-            accuracy = _with_error(record, f"{place}/tasks/{number}/accuracy", "share")
+            accuracy = show(f"{place}/tasks/{number}/accuracy", "measured share")
             blind = " (the original guesses, too: it says nothing)" if task["blind"] else ""
             yield f"- {show(f'{place}/file')}, {task['name']}: {accuracy} right{blind}"
     yield ""
-
-
-def _with_error(record: Record, pointer: str, form: str) -> str:
-    value, error = at(record, f"{pointer}/value"), at(record, f"{pointer}/error")
-    if value is None:
-        return "–"
-    return FORMS[form](value) + ("" if error is None else f" ± {FORMS[form](error)}")
 
 
 def _meaning(fate: str) -> str:

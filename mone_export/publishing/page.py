@@ -132,16 +132,20 @@ def _summary(record: Record, show: Shown) -> Iterator[Part]:
             facts.append(
                 (
                     Markup("on {}").format(show(f"{place}/name")),
-                    Markup("KL divergence {} nats per token").format(show.measured(f"{place}/kl_mean")),
+                    Markup("KL divergence {} nats per token").format(show(f"{place}/kl_mean", "measured")),
                 )
             )
     yield Part("facts", facts=facts)
 
 
 def _remarks(record: Record, show: Shown) -> Iterator[Part]:
-    for part in ("export/remarks", "evaluation/warnings"):
-        if found := at(record, part):
-            yield Part("list", lines=[show(f"{part}/{number}") for number in range(len(found))], care=True)
+    places = [
+        f"{part}/{number}"
+        for part in ("export/remarks", "evaluation/warnings")
+        for number, _ in enumerate(at(record, part) or ())
+    ]
+    if places:
+        yield Part("list", lines=[show(place) for place in places], care=True)
 
 
 def _quality(record: Record, show: Shown) -> Iterator[Part]:
@@ -152,15 +156,14 @@ def _quality(record: Record, show: Shown) -> Iterator[Part]:
         return
     yield Part("text", text="KL divergence of the file's predictions from the original's, in nats per token.")
     columns = (
-        ("perplexity", "number"),
-        *((name, "number") for name in ("kl_mean", "kl_median", "kl_99", "kl_999")),
-        ("same_top", "share"),
+        *((name, "measured") for name in ("perplexity", "kl_mean", "kl_median", "kl_99", "kl_999")),
+        ("same_top", "measured share"),
     )
     rows = []
     for place in places:
         for number, _ in enumerate(at(record, f"{place}/texts") or ()):
             text = f"{place}/texts/{number}"
-            cells = [show.measured(f"{text}/{name}", form) for name, form in columns]
+            cells = [show(f"{text}/{name}", form) for name, form in columns]
             rows.append([show(f"{place}/file"), show(f"{text}/name"), *cells])
     heads = ("file", "text", "perplexity", "mean KL", "median", "99%", "99.9%", "same likeliest token")
     yield Part("table", label="On each text", head=heads, rows=rows)
@@ -175,8 +178,8 @@ def _speeds(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part
             show(f"{place}/file"),
             show(f"{place}/size", "size"),
             show(f"{place}/resident", "size"),
-            show.measured(f"{place}/prefill"),
-            show.measured(f"{place}/decode"),
+            show(f"{place}/prefill", "measured"),
+            show(f"{place}/decode", "measured"),
         ]
         for place in places
     ]
@@ -185,12 +188,13 @@ def _speeds(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part
 
 
 def _probes(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part]:
-    columns = {name: "share" for name in ("repeated", "distinct", "ended", "closed")} | {"drift": "number"}
+    columns = dict.fromkeys(("repeated", "distinct", "ended", "closed"), "measured share")
+    columns["drift"] = "measured"
     rows = [
         [
             show(f"{place}/file"),
             manner,
-            *(show.measured(f"{place}/probe/{manner}/{name}", form) for name, form in columns.items()),
+            *(show(f"{place}/probe/{manner}/{name}", form) for name, form in columns.items()),
         ]
         for place in places
         if at(record, f"{place}/probe")
@@ -226,7 +230,7 @@ def _tasks(record: Record, show: Shown, places: Sequence[str]) -> Iterator[Part]
         for number, task in enumerate(at(record, f"{place}/tasks") or ()):
             own = f"{place}/tasks/{number}"
             verdict = "the original guesses, too: it says nothing" if task["blind"] else ""
-            cells = (show.measured(f"{own}/accuracy", "share"), show(f"{own}/chance", "share"), verdict)
+            cells = (show(f"{own}/accuracy", "measured share"), show(f"{own}/chance", "share"), verdict)
             rows.append([show(f"{place}/file"), show(f"{own}/name"), *cells])
     if rows:
         yield Part(

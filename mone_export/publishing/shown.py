@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from mone_export.evaluation.results import Measured, percent, shown
 from mone_export.publishing.record import Record
 
 
@@ -25,7 +26,8 @@ FORMS: Mapping[str, Callable[[Any], str]] = {
     "size": _size,
     "share": lambda value: f"{value:.1%}",
     "number": lambda value: f"{value:.3g}",
-    "fine": lambda value: f"{value:.4f}",
+    "measured": lambda value: shown(Measured(**value)),
+    "measured share": lambda value: percent(Measured(**value)),
 }
 
 
@@ -66,12 +68,3 @@ class Shown:
     def key(self, pointer: str, key: str) -> Markup:
         """Return the element that shows a key of a mapping, such as a text's name."""
         return Markup('<span data-at="{}" data-form="key">{}</span>').format(f"{pointer}/{step(key)}", key)
-
-    def measured(self, pointer: str, form: str = "number") -> Markup:
-        """Return a value with its standard error, where a place has both."""
-        if at(self._record, f"{pointer}/value") is None:
-            return Markup("–")
-        value = self(f"{pointer}/value", form)
-        if at(self._record, f"{pointer}/error") is None:
-            return value
-        return Markup("{} ± {}").format(value, self(f"{pointer}/error", form))
