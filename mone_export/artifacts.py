@@ -421,7 +421,7 @@ def read_layers_head(path: Path) -> dict[str, Any]:
 
 
 def _not_ours(path: Path, error: Exception) -> MoneError:
-    return MoneError(f"{path} is not a statistics file of mone-export ({error}): remove it or choose another")
+    return MoneError(f"{path} is not a statistics file of mone-export ({error}): choose another file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -546,6 +546,16 @@ class Plan:
             for tier in tiers
             if tier.experts
         }
+
+
+def in_order(fates: Iterable[str]) -> list[str]:
+    """Return names of fates in order: whole experts, thin ones by their channels, constants, gone."""
+
+    def place(fate: str) -> tuple[int, int]:
+        channels = int(fate.split()[0]) if fate[:1].isdigit() else 0
+        return 0 if fate.startswith("whole") else 1 if channels else 2, -channels
+
+    return sorted(sorted(fates, reverse=True), key=place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -472,6 +472,9 @@ def _export(args: argparse.Namespace, display: Display) -> None:
         display.event("report", **_report_values(report))
     elif not args.quiet:
         _print_report(report)
+        for option in ("report", "card"):
+            if (place := getattr(args, option)) is not None:
+                print(f"{option:8} {place}")
 
 
 def _restore_check(args: argparse.Namespace, display: Display) -> None:
@@ -618,14 +621,10 @@ def _fates(report: "Report") -> str:
 
 
 def _listed(fates: Mapping[str, int]) -> str:
-    """List how many experts have which fate, whole ones first, thin ones by their channels, constants."""
+    """List how many experts have which fate."""
+    from mone_export.artifacts import in_order
 
-    def place(fate: str) -> tuple[bool, int]:
-        channels = int(fate.split()[0]) if fate[0].isdigit() else 0
-        return fate == "constant", -channels if channels else -(2**31)
-
-    ordered = sorted(sorted(fates, reverse=True), key=place)
-    return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in ordered)
+    return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in in_order(fates))
 
 
 def _cut(remark: str) -> str:

@@ -125,7 +125,7 @@ def _add_outputs(add: Callable[..., object]) -> None:
 def _evaluated(args: argparse.Namespace, command: str, display: ProgressLine) -> "Evaluation":
     read = {"FILE": args.files, **({"--against": args.against} if args.against else {})}
     outputs = {"--json": args.json} if args.json else {}
-    outputs |= page_outputs(args.report) if args.report else {}
+    outputs |= page_outputs(args.report, overwrite=args.overwrite) if args.report else {}
     args.json = check_outputs(outputs, read, overwrite=args.overwrite).get("--json")
     records = _check_pages(args)
     from mone_export.evaluation.evaluate import Wanted, evaluate

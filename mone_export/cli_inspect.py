@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from mone_export.artifacts import in_order
 from mone_export.errors import MoneError
 from mone_export.inspection.anatomy import Anatomy, LayerAnatomy, Saving
 from mone_export.inspection.inspecting import examine
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         try:
             anatomy = examine(args.file, n_ctx=args.ctx_size, revision=args.revision)
-            lines = [json.dumps(anatomy.as_json(), indent=1)] if args.json else _lines(anatomy)
+            told = map(_printable, _lines(anatomy))
+            lines = [json.dumps(anatomy.as_json(), indent=1)] if args.json else told
             print(*lines, sep="\n")
             output.check()
         except MoneError as error:
@@ -49,13 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-c",
         "--ctx-size",
-        type=int,
+        type=_tokens,
         metavar="N",
         help="tokens of context to reckon memory for (default: what the model was made for)",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**40:
+        raise argparse.ArgumentTypeError(f"{text} is no number of tokens: write 8192, for example")
+    return int(text)
 
 
 def _lines(of: Anatomy) -> Iterator[str]:
@@ -131,7 +138,12 @@ def _saved(savings: Sequence[Saving]) -> Iterator[str]:
 
 
 def _fates(fates: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {'of ' if fate[0].isdigit() else ''}{fate}" for fate, n in fates.items())
+    return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in in_order(fates))
+
+
+def _printable(line: str) -> str:
+    """Return a line without what a file's own names could do to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _share(size: int, of: Anatomy) -> str:
@@ -140,8 +152,9 @@ def _share(size: int, of: Anatomy) -> str:
 
 def _size(n_byte: int) -> str:
     """Return a size in the unit that suits it, of 1000."""
-    power = min(3, int(math.log10(n_byte) // 3)) if n_byte else 0
-    return f"{n_byte / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = next((power for power in range(len(units)) if n_byte < 999.5 * 1000**power), len(units) - 1)
+    return f"{n_byte / 1000**power:.3g} {units[power]}"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ _OUR_SIGNS = (
 )
 _N_TRY = 10
 RECORD = "report.json"  # what a card's numbers come from
+FIGURES = ("fates", "scores", "use", "slots")
+CARD_FILES = (RECORD, "README.md", "selection.json", "SHA256SUMS", "fates.svg", "fates.png")
 
 
 def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: bool = False) -> dict[str, Path]:
@@ -58,21 +60,28 @@ def check_outputs(outputs: Mapping[str, Path], inputs: Inputs, *, overwrite: boo
     return found
 
 
-def page_outputs(page: Path) -> dict[str, Path]:
-    """Return the outputs of a page, by option, as `check_outputs` wants them; refuse another kind of file."""
+def page_outputs(page: Path, *, overwrite: bool = False) -> dict[str, Path]:
+    """Return the outputs of a page, by option, as `check_outputs` wants them; its figures lie beside it.
+
+    Raises MoneError for another kind of file, and for figures that a page of ours cannot have left there.
+    """
     if page.suffix != ".html":
         raise MoneError(f"--report {page}: name a page, such as {page.with_suffix('.html').name}")
+    figures = [page.with_name(f"{page.stem}-{name}.{kind}") for name in FIGURES for kind in ("svg", "png")]
+    strange = [file for file in figures if file.exists()]
+    if strange and not overwrite and not is_ours(page):
+        raise MoneError(f"{strange[0]} exists, --report would replace it: choose another --report")
     return {"--report": page, "--report's record": page.with_suffix(".json")}
 
 
 def check_card(folder: Path) -> None:
-    """Raise MoneError unless a card may be written to a folder: new, or without a strange README."""
+    """Raise MoneError unless a card may be written to a folder: new, ours, or without the files of a card."""
     if folder.exists() and not folder.is_dir():
         raise MoneError(f"--card {folder} is a file: name a folder")
-    if (folder / "README.md").exists() and not is_ours(folder / RECORD):
-        raise MoneError(f"--card {folder} has a README.md that is not ours: name another folder")
-    if not folder.exists():
-        check_room(folder, option="--card")
+    strange = [name for name in CARD_FILES if (folder / name).exists()]
+    if strange and not is_ours(folder / RECORD):
+        raise MoneError(f"--card {folder} has a {strange[0]} that is not ours: name another folder")
+    check_room(folder / RECORD if folder.exists() else folder, option="--card")
 
 
 def check_folder(path: Path, inputs: Inputs, *, ours: str, option: str = "--hf-out") -> None:

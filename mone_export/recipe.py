@@ -151,7 +151,8 @@ def _check(recipe: Recipe) -> None:
         )
     if not 0 <= recipe.ratio < 1:
         raise MoneError(
-            f"--ratio {recipe.ratio:g} is out of range: it is the share of experts to prune, 0 <= ratio < 1"
+            f"--ratio {recipe.ratio:g} is out of range: it is the share of experts to prune, 0 <= ratio < 1, "
+            "written 0.5 or 50%"
         )
     if recipe.min_kept is not None and recipe.min_kept < 1:
         raise MoneError(f"--min-kept {recipe.min_kept} is out of range: every layer keeps at least 1 expert")

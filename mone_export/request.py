@@ -646,7 +646,7 @@ def check_paths(job: Job) -> None:
     if request.imatrix is not None:
         outputs["--imatrix"] = Path(request.imatrix)
     if request.report is not None:
-        outputs |= page_outputs(Path(request.report))
+        outputs |= page_outputs(Path(request.report), overwrite=request.overwrite)
     if request.card is not None:
         check_card(Path(request.card))
     if stats is not None and stats.exists():

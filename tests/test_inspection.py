@@ -5,13 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command import Command
 from gguf_models import tiny_gguf
+from gguf_parts import key, put_together, taken_apart
 from hub_server import hub_server
+from safetensors.numpy import load_file, save_file
 from tiny import save_small
 
 from mone_export import cli_inspect
@@ -169,8 +172,89 @@ def test_the_command_prints_a_table_and_json(
 
 
 @pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"block_count": 2**31}, "does not say its architecture and its layers"),
+        ({"expert_used_count": "many"}, "is many, not a whole number"),
+        ({"attention__head_count": "few"}, "is few, not a whole number"),
+        ({"expert_tier_count": 1, "expert_tier_sizes": 3}, "its tiers are not 1 for each of 5 layers"),
+        ({"expert_tier_count": 2**31}, "its tiers are not"),
+    ],
+)
+def test_keys_of_another_form_are_one_line(
+    keys: dict[str, int | str], says: str, demo_gguf: Path, tmp_path: Path
+) -> None:
+    parts = taken_apart(demo_gguf)
+    named = {f"llama.{name.replace('__', '.')}": value for name, value in keys.items()}
+    changed = parts.keys | {name: key(name, value) for name, value in named.items()}
+    (file := tmp_path / "odd.gguf").write_bytes(put_together(replace(parts, keys=changed)))
+    with pytest.raises(MoneError, match=says):
+        examine(str(file))
+
+
+def test_names_do_nothing_to_a_terminal(
+    demo_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = taken_apart(demo_gguf)
+    named = parts.keys | {"general.name": key("general.name", "x\x1b[2J\nruns on    any")}
+    (file := tmp_path / "odd.gguf").write_bytes(put_together(replace(parts, keys=named)))
+    assert cli_inspect.main([str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and said.count("\nruns on") == 1
+
+
+def test_sizes_are_told_in_the_unit_that_suits(demo_gguf: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.gguf"
+    large.write_bytes(demo_gguf.read_bytes())
+    with large.open("r+b") as file:
+        file.truncate(999_600_000)
+    done = subprocess.run(
+        [sys.executable, "-m", "mone_export.cli_inspect", str(large)], capture_output=True, text=True
+    )
+    assert "1 GB" in done.stdout.splitlines()[0]
+
+
+def test_a_model_without_experts_has_no_columns_of_pruning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "dense.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.attn_k.weight", np.ones((256, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert {saving.ratio for saving in examine(str(tmp_path / "dense.gguf")).savings} == {0}
+    assert cli_inspect.main([str(tmp_path / "dense.gguf")]) == 0
+    said = capsys.readouterr().out
+    assert "experts    none" in said and "pruned" not in said.partition("what would")[2]
+
+
+def test_no_sizes_are_made_up_for_packed_weights(tmp_path: Path) -> None:
+    folder = save_small(tmp_path / "packed")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: values.astype(np.uint8) for name, values in tensors.items()}, file)
+    assert {saving.outtype for saving in examine(str(folder)).savings} == {"as it is"}
+
+
+@pytest.mark.parametrize("content", ["{}", '{"spec": 3, "version": 4}'])
+def test_broken_statistics_are_one_line(content: str, tmp_path: Path) -> None:
+    save_file({"a": np.zeros(1)}, tmp_path / "file", metadata={"mone_calibration": content})
+    with pytest.raises(MoneError, match="file is (broken|not a statistics file)"):
+        examine(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
-    [(b"GGUFnot much", "broken|version"), (b"{}", "is no GGUF"), (b"12345678{}", "is not a statistics file")],
+    [
+        (b"GGUFnot much", "broken|version"),
+        (b"{}", "is no GGUF"),
+        (b"12345678{}", "holds tensors"),
+        (b'{"mone_plan": 1}', "is no plan"),
+    ],
 )
 def test_what_is_none_of_them_is_one_line(content: bytes, says: str, tmp_path: Path) -> None:
     (file := tmp_path / "file").write_bytes(content)
@@ -184,6 +268,11 @@ def test_a_name_that_is_nothing_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert line.startswith("mone-inspect: there is no ")
     with pytest.raises(MoneError, match="has no config.json"):
         examine(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MoneError, match="has no model.safetensors: it is no complete"):
+        examine(str(tmp_path))
+    with pytest.raises(MoneError, match="neither a folder nor"):
+        examine("x" * 300 + "/" + "y" * 300 + " z")
 
 
 def test_a_folder_of_fewer_tensors_than_it_lists_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ import pytest
 from command import Command, names
 
 from mone_export import cli_eval
+from mone_export.paths import FIGURES
 from mone_export.pipeline import export
 from mone_export.publishing.page import render
 from mone_export.publishing.record import load_record
@@ -233,12 +235,16 @@ def test_what_mone_eval_finds_joins_page_and_card(
     assert not [text for text in shown.rest if re.search(r"\d", _NAMES.sub("", text))]
     for text in record["evaluation"]["files"][0]["texts"]:
         value = FORMS["measured"](text["kl_mean"])
-        assert f"| {text['name']} | {value} |" in (card / "README.md").read_text(encoding="utf-8")
+        assert f"| {text['name']} | {text['n_token']:,} | {value} |" in (card / "README.md").read_text(
+            encoding="utf-8"
+        )
         assert value in said and value.startswith(f"{text['kl_mean']['value']:.4f}"[:5])
 
-    (other := folder / "other.gguf").write_bytes(demo_gguf.read_bytes())
-    assert cli_eval.main([str(other), *options, "--overwrite", *places]) == 1
-    assert "half.html is of half.gguf, not of" in capsys.readouterr().err
+    other = bytearray((folder / "half.gguf").read_bytes())
+    other[-1] ^= 1  # of the same name and size
+    (folder / "half.gguf").write_bytes(other)
+    assert cli_eval.main([str(folder / "half.gguf"), *options, "--overwrite", *places]) == 1
+    assert "half.html is of another file than" in capsys.readouterr().err
 
 
 def test_an_ordinary_file_says_that_any_llama_cpp_runs_it(command: Command, tmp_path: Path) -> None:
@@ -247,6 +253,46 @@ def test_an_ordinary_file_says_that_any_llama_cpp_runs_it(command: Command, tmp_
     text = page.read_text(encoding="utf-8")
     assert "mone-llama" not in text and "llama-cli -m out.gguf" in text
     assert "<span data-name>gone</span>" in text
+
+
+def test_names_with_dots_and_strange_names(command: Command, tmp_path: Path) -> None:
+    out, page, card = tmp_path / "a$(x)|b.gguf", tmp_path / "Qwen2.5.html", tmp_path / "card"
+    command("-o", out, "--novice", "mean", "--report", page, "--card", card).is_fine()
+    figures = {f"Qwen2.5-{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
+    assert {name for name in names(tmp_path) if name.endswith(("svg", "png"))} == figures
+    text = (card / "README.md").read_text(encoding="utf-8")
+    assert "# a$(x)\\|b.gguf" in text
+    (program,) = [line for line in text.splitlines() if line.startswith("python -c")]
+    assert shlex.split(program)[2] == (
+        "from llama_cpp import Llama; print(Llama(\"a$(x)|b.gguf\")('Once', max_tokens=32))"
+    )
+
+
+def test_a_card_says_nothing_of_the_machine(command: Command, tmp_path: Path, text: Path) -> None:
+    card, rare = tmp_path / "card", tmp_path / "rare text.txt"
+    rare.write_bytes(text.read_bytes()[:9000])
+    command("-o", tmp_path / "a.gguf", "--novice", "mean", "--card", card, "--protect", f"{rare}=1").is_fine()
+    told = (card / "README.md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in told and str(text.parent) not in told
+    assert "--protect 'rare text.txt=1'" in told and "tokens of calibration.txt" in told
+
+
+def test_no_scores_are_shown_that_did_not_decide(command: Command, tmp_path: Path) -> None:
+    page = tmp_path / "whole.html"
+    command("-o", tmp_path / "whole.gguf", "--ratio", "0", "--report", page, text="").is_fine()
+    assert not any(layer["scores"] for layer in load_record(page.with_suffix(".json"))["export"]["layers"])
+    assert "How much each expert is needed" not in page.read_text(encoding="utf-8")
+    assert not (tmp_path / "whole-scores.svg").exists()
+
+
+def test_an_evaluation_alone_makes_a_card_of_what_is_known(
+    published: Path, demo_gguf: Path, tmp_path: Path
+) -> None:
+    options = ["--chunks", "2", "-n", "0", "--no-speed", "-q", "--card", str(tmp_path / "card")]
+    assert cli_eval.main([str(published / "half.gguf"), "--against", str(demo_gguf), *options]) == 0
+    text = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "–, " not in text and "fates.png" not in text and "selection.json" not in text
+    assert "| half.gguf | " in text and "a constant vector" in text
 
 
 def test_a_strangers_files_stay(command: Command, tmp_path: Path) -> None:
@@ -264,4 +310,11 @@ def test_a_strangers_files_stay(command: Command, tmp_path: Path) -> None:
     )
     (tmp_path / "data.json").write_text("{}", encoding="utf-8")
     command("-o", tmp_path / "a.gguf", "--report", tmp_path / "data.html").is_one_line("data.json exists and")
-    assert names(tmp_path) == ["data.json", "own", "page.html"]
+    (tmp_path / "x-fates.svg").write_text("mine", encoding="utf-8")
+    command("-o", tmp_path / "a.gguf", "--report", tmp_path / "x.html").is_one_line(
+        "x-fates.svg exists, --rep"
+    )
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "SHA256SUMS").write_text("mine", encoding="utf-8")
+    command("-o", tmp_path / "a.gguf", "--card", tmp_path / "sums").is_one_line("SHA256SUMS that is not ours")
+    assert names(tmp_path) == ["data.json", "own", "page.html", "sums", "x-fates.svg"]

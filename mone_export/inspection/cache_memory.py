@@ -9,7 +9,6 @@ window and a batch.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 from mone_export.inspection.anatomy import Memory
@@ -31,7 +30,7 @@ def memory(header: Header, arch: str, n_layer: int, n_ctx: int) -> Memory:
     caching = [layer for layer in caching if per_token[layer]]
     window = header.integer(f"{arch}.attention.sliding_window")
     pattern = header.value(f"{arch}.attention.sliding_window_pattern")
-    stated = isinstance(pattern, Sequence) and len(pattern) >= n_layer
+    stated = isinstance(pattern, list) and len(pattern) >= n_layer
     windowed = [layer for layer in caching if window and stated and pattern[layer]]
     short = min(n_ctx, -(-(window + _BATCH) // _PADDED) * _PADDED)
     cache = sum(per_token[layer] * (short if layer in windowed else n_ctx) for layer in caching)
@@ -46,19 +45,11 @@ def memory(header: Header, arch: str, n_layer: int, n_ctx: int) -> Memory:
 
 def _per_token(header: Header, arch: str, layer: int) -> int:
     """Return how many numbers a layer caches of a token."""
-    n_head = max(1, _of_layer(header, f"{arch}.attention.head_count", layer, 1))
-    n_head_kv = _of_layer(header, f"{arch}.attention.head_count_kv", layer, n_head)
+    n_head = max(1, header.of_layer(f"{arch}.attention.head_count", layer, 1))
+    n_head_kv = header.of_layer(f"{arch}.attention.head_count_kv", layer, n_head)
     usual = header.integer(f"{arch}.embedding_length") // n_head
     keys = header.integer(f"{arch}.attention.key_length", usual)
     values = header.integer(f"{arch}.attention.value_length", usual)
     latent = f"blk.{layer}.attn_k_b.weight" in header.tensors
     indexer = header.tensors.get(f"blk.{layer}.indexer.attn_k.weight")
     return n_head_kv * (keys + (0 if latent else values)) + (indexer.shape[1] if indexer else 0)
-
-
-def _of_layer(header: Header, name: str, layer: int, default: int) -> int:
-    """Return a whole number that may be stated once, or for each layer."""
-    found = header.value(name, default)
-    if isinstance(found, list):
-        return int(found[layer]) if layer < len(found) else default
-    return int(found)

@@ -21,6 +21,7 @@ from mone_export.source.shape import TOP_K_KEYS
 _EXPERT = re.compile(r"(?:.*\.)?layers\.(\d+)\..*(?<!shared_)experts\.(?:(\d+)\.)?([\w.]+)")
 _DOWN = ("down_proj", "w2", "output_linear", "linear_2")
 _WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _GROUPS = (
     ("shared experts", r"shared_expert"),
     ("router", r"\.(gate|router)\."),
@@ -119,7 +120,12 @@ def _matrices(tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[
         expert = _EXPERT.fullmatch(name)
         flat = sum(size > 1 for size in shape) < 2 or re.search(_GROUPS[1][1], name) is not None
         yield Matrix(
-            math.prod(shape), (*shape, 1)[len(shape) - 1], sizes[name], is_expert=bool(expert), stays=flat
+            math.prod(shape),
+            shape[-1] if shape else 1,
+            sizes[name],
+            is_expert=bool(expert),
+            stays=flat,
+            is_packed=not flat and item["dtype"] not in _PLAIN,
         )
 
 

@@ -14,6 +14,7 @@ from mone_export.inspection.anatomy import Anatomy, LayerAnatomy
 from mone_export.inspection.cache_memory import memory
 from mone_export.inspection.savings import Matrix, savings
 from mone_export.source.gguf_format import (
+    MOST_TIERS,
     TIER_COUNT_KEY,
     TIER_SIZES_KEY,
     novice_tensor,
@@ -25,6 +26,7 @@ from mone_export.source.gguf_types import gguf_library
 from mone_export.source.pruned_before import kept_counts
 
 _DOWN = "blk.{}.ffn_down_exps.weight"
+_MOST_LAYERS = 2**16
 _TIER = re.compile(r"blk\.\d+\.ffn_\w+_exps\.t\d+\.weight")
 _UNTOLD = ("mone.expert_order",)  # too long for anybody to read
 _TOLD = ("general.license", "general.base_model.0.repo_url", "general.quantized_by", "quantize.imatrix.file")
@@ -44,7 +46,7 @@ def of_gguf(path: Path, *, n_ctx: int | None = None) -> Anatomy:
     header = read_header(path)
     arch = header.value("general.architecture")
     n_block = header.integer(f"{arch}.block_count")
-    if not isinstance(arch, str) or not n_block:
+    if not isinstance(arch, str) or not 0 < n_block <= _MOST_LAYERS:
         raise MoneError(f"{path} does not say its architecture and its layers: it is no language model")
     n_layer = n_block - header.integer(f"{arch}.nextn_predict_layers")
     n_expert = header.integer(f"{arch}.expert_count")
@@ -62,7 +64,7 @@ def of_gguf(path: Path, *, n_ctx: int | None = None) -> Anatomy:
         size=sum(file.stat().st_size for file in header.files),
         n_layer=n_layer,
         n_expert=n_expert,
-        top_k=_first(header.value(f"{arch}.expert_used_count", 0)),
+        top_k=max(header.of_layer(f"{arch}.expert_used_count", layer) for layer in range(n_block)),
         hidden_size=width,
         expert_size=0 if down is None else down.shape[0],
         layers=layers,
@@ -81,9 +83,9 @@ def _layers(header: Header, arch: str, n_block: int, n_expert: int) -> Iterator[
     counts = kept_counts(header, n_block)
     n_tier = header.integer(TIER_COUNT_KEY.format(arch=arch))
     sizes = header.value(TIER_SIZES_KEY.format(arch=arch), [])
-    if n_tier < 0 or len(sizes) != n_tier * n_block:
+    if not isinstance(sizes, list) or not 0 <= n_tier <= MOST_TIERS or len(sizes) != n_tier * n_block:
         raise MoneError(
-            f"{header.files[0]} is broken: {len(sizes)} sizes of {n_tier} tiers in {n_block} layers"
+            f"{header.files[0]} is broken: its tiers are not {n_tier} for each of {n_block} layers"
         )
     for layer in range(n_block):
         down = header.tensors.get(name := _DOWN.format(layer))
@@ -94,9 +96,10 @@ def _layers(header: Header, arch: str, n_block: int, n_expert: int) -> Iterator[
         tiers = list(enumerate(sizes[layer * n_tier : (layer + 1) * n_tier], start=1))
         thin = [(header.tensors.get(tier_tensor(name, tier)), n) for tier, n in tiers if n]
         if any(info is not None and info.shape[0] == down.shape[0] for info, _ in thin):
-            fates = {f"whole {down.kind}": n_kept}
-        for info, n in thin:
-            fate = "tilt" if info is None else _fate(info, down, mixed="whole" not in fates)
+            fates = {f"whole {_kind(header, layer)}": n_kept}
+        mixed = "whole" not in fates
+        for (info, n), (tier, _) in zip(thin, (each for each in tiers if each[1]), strict=True):
+            fate = "tilt" if info is None else _fate(info, down, _kind(header, layer, tier) if mixed else "")
             fates[fate] = fates.get(fate, 0) + n
         n_constant = n_expert - sum(fates.values())
         if n_constant < 0:
@@ -108,9 +111,18 @@ def _layers(header: Header, arch: str, n_block: int, n_expert: int) -> Iterator[
         yield LayerAnatomy(layer, fates, norms)
 
 
-def _fate(info: TensorInfo, whole: TensorInfo, *, mixed: bool) -> str:
+def _fate(info: TensorInfo, whole: TensorInfo, kind: str) -> str:
     name = "whole" if info.shape[0] == whole.shape[0] else f"{info.shape[0]} channels"
-    return f"{name} {info.kind}" if mixed else name
+    return f"{name} {kind}".rstrip()
+
+
+def _kind(header: Header, layer: int, tier: int = 0) -> str:
+    """Return the type of what goes into experts: rows of their own width may be too short for it."""
+    for matrix in ("up", "gate_up", "down"):
+        name = f"blk.{layer}.ffn_{matrix}_exps.weight"
+        if info := header.tensors.get(tier_tensor(name, tier) if tier else name):
+            return info.kind
+    return ""
 
 
 def _whole(layer: LayerAnatomy) -> int:
@@ -183,8 +195,3 @@ def _file_type(header: Header) -> str:
         return str(gguf_library().LlamaFileType(number).name).removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         return ""
-
-
-def _first(value: Any) -> int:
-    """Return a number that may be stated for each layer: the first that is not 0."""
-    return next((int(n) for n in value if n), 0) if isinstance(value, list) else int(value)

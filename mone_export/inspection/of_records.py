@@ -10,37 +10,45 @@ from mone_export.errors import MoneError, first_line
 from mone_export.inspection.anatomy import Anatomy, LayerAnatomy
 from mone_export.pruning.plan_files import read_plan
 
+_STATISTICS, _HEAD = b"mone_calibration", 2**22
+
 
 def of_statistics(path: Path) -> Anatomy:
     """Return the anatomy of a statistics file: its model's shape, and how many experts each layer saw."""
     import numpy as np
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     head = read_layers_head(path)
-    spec = head["spec"]
-    with safe_open(path, framework="np") as file:
-        seen = {
-            layer: int(np.count_nonzero(file.get_tensor(f"layers.{layer}.count")))
-            for layer in spec["moe_layers"]
+    try:
+        spec = head["spec"]
+        with safe_open(path, framework="np") as file:
+            seen = {
+                layer: int(np.count_nonzero(file.get_tensor(f"layers.{layer}.count")))
+                for layer in spec["moe_layers"]
+            }
+        texts = {
+            f"text {number}": ", ".join(f"{name} {n} tokens" for name, n in part["sources"].items())
+            for number, part in enumerate(head["parts"], start=1)
         }
-    texts = {
-        f"text {number}": ", ".join(f"{name} {n} tokens" for name, n in part["sources"].items())
-        for number, part in enumerate(head["parts"], start=1)
-    }
-    made = {"model_sha256": head["model_sha256"], "n_token": head["n_token"]} | texts
+        made = {"model_sha256": head["model_sha256"], "n_token": head["n_token"]} | texts
+        made |= {"corpus_sha256": head["corpus_sha256"]} | head.get("made_with", {})
+        shape = _shape(path, "statistics", spec)
+        n_expert = int(spec["n_expert"])
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MoneError(f"{path} is broken: {first_line(error)}; make the statistics again") from None
     return Anatomy(
-        **_shape(path, "statistics", spec),
-        layers=tuple(LayerAnatomy(layer, {"whole": spec["n_expert"]}, seen=n) for layer, n in seen.items()),
-        made=made | {"corpus_sha256": head["corpus_sha256"]} | head.get("made_with", {}),
+        **shape,
+        layers=tuple(LayerAnatomy(layer, {"whole": n_expert}, seen=n) for layer, n in seen.items()),
+        made=made,
     )
 
 
 def of_plan(path: Path) -> Anatomy:
     """Return the anatomy of a plan: the fates of each layer's experts."""
     found = read_plan(path)
-    n_expert = found["n_expert"]
     layers = []
     try:
+        n_expert = int(found["n_expert"])
         for number, layer in found["layers"].items():
             fates = {f"whole {layer.get('kind', '')}".rstrip(): len(layer["kept"])}
             for tier in layer.get("tiers", ()):
@@ -55,6 +63,12 @@ def of_plan(path: Path) -> Anatomy:
     made |= {f"calibration_{key}": value for key, value in calibration.items()}
     shape = {"n_expert": n_expert, "n_layer": len(layers)}
     return Anatomy(**_shape(path, "plan", shape), layers=tuple(layers), made=made)
+
+
+def is_statistics(path: Path) -> bool:
+    """Say whether a file with the form of safetensors may be statistics of ours."""
+    with path.open("rb") as file:
+        return _STATISTICS in file.read(_HEAD)
 
 
 def is_plan(path: Path) -> bool:

@@ -16,7 +16,8 @@ OWN = "as it is"
 class Matrix:
     """A tensor of `n_element` weights in rows of `n_column`, now `size` bytes.
 
-    `is_expert`: it is part of the experts that could go; `stays`: no type but its own is used for it.
+    `is_expert`: it is part of the experts that could go; `stays`: no type but its own is used for it;
+    `is_packed`: its numbers are not its weights, of which there may be more.
     """
 
     n_element: int
@@ -24,6 +25,7 @@ class Matrix:
     size: int
     is_expert: bool = False
     stays: bool = False
+    is_packed: bool = False
 
     def packed(self, outtype: str) -> int:
         """Return its bytes in a type, or in the one that llama-quantize takes for rows of its length."""
@@ -36,10 +38,12 @@ class Matrix:
 def savings(matrices: Sequence[Matrix], n_expert: int, n_width: int, *, pruned: bool) -> Iterator[Saving]:
     """Yield the sizes below the present one; `n_expert` of `n_width` numbers could be constants.
 
-    Of a file that is `pruned` already only other types are listed.
+    Of a file that is `pruned` already, or has no experts, only other types are listed.
     """
+    pruned = pruned or not any(matrix.is_expert for matrix in matrices)
     now = sum(matrix.size for matrix in matrices)
-    for outtype in (OWN, *TYPES):
+    types = () if any(matrix.is_packed for matrix in matrices) else TYPES
+    for outtype in (OWN, *types):
         whole = _total(matrices, outtype, experts=False)
         experts = _total(matrices, outtype, experts=True)
         same = whole + experts == now

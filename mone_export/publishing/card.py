@@ -6,6 +6,8 @@ of the fates, report.json (the record) and SHA256SUMS.
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,12 @@ def _front_matter(record: Record) -> str:
     from huggingface_hub import ModelCardData
 
     made = at(record, "file/made") or {}
-    base = made.get("mone.source.id") or made.get("general.base_model.0.repo_url", "").removeprefix(_HUB)
+    stated = (made.get(name) for name in ("mone.source.id", "general.base_model.0.repo_url"))
+    base = next((each.removeprefix(_HUB) for each in stated if isinstance(each, str) and each), None)
+    licence = made.get("general.license")
     data = ModelCardData(
-        base_model=base or None,
-        license=made.get("general.license"),
+        base_model=base,
+        license=licence if isinstance(licence, str) else None,
         pipeline_tag="text-generation",
         library_name="llama.cpp",
         tags=["gguf", "moe", "pruned", "mone_export"],
@@ -69,64 +73,118 @@ def _front_matter(record: Record) -> str:
 
 
 def _body(record: Record) -> Iterator[str]:
-    def show(pointer: str, form: str = "text") -> str:
-        value = at(record, pointer)
-        return "–" if value is None else FORMS[form](value)
-
+    show = Told(record)
     name = show("file/file")
-    model = show("export/model/id") if at(record, "export/model/id") else show("export/model/name")
     yield f"# {name}\n"
-    yield (
-        f"{model}, a mixture of {show('export/spec/n_expert', 'whole')} experts in each of "
-        f"{show('export/n_layer', 'whole')} layers, made smaller: {show('export/share_pruned', 'share')} of "
-        f"the experts, or of their channels, are gone. {show('export/size', 'size')}, in place of "
-        f"{show('export/size_unpruned', 'size')}.\n"
-    )
+    if at(record, "export"):
+        model = show("export/model/id" if at(record, "export/model/id") else "export/model/name")
+        yield (
+            f"{model}, a mixture of {show('export/spec/n_expert', 'whole')} experts in each of "
+            f"{show('export/n_layer', 'whole')} layers, made smaller: {show('export/share_pruned', 'share')} "
+            f"of the experts, or of their channels, are gone. {show('export/size', 'size')}, in place of "
+            f"{show('export/size_unpruned', 'size')}.\n"
+        )
     yield from _measured(record, show)
-    yield "## What became of the experts\n"
-    totals: dict[str, int] = {}
-    for layer in at(record, "export/layers") or ():
-        for fate, n in layer["n_by_fate"].items():
-            totals[fate] = totals.get(fate, 0) + n
-    yield from (f"- {totals[fate]}: {_meaning(fate)}" for fate in fate_names([list(totals)]))
-    yield "\n![The fate of each expert: layers down, experts across](fates.png)\n"
-    yield "`selection.json` lists them by their original numbers.\n"
+    yield from _became(record)
     yield "## Run it\n"
     if at(record, "file/needs") == "patched":
         yield "The file needs a llama.cpp with a few patches; mone_export builds it with one command.\n"
     yield "```"
-    yield from run_commands(name, needs=show("file/needs"))
+    yield from run_commands(str(at(record, "file/file")), needs=str(at(record, "file/needs")))
     yield "```\n"
     yield "## Limits\n"
-    yield from (f"- {line}" for line in (*(at(record, "export/remarks") or ()), *_LIMITS))
-    yield "\n## How it was made\n"
-    if at(record, "export/command"):
-        yield f"```\n{show('export/command')}\n```\n"
+    folders = _folders(record)
+    remarks = [
+        plain(folders.sub("", remark))
+        for part in ("export/remarks", "evaluation/warnings")
+        for remark in at(record, part) or ()
+    ]
+    yield from (f"- {line}" for line in (*remarks, *_LIMITS))
+    yield ""
+    if at(record, "export"):
+        yield from _made(record, show)
+
+
+def _became(record: Record) -> Iterator[str]:
+    """Yield how many experts have which fate."""
+    totals: dict[str, int] = {}
+    for layer in at(record, "export/layers") or at(record, "file/layers") or ():
+        for fate, n in (layer.get("n_by_fate") or layer["fates"]).items():
+            totals[fate] = totals.get(fate, 0) + n
+    yield "## What became of the experts\n"
+    yield from (f"- {totals[fate]}: {_meaning(fate)}" for fate in fate_names([list(totals)]))
+    yield ""
+    if at(record, "export/layers"):
+        yield "![The fate of each expert: layers down, experts across](fates.png)\n"
+        yield "`selection.json` lists them by their original numbers.\n"
+
+
+def _made(record: Record, show: "Told") -> Iterator[str]:
+    yield "## How it was made\n"
+    commands = [at(record, f"{part}/command") for part in ("export", "evaluation")]
+    if any(commands):
+        yield "\n".join(["```", *(without_folders(command) for command in commands if command), "```\n"])
     for number, text in enumerate(at(record, "export/text") or ()):
         for source, n_token in text["sources"].items():
-            yield f"- text: {FORMS['whole'](n_token)} tokens of {source}"
+            yield f"- text: {FORMS['whole'](n_token)} tokens of {plain(Path(source).name)}"
         yield f"- SHA-256 of its tokens: `{show(f'export/text/{number}/corpus_sha256')}`"
     yield f"- SHA-256 of the model: `{show('export/model/sha256')}`"
+    if not at(record, "export/model/id"):
+        yield "- made from a local copy: its publisher knows the `base_model` on the hub"
     recipe = at(record, "export/recipe") or {}
-    told = ", ".join(
-        f"{key} {recipe[key]}" for key in ("method", "novice", "score", "allocation") if key in recipe
-    )
-    yield f"- recipe: {told}"
+    names = ("method", "novice", "score", "allocation")
+    yield f"- recipe: {', '.join(f'{key} {recipe[key]}' for key in names if key in recipe)}"
     yield f"- mone_export {show('export/made_with/mone-export')}"
+    yield f"\n`{_SUMS}` has the hashes of the files here and of the GGUF, which belongs beside them."
 
 
-def _measured(record: Record, show: Any) -> Iterator[str]:
+class Told:
+    """Says the values of a record in Markdown."""
+
+    def __init__(self, record: Record) -> None:
+        """Take the record."""
+        self._record = record
+
+    def __call__(self, pointer: str, form: str = "text") -> str:
+        """Return what is at a place; a dash where there is nothing."""
+        value = at(self._record, pointer)
+        return "–" if value is None else plain(FORMS[form](value))
+
+
+def without_folders(command: str) -> str:
+    """Return a command without the folders of the machine it ran on: of paths only the names are left."""
+    words = [
+        word.rpartition("/")[2] if word.startswith(("/", "~", ".")) else word for word in shlex.split(command)
+    ]
+    return shlex.join(words)
+
+
+def _folders(record: Record) -> re.Pattern[str]:
+    """Return what the folders of the export's paths look like in a remark."""
+    words = shlex.split(at(record, "export/command") or "")
+    found = {
+        word.rpartition("/")[0] + "/" for word in words if word.startswith(("/", "~", ".")) and "/" in word
+    }
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
+
+
+def plain(text: str) -> str:
+    """Return a text of others as Markdown shows it: one line, no markup, no cell of a table ended."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _measured(record: Record, show: Told) -> Iterator[str]:
     """Yield the table of sizes, divergences and tasks, where they were measured."""
     files = [f"evaluation/files/{place}" for place, _ in enumerate(at(record, "evaluation/files") or ())]
     if not files:
-        yield "How far it strays from the original was not measured: `mone-eval --card` adds it.\n"
+        yield "How far it strays from the original was not measured: `mone-eval --against ... --card` adds it.\n"
         return
     if at(record, "evaluation/against"):
         files.append("evaluation/against")
     yield "## How it fares\n"
     yield "KL divergence from the original's predictions in nats per token, ± its standard error.\n"
-    yield "| file | size | text | KL divergence | same likeliest token | perplexity |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| file | size | text | tokens | KL divergence | same likeliest token | perplexity |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for place in files:
         for number, _ in enumerate(at(record, f"{place}/texts") or ()):
             text = f"{place}/texts/{number}"
@@ -135,14 +193,15 @@ def _measured(record: Record, show: Any) -> Iterator[str]:
                 show(f"{text}/same_top", "measured share"),
                 show(f"{text}/perplexity", "measured"),
             ]
-            row = [show(f"{place}/file"), show(f"{place}/size", "size"), show(f"{text}/name"), *cells]
+            first = [show(f"{place}/file"), show(f"{place}/size", "size"), show(f"{text}/name")]
+            row = [*first, show(f"{text}/n_token", "whole"), *cells]
             yield f"| {' | '.join(row)} |"
     yield ""
     for place in files:
         for number, task in enumerate(at(record, f"{place}/tasks") or ()):
             accuracy = show(f"{place}/tasks/{number}/accuracy", "measured share")
             blind = " (the original guesses, too: it says nothing)" if task["blind"] else ""
-            yield f"- {show(f'{place}/file')}, {task['name']}: {accuracy} right{blind}"
+            yield f"- {show(f'{place}/file')}, {plain(task['name'])}: {accuracy} right{blind}"
     yield ""
 
 
@@ -152,11 +211,7 @@ def _meaning(fate: str) -> str:
         return f"whole{fate.removeprefix('whole')}, as in the original"
     if fate[0].isdigit():
         return f"thin, with {fate} of their own, fitted again"
-    return (
-        "a constant vector, their mean output"
-        if fate == "constant"
-        else "gone, the router does not know them"
-    )
+    return "a constant vector in their place" if fate == "constant" else "gone, the router does not know them"
 
 
 def _selection(layers: Sequence[Any]) -> dict[str, Any]:

@@ -105,8 +105,8 @@ def save(figure: "Figure", stem: Path) -> None:
 
     try:
         with matplotlib.rc_context({"svg.hashsalt": _SALT}):
-            figure.savefig(stem.with_suffix(".svg"), facecolor="white", metadata={"Date": None})
-            figure.savefig(stem.with_suffix(".png"), facecolor="white", dpi=150, metadata={"Software": None})
+            figure.savefig(f"{stem}.svg", facecolor="white", metadata={"Date": None})
+            figure.savefig(f"{stem}.png", facecolor="white", dpi=150, metadata={"Software": None})
     except OSError as error:
         raise MoneError(f"cannot write {stem}.svg ({error.strerror}): choose another place") from None
 

@@ -1,17 +1,19 @@
 """The page of a pruned file: one HTML file that asks for nothing else, from its record."""
 
+import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from mone_export.artifacts import in_order
 from mone_export.publishing import charts
 from mone_export.publishing.record import Record
-from mone_export.publishing.shown import Shown, at, step
+from mone_export.publishing.shown import NOTHING, Shown, at, step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +63,19 @@ def render(record: Record) -> str:
         Section("How to run it", list(_running(record))),
         Section("How it was made", list(_made(record, show))),
     ]
-    return template.render(title=_title(record), sections=[each for each in sections if each.parts])
+    kept = [Section(each.title, [*map(_without_empty, each.parts)]) for each in sections if each.parts]
+    return template.render(title=_title(record), sections=kept)
+
+
+def _without_empty(part: Part) -> Part:
+    """Return a table without the columns that have nothing in any row."""
+    if part.kind != "table":
+        return part
+    full = [
+        place for place, _ in enumerate(part.head) if any(str(row[place]) != NOTHING for row in part.rows)
+    ]
+    rows = [[row[place] for place in full] for row in part.rows]
+    return replace(part, head=[part.head[place] for place in full], rows=rows)
 
 
 def figures(record: Record) -> Iterator[tuple[str, str, "Figure"]]:
@@ -85,15 +99,9 @@ def figures(record: Record) -> Iterator[tuple[str, str, "Figure"]]:
         yield "slots", "What the chosen experts have become", charts.shares(shares, numbers, names)
 
 
-def fate_names(fates: Sequence[Sequence[str]]) -> list[str]:
-    """Return the fates that occur, from whole experts over thin ones to constants."""
-    found = {fate for row in fates for fate in row}
-
-    def place(fate: str) -> tuple[int, float, str]:
-        channels = int(fate.split()[0]) if fate[0].isdigit() else 0
-        return (0 if fate.startswith("whole") else 1 if channels else 2), -channels, fate
-
-    return sorted(found, key=place)
+def fate_names(fates: Iterable[Iterable[str]]) -> list[str]:
+    """Return the fates that occur in any of the rows, in order."""
+    return in_order({fate for row in fates for fate in row})
 
 
 def _title(record: Record) -> str:
@@ -156,8 +164,9 @@ def _quality(record: Record, show: Shown) -> Iterator[Part]:
         return
     yield Part("text", text="KL divergence of the file's predictions from the original's, in nats per token.")
     columns = (
-        *((name, "measured") for name in ("perplexity", "kl_mean", "kl_median", "kl_99", "kl_999")),
+        ("kl_mean", "measured"),
         ("same_top", "measured share"),
+        *((name, "measured") for name in ("perplexity", "kl_median", "kl_99", "kl_999")),
     )
     rows = []
     for place in places:
@@ -165,7 +174,7 @@ def _quality(record: Record, show: Shown) -> Iterator[Part]:
             text = f"{place}/texts/{number}"
             cells = [show(f"{text}/{name}", form) for name, form in columns]
             rows.append([show(f"{place}/file"), show(f"{text}/name"), *cells])
-    heads = ("file", "text", "perplexity", "mean KL", "median", "99%", "99.9%", "same likeliest token")
+    heads = ("file", "text", "mean KL", "same likeliest", "perplexity", "median KL", "99%", "99.9%")
     yield Part("table", label="On each text", head=heads, rows=rows)
     yield from _speeds(record, show, places)
     yield from _probes(record, show, places)
@@ -373,12 +382,16 @@ def _made(record: Record, show: Shown) -> Iterator[Part]:
                 ("text", Markup("{} tokens of {}").format(n_token, show.key(f"{place}/sources", source)))
             )
         facts.append(("SHA-256 of its tokens", show(f"{place}/corpus_sha256")))
+    if at(record, "file/sha256"):
+        facts.append(("SHA-256 of the file", show("file/sha256")))
     if at(record, "export/model"):
         facts.append(("SHA-256 of the model", show("export/model/sha256")))
-    for part in ("export", "evaluation"):
-        facts += [
-            (key, show(f"{part}/made_with/{step(key)}")) for key in at(record, f"{part}/made_with") or {}
-        ]
+    places = {
+        key: f"{part}/made_with/{step(key)}"
+        for part in ("export", "evaluation")
+        for key in at(record, f"{part}/made_with") or {}
+    }
+    facts += [(key, show(place)) for key, place in places.items()]
     if facts:
         yield Part("facts", facts=facts)
 
@@ -388,11 +401,12 @@ def run_commands(name: str, *, needs: str) -> Sequence[str]:
     before = ["mone-llama build    # once: this file needs a patched llama.cpp"] if needs == "patched" else []
     folder = "$(mone-llama path)/" if needs == "patched" else ""
     file = shlex.quote(name)
+    program = f"from llama_cpp import Llama; print(Llama({json.dumps(name)})('Once', max_tokens=32))"
     return [
         *before,
         f"{folder}llama-cli -m {file}",
         f"{folder}llama-server -m {file}",
-        f"python -c \"from llama_cpp import Llama; print(Llama({name!r})('Once', max_tokens=32))\"",
+        f"python -c {shlex.quote(program)}",
     ]
 
 

@@ -1,8 +1,6 @@
 """publish(): the page and the card of what was exported, or measured."""
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from mone_export.artifacts import Calibration, Plan, Report, Scores
@@ -19,10 +17,9 @@ from mone_export.publishing.record import Record, export_part, load_record, save
 from mone_export.request import Job
 from mone_export.runtime import Progress
 from mone_export.source import Checkpoint, GgufFile, Source
+from mone_export.source.gguf_file import hash_of
 from mone_export.source.gguf_header import shards
 from mone_export.source.hub import Snapshot
-
-_CHUNK = 2**24
 
 
 def publish_export(
@@ -38,31 +35,30 @@ def publish_export(
     if page is None and card is None:
         return
     whole = _anatomy(job.source)
-    files = shards(report.outfile)
-    hashes = _hashed(files, progress) if card is not None else {}
-    listed = [
-        {"name": file.name, "size": file.stat().st_size, "sha256": hashes.get(file.name)} for file in files
-    ]
     record: Record = {
         "mone_report": 1,
-        "file": of_gguf(report.outfile).as_json() | {"file": report.outfile.name, "files": listed},
+        "file": _file_part(report.outfile, progress),
         "export": export_part(job, report, chosen, scores, calibration, whole),
     }
     _written(record, page=page, card=card)
 
 
-def records_of(file: Path, *, page: Path | None, card: Path | None) -> tuple[Record, Record]:
+def records_of(
+    file: Path, *, page: Path | None, card: Path | None, progress: Progress | None = None
+) -> tuple[Record, Record]:
     """Return the records of a file's page and card, without an evaluation; new ones where there are none yet.
 
     Raises `MoneError` where they are of another file.
     """
-    known = of_gguf(file).as_json() | {"file": file.name}
+    known = _file_part(file, progress)
     found = []
     for target, place in ((page, page and page.with_suffix(".json")), (card, card and card / RECORD)):
         record = load_record(place) if place else {}
         own = record.setdefault("file", known)
-        if (own["file"], own["size"]) != (known["file"], known["size"]):
-            raise MoneError(f"{target} is of {own['file']}, not of {file}: name another place")
+        if (own.get("file"), own.get("sha256")) != (known["file"], known["sha256"]):
+            raise MoneError(
+                f"{target} is of another file than {file} (or of an earlier one): name another place"
+            )
         found.append(record)
     return found[0], found[1]
 
@@ -87,23 +83,17 @@ def _written(record: Record, *, page: str | Path | None, card: str | Path | None
         write_text(page, render(record))
 
 
+def _file_part(path: Path, progress: Progress | None) -> Record:
+    """Return what a GGUF is, with the hash of each of its files, and that of all one after the other."""
+    files = shards(path)
+    whole = GgufFile(path).fingerprint(progress=progress)
+    hashes = [whole] if len(files) == 1 else [hash_of([file], progress) for file in files]
+    listed = [{"name": file.name, "sha256": found} for file, found in zip(files, hashes, strict=True)]
+    return of_gguf(path).as_json() | {"file": path.name, "sha256": whole, "files": listed}
+
+
 def _anatomy(source: Source) -> Anatomy:
     if isinstance(source, GgufFile):
         return of_gguf(source.path)
     assert isinstance(source, Checkpoint)
     return of_checkpoint(Snapshot(source.id, source.revision, source.folder))
-
-
-def _hashed(files: Sequence[Path], progress: Progress | None) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name."""
-    total, done, found = sum(file.stat().st_size for file in files), 0, {}
-    for path in files:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                if progress:
-                    progress(done // 2**20, total // 2**20, "hashing the file (MiB)")
-        found[path.name] = digest.hexdigest()
-    return found

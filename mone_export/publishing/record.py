@@ -1,7 +1,7 @@
 """The record of a pruned file, `report.json`: every number that its page and its card show, said once.
 
 Two commands write it: `mone-export` the parts `export` (what was decided, and why) and `file` (what came
-out), `mone-eval` the part `evaluation` (how it fares). Each leaves the other's alone.
+out), `mone-eval` the part `evaluation` (how it fares), which an export of another file takes out again.
 """
 
 import json
@@ -35,7 +35,9 @@ def export_part(
     folder except in the command.
     """
     found = super_experts(calibration) if calibration else {}
-    rows = dict(zip(scores.spec.moe_layers, scores.values.tolist(), strict=True))
+    decided = chosen.share_pruned > 0 and (calibration is not None or chosen.recipe.score == "aimer")
+    values = scores.values.tolist() if decided and job.plan is None else [[]] * len(scores.spec.moe_layers)
+    rows = dict(zip(scores.spec.moe_layers, values, strict=True))
     size = report.size
     return {
         "model": {
@@ -96,7 +98,7 @@ def _layer(
         "layer": layer.layer,
         "fates": fates,
         "n_by_fate": dict(Counter(fates)),
-        "scores": [_finite(score) for score in scores],
+        "scores": [_finite(score) for score in scores],  # empty where they did not decide
         "use": use,
         "use_by_fate": by_fate,
         "sensitivity": calibration.sensitivity.get(layer.layer) if calibration else None,
@@ -135,7 +137,16 @@ def load_record(path: Path) -> Record:
 
 def save_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record; raises `MoneError` where that is not possible."""
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_told(record), indent=1, allow_nan=False) + "\n")
+
+
+def _told(value: Any) -> Any:
+    """Return a value as JSON can have it: other people's files state numbers that are none."""
+    if isinstance(value, dict):
+        return {str(key): _told(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

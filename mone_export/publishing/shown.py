@@ -49,6 +49,9 @@ def step(key: object) -> str:
     return str(key).replace("~", "~0").replace("/", "~1")
 
 
+NOTHING = "–"  # where there is no value
+
+
 class Shown:
     """Shows the values of one record."""
 
@@ -60,7 +63,7 @@ class Shown:
         """Return the element that shows a value; a dash where there is none."""
         value = at(self._record, pointer)
         if value is None:
-            return Markup("–")
+            return Markup(NOTHING)
         return Markup('<span data-at="{}" data-form="{}">{}</span>').format(
             escape(pointer), form, FORMS[form](value)
         )

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +112,7 @@ class GgufFile:
 
     def fingerprint(self, *, progress: Progress | None = None) -> str:
         """Return the SHA-256 of the file, or of its files one after the other."""
-        return remembered(self.files, lambda: _hash(self.files, progress))
+        return remembered(self.files, lambda: hash_of(self.files, progress))
 
     def tokenizer(self) -> "TextReader":
         """Return its own tokenizer, which is llama.cpp's."""
@@ -225,7 +225,8 @@ def _is_matrix(info: TensorInfo) -> bool:
     return len(info.shape) in (2, 3) and info.shape[0] >= 64 and info.kind in _EXACT
 
 
-def _hash(files: list[Path], progress: Progress | None) -> str:
+def hash_of(files: Sequence[Path], progress: Progress | None = None) -> str:
+    """Return the SHA-256 of files one after the other; raises `MoneError` where one cannot be read."""
     digest, done = hashlib.sha256(), 0
     total = sum(file.stat().st_size for file in files)
     try:

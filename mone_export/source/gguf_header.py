@@ -76,6 +76,15 @@ class Header:
             raise MoneError(f"{self.files[0]}: {name} is {str(found)[:40]}, not a whole number")
         return found
 
+    def of_layer(self, name: str, layer: int, default: int = 0) -> int:
+        """Return a whole number that is stated once, or for each layer; raises `MoneError` for others."""
+        found = self.value(name, default)
+        if isinstance(found, list):
+            found = found[layer] if layer < len(found) else default
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise MoneError(f"{self.files[0]}: {name} is {str(found)[:40]}, not a whole number")
+        return found
+
     @property
     def alignment(self) -> int:
         """The number of bytes that every tensor's place is a multiple of."""
