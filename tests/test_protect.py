@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,18 @@ def test_layer_after_layer_they_stay_while_the_layers_after_them_are_measured(
     with masked(model.module, pruned, vectors), observe(model.module) as seen, torch.inference_mode():
         model.module.base_model(job.corpus.tokens)
     torch.testing.assert_close(found.layers[last].out_mean, seen[last].out_mean, rtol=1e-6, atol=1e-9)
+
+
+def test_a_text_too_short_for_all_processes_is_refused_before_the_calibration(
+    command: Command, rare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare.write_text("a few words")
+    monkeypatch.setattr("mone_export.calibration.ranks.joined", nullcontext)
+    monkeypatch.setattr("mone_export.calibration.engines.open_engine", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = command("--protect", f"{rare}=6", "-o", tmp_path / "held.gguf")
+    done.is_one_line(r"--protect rare\.txt is 1 rows of text for 2 processes: a longer text, a smaller --ctx")
 
 
 def test_the_second_command_needs_no_model(
