@@ -38,18 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser().parse_args(words)
         display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
         level = logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.INFO
+        found: Evaluation | None = None
         try:
-            with logging_to(display, level=logging.ERROR, own_level=level), closing(display):
-                found = _evaluated(args, shlex.join(["mone-eval", *words]), display)
-            if args.json:
-                found.save(args.json)
-            _print(found, built_in=not args.texts)
+            with logging_to(display, level=logging.ERROR, own_level=level):
+                records = _checked(args)
+                with closing(display):
+                    found = _evaluated(args, shlex.join(["mone-eval", *words]), display)
+                # it may have taken hours: what cannot fail comes first
+                _print(found, built_in=not args.texts)
+                if args.json:
+                    found.save(args.json)
+                if records:
+                    _publish(found, records, args)
             output.check()
         except MoneError as error:
             print(f"mone-eval: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("mone-eval: interrupted; nothing was written", file=sys.stderr)
+            left = "not everything was written" if found else "nothing was written"
+            print(f"mone-eval: interrupted; {left}", file=sys.stderr)
             return 130
     return 0
 
@@ -122,22 +129,27 @@ def _add_outputs(add: Callable[..., object]) -> None:
     add("--overwrite", action="store_true", help="let PATH be a file that exists")
 
 
-def _evaluated(args: argparse.Namespace, command: str, display: ProgressLine) -> "Evaluation":
+def _checked(args: argparse.Namespace) -> "tuple[Record, Record] | None":
+    """Check all places that are written to; returns the records of page and card."""
     read = {"FILE": args.files, **({"--against": args.against} if args.against else {})}
     outputs = {"--json": args.json} if args.json else {}
     outputs |= page_outputs(args.report, overwrite=args.overwrite) if args.report else {}
     args.json = check_outputs(outputs, read, overwrite=args.overwrite).get("--json")
-    records = _check_pages(args)
+    return _check_pages(args)
+
+
+def _evaluated(args: argparse.Namespace, command: str, display: ProgressLine) -> "Evaluation":
     from mone_export.evaluation.evaluate import Wanted, evaluate
 
     names = ("texts", "field", "n_ctx", "n_chunk", "n_predict", "speed", "tasks")
     wanted = Wanted(**{name: getattr(args, name) for name in names}, llama=LlamaOptions.of(vars(args)))
-    found = evaluate(args.files, wanted, against=args.against, command=command, progress=display)
-    if records:
-        from mone_export.publishing.publishing import publish_evaluation
+    return evaluate(args.files, wanted, against=args.against, command=command, progress=display)
 
-        publish_evaluation(found, records, page=args.report, card=args.card)
-    return found
+
+def _publish(found: "Evaluation", records: "tuple[Record, Record]", args: argparse.Namespace) -> None:
+    from mone_export.publishing.publishing import publish_evaluation
+
+    publish_evaluation(found, records, page=args.report, card=args.card)
 
 
 def _check_pages(args: argparse.Namespace) -> "tuple[Record, Record] | None":

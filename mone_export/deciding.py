@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,7 +312,7 @@ def after_pruned(
     return job.engine().recalibrate(
         _corpus(job, calibration),
         calibration,
-        partial(_planned, recipe, counts),
+        lambda so_far: plan(scored(job, so_far), counts, recipe=recipe),
         lambda stats: novices(stats, recipe.known_novice),
         progress=progress,
     )
@@ -327,10 +326,6 @@ def fitted_novices(
     return {
         layer: joint_novices(calibration.layers[layer], residual) for layer, residual in residuals.items()
     }
-
-
-def _planned(recipe: Recipe, counts: Counts, calibration: Calibration) -> Plan:
-    return plan(score(calibration, recipe.score, guarded=recipe.guarded), counts, recipe=recipe)
 
 
 def _searched(job: Job, scores: Scores, progress: Progress | None) -> Counts:

@@ -66,7 +66,8 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     clock.lap("plan")
     if calibration and job.request.sequential:
         calibration = after_pruned(job, calibration, chosen.n_kept, progress=progress)
-        chosen = plan(scored(job, calibration), chosen.n_kept, recipe=chosen.recipe)
+        scores = scored(job, calibration)
+        chosen = plan(scores, chosen.n_kept, recipe=chosen.recipe)
         clock.lap("layer by layer")
     chosen = counted(job, calibration, chosen)
     if calibration and job.recipe.novice == "joint":

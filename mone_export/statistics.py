@@ -54,10 +54,11 @@ def collect(
 
     The job that is returned knows the experts that are protected. Nothing is measured where nothing depends
     on it. Of several processes (torchrun) all take part. Raises `MoneError` for saved statistics of another
-    model or text.
+    model or text, and for a protected text of fewer rows than processes.
     """
     if not (job.needs_statistics or job.protected_texts):
         return job, None, None
+    _check_shares(job)
     workdir = job.request.workdir
     alone = alone_in(Path(workdir) / f"rank-{ranks.rank()}") if workdir else nullcontext()
     with alone, ranks.joined():
@@ -88,6 +89,17 @@ def known_protected(job: Job) -> Job | None:
             return None
         found.append(most_needed(Calibration.load(file), n))
     return replace(job, protected=tuple(found))
+
+
+def _check_shares(job: Job) -> None:
+    """Refuse protected texts that are too short to be shared out, before the calibration."""
+    for text, _ in job.protected_texts:
+        file, n_row = _beside(job, text), len(text.tokens)
+        if n_row < ranks.n_rank() and not (file and file.exists()):
+            raise MoneError(
+                f"--protect {text.name} is {n_row} rows of text for {ranks.n_rank()} processes: a longer "
+                "text, a smaller --ctx-size, or fewer processes"
+            )
 
 
 def _with_protected(

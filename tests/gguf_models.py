@@ -177,6 +177,12 @@ def tiny_ggufs(folder: Path) -> dict[str, Path]:
     return {name: tiny_gguf(name, folder) for name in (*ARCHS, *VARIANTS)}
 
 
+def dense_gguf(folder: Path) -> Path:
+    """Return the F32 file of a model without experts, made in a folder."""
+    _run("test-llama-archs", "-a", "llama", "-s", "1", "-o", folder)
+    return folder / "llama-dense.gguf"
+
+
 def quantised(file: Path, outtype: str, *options: str) -> Path:
     """Return a file in another type beside it, made by llama-quantize where it is not there yet."""
     stem = file.stem.removesuffix("-f32")

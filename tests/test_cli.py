@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -580,6 +581,19 @@ def test_pruning_options_are_carried_out(
     assert sum(count or 16 for count in counts) == 3 * 8 and all(count == 0 or count >= 4 for count in counts)
     if len(arguments) > 1:
         assert keys[f"mone.{arguments[0][2:]}"][1] == arguments[1]
+
+
+def test_layer_after_layer_the_plan_file_has_the_scores_that_decided(
+    export: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    outcome = export(
+        "--sequential", "--allocate", "even", "--no-guard", "--plan-out", plan, "-o", tmp_path / "model.gguf"
+    )
+    assert outcome.status == 0, outcome.err
+    for layer in json.loads(plan.read_text())["layers"].values():
+        scores = [-math.inf if score is None else score for score in layer["scores"]]
+        assert min(scores[expert] for expert in layer["kept"]) >= max(scores[n] for n in layer["pruned"])
 
 
 def test_joint_novices_are_written(export: Callable[..., Outcome], tmp_path: Path) -> None:

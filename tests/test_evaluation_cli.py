@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_models import dense_gguf
 from gguf_parts import key, put_together, taken_apart
 
 from mone_export import cli_eval
@@ -100,6 +101,42 @@ def test_without_texts_the_table_says_which_they_are(run: Run, half_gguf: Path) 
     assert re.search(r"^built-in prose +demo-half.gguf", out, re.MULTILINE)
 
 
+def test_a_model_without_experts_is_measured_too(run: Run, text: Path, tmp_path: Path) -> None:
+    dense, kept = dense_gguf(tmp_path), tmp_path / "found.json"
+    dense.write_bytes(put_together(taken_apart(dense).having(context_length=128)))
+    given = ("--against", dense, "-f", text, *QUICK, "-n", 4, "-c", 256)
+    status, out, err = run(dense, *given, "-o", kept)
+    assert status == 0, err
+    (found,) = Evaluation.load(kept).files
+    assert found.texts[0].perplexity.value > 1 and not found.texts[0].slots and found.probe
+    assert found.texts[0].kl_mean and found.texts[0].kl_mean.value == 0
+    assert re.search(
+        r"^note +no shares of slots: .*llama-dense.gguf \(llama\) has no experts", out, re.MULTILINE
+    )
+    assert re.search(
+        r"^note +.*llama-dense.gguf was made for 128 tokens, --ctx-size is 256", out, re.MULTILINE
+    )
+
+
+def test_what_was_measured_outlives_a_page_that_cannot_be_written(
+    run: Run, half_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MoneError("cannot write page.html (No space left on device)")
+
+    kept, page = tmp_path / "found.json", tmp_path / "page.html"
+    monkeypatch.setattr("mone_export.publishing.publishing.publish_evaluation", full)
+    status, out, err = run(half_gguf, "-f", text, *QUICK, "-o", kept, "--report", page)
+    assert status == 1 and err == "mone-eval: cannot write page.html (No space left on device)\n"
+    found = Evaluation.load(kept)
+    row = re.search(rf"^{text.name} +demo-half.gguf +([\d.]+)", out, re.MULTILINE)
+    assert row and float(row[1]) == pytest.approx(found.files[0].texts[0].perplexity.value, rel=0.01)
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: found)
+    monkeypatch.setattr(Evaluation, "save", full)
+    again = run(half_gguf, "-f", text, *QUICK, "-o", tmp_path / "other.json")
+    assert again == (1, out, err), "the table is there even if the JSON is not"
+
+
 def failure(run: Run, *words: object) -> str:
     """The one line that a run ends with."""
     status, out, err = run(*words)
@@ -124,6 +161,17 @@ def test_what_cannot_be_measured_is_one_line(run: Run, half_gguf: Path, text: Pa
     assert "-ub 4 for 7 rows" in failure(run, half_gguf, "-f", text, *QUICK, "-n", 4, "-ub", 4)
     assert "is no task of" in failure(run, half_gguf, *QUICK, "--tasks", short)
     assert "--chunks 0" in failure(run, half_gguf, *QUICK, "--chunks", 0)
+
+
+def test_a_probe_that_cannot_run_is_refused_before_anything_does(
+    run: Run, half_gguf: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluating, "LlamaModel", lambda *_: pytest.fail("loaded"))
+    given = (half_gguf, "-f", text, "--chunks", 8, "--no-speed", "-q")
+    assert "--n-predict -1: continuations have an end here, pass a" in failure(run, *given, "-n", -1)
+    assert "-ub 16 for 32 rows at a time: pass 32 or more, or -n 0" in failure(run, *given, "-ub", 16)
+    assert "-b 31 for 32 rows at a time: pass 32 or more, or -n 0" in failure(run, *given, "-b", 31)
+    assert "-ub 0 for 1 rows at a time: pass 1 or more" in failure(run, *given, "-n", 0, "-ub", 0)
 
 
 def test_files_of_other_vocabularies_are_refused(run: Run, half_gguf: Path, tmp_path: Path) -> None:

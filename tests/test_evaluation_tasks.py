@@ -12,6 +12,7 @@ import torch
 from mone_export.calibration.eval_callback import Tap
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.errors import MoneError
+from mone_export.evaluation import tasks as asking
 from mone_export.evaluation.results import Measured, TaskResult
 from mone_export.evaluation.tasks import is_blind, measure_task, read_task
 from mone_export.llama_options import LlamaOptions
@@ -123,6 +124,29 @@ def test_a_task_is_recognised_and_answered(kind: str, demo_gguf: Path, tmp_path:
     if kind != "winogrande":  # which scores the words after the answer in a way of its own
         several = [each for n_answer in (2, 3, 4, 5) for each in questions(6, n_answer)]
         assert right == pytest.approx(directly(demo_gguf, questions() if kind == "hellaswag" else several))
+
+
+def test_a_task_that_runs_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program's last line is lost the first time; where it always is, the third time is the last."""
+    task = read_task(str(hellaswag(tmp_path)))
+    n = len(task.n_answer)
+    lines = [f"{number}\t50.00000000%\t[30.0%, 70.0%]\n" for number in range(1, n + 1)]
+    printed = iter(["".join(lines[:-1]), "".join(lines)])
+    monkeypatch.setattr(asking, "run_program", lambda *_: (next(printed), 0))
+    with caplog.at_level("INFO", "mone_export"):
+        assert measure_task(tmp_path, task, LlamaOptions()).accuracy.value == 0.5
+    (said,) = caplog.messages
+    assert f"of swag.txt it printed {n - 1} of {n} answers, so it runs once more" in said
+    caplog.clear()
+    monkeypatch.setattr(asking, "run_program", lambda *_: ("", 0))
+    with (
+        caplog.at_level("INFO", "mone_export"),
+        pytest.raises(MoneError, match=f"answered 0 of {n} questions"),
+    ):
+        measure_task(tmp_path, task, LlamaOptions())
+    assert len(caplog.messages) == 2, "none runs after the last"
 
 
 def test_an_original_at_chance_says_nothing() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,20 @@ import mone_export as mone
 from mone_export.artifacts import Calibration, Protected, Scores
 from mone_export.calibration.corpus import read_all
 from mone_export.calibration.loading import load
+from mone_export.calibration.masking import masked
+from mone_export.calibration.observer import observe
+from mone_export.deciding import after_pruned, decided, scored
 from mone_export.errors import MoneError
 from mone_export.pruning.allocation import allocate
 from mone_export.pruning.fates import plan_fates
+from mone_export.pruning.novices import novices
 from mone_export.pruning.plan_files import load_plan, save_plan
 from mone_export.pruning.planning import plan
 from mone_export.pruning.protecting import most_needed, protect, with_count
 from mone_export.recipe import Recipe
+from mone_export.request import Request, prepare
 from mone_export.source import open_source
+from mone_export.statistics import collect
 
 RARE = "\n".join(f"{number:x} \u03b1\u03b2 <tag{number % 7}> {number * number}" for number in range(400))
 KINDS = ("even", "sensitivity", "model")
@@ -202,6 +209,49 @@ def test_they_stay_in_the_file(
     if options == ["--allocate", "even"]:  # the layers keep as many either way
         assert int(found[2]) == sum(len({*own} - free[layer]) for layer, own in needed.experts.items()) > 0
     assert keys_of(out)["mone.protected"] == f"{needed.corpus_sha256}=6"
+
+
+def test_layer_after_layer_they_stay_while_the_layers_after_them_are_measured(
+    small: Path, text: Path, rare: Path, tmp_path: Path
+) -> None:
+    """The last layer's statistics are those of the model whose layers before it are pruned as in the file."""
+    request = Request(
+        model=small,
+        outfile=tmp_path / "held.gguf",
+        ratio=0.5,
+        files=[text],
+        n_row=2,
+        seq_len=32,
+        protect=[(rare, 6)],
+        sequential=True,
+        device="cpu",
+        dtype="float32",
+    )
+    job, first, _ = collect(prepare(request))
+    assert first
+    counts = decided(job, scored(job, first)).n_kept
+    found = after_pruned(job, first, counts)
+    assert job.corpus
+    model, *before, last = load(small, device="cpu", dtype="float32"), *found.spec.moe_layers
+    layers = plan(scored(job, found), counts, recipe=job.recipe).layers
+    pruned = {layer.layer: layer.pruned for layer in layers if layer.layer != last}
+    assert not any({*job.protected[0].experts[layer]} & {*pruned[layer]} for layer in before)
+    vectors = {layer: novices(found.layers[layer], job.recipe.known_novice) for layer in before}
+    with masked(model.module, pruned, vectors), observe(model.module) as seen, torch.inference_mode():
+        model.module.base_model(job.corpus.tokens)
+    torch.testing.assert_close(found.layers[last].out_mean, seen[last].out_mean, rtol=1e-6, atol=1e-9)
+
+
+def test_a_text_too_short_for_all_processes_is_refused_before_the_calibration(
+    command: Command, rare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rare.write_text("a few words")
+    monkeypatch.setattr("mone_export.calibration.ranks.joined", nullcontext)
+    monkeypatch.setattr("mone_export.calibration.engines.open_engine", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = command("--protect", f"{rare}=6", "-o", tmp_path / "held.gguf")
+    done.is_one_line(r"--protect rare\.txt is 1 rows of text for 2 processes: a longer text, a smaller --ctx")
 
 
 def test_the_second_command_needs_no_model(

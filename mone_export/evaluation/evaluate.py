@@ -58,8 +58,13 @@ def evaluate(
     """Measure files, and compare them with the original `against`, and with each other.
 
     Raises `MoneError` for what cannot be measured: no GGUF, files of different vocabularies, a text that is
-    too short, a missing build.
+    too short, a missing build, a probe without end or of more rows than fit into a batch.
     """
+    if wanted.n_predict < 0:
+        raise MoneError(
+            f"--n-predict {wanted.n_predict}: continuations have an end here, pass a number of tokens; 0 "
+            "leaves them out"
+        )
     sources = _named([*([against] if against else []), *files])
     tasks = [read_task(given) for given in wanted.tasks]
     if wanted.speed or tasks:
@@ -67,6 +72,7 @@ def evaluate(
     reader = next(iter(sources.values())).tokenizer()
     texts = read_texts(wanted.texts, reader, n_ctx=wanted.n_ctx, n_chunk=wanted.n_chunk, field=wanted.field)
     prompts = make_prompts(texts, reader) if wanted.n_predict else None
+    _check_batch(wanted.llama, len(prompts.rows) if prompts else 1)
     run = _Run(texts, prompts, tasks, wanted, progress)
     measured = run.all(sources, against=against is not None)
     return Evaluation(
@@ -199,7 +205,8 @@ class _Run:
         return replace(task, blind=True)
 
     def _fates(self, name: str, source: GgufFile) -> Fates:
-        window = source.limits[1]
+        arch = source.header.value("general.architecture")  # `limits` are of models with experts alone
+        window = source.header.integer(f"{arch}.context_length")
         if window and self._wanted.n_ctx > window:
             self.warnings.append(f"{name} was made for {window} tokens, --ctx-size is {self._wanted.n_ctx}")
         try:
@@ -213,6 +220,14 @@ class _Run:
         if not (progress := self._progress):
             return None
         return lambda done, total, what: progress(done, total, f"{name}: {what}")
+
+
+def _check_batch(llama: LlamaOptions, n_row: int) -> None:
+    """Refuse batches that hold fewer tokens than rows run side by side."""
+    for option, n_token in (("-ub", llama.n_ubatch), ("-b", llama.n_batch)):
+        if n_token < n_row:
+            without = ", or -n 0" if n_row > 1 else ""
+            raise MoneError(f"{option} {n_token} for {n_row} rows at a time: pass {n_row} or more{without}")
 
 
 def _named(files: Sequence[Path]) -> dict[str, GgufFile]:

@@ -13,6 +13,7 @@ Source: `hellaswag_score`, `load_winogrande_from_csv`, `multiple_choice_task` in
 
 import csv
 import hashlib
+import logging
 import re
 import struct
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from mone_export.evaluation.results import Measured, TaskResult
 from mone_export.evaluation.speed import run_program
 from mone_export.llama_options import LlamaOptions
 from mone_export.runtime import Progress
+
+log = logging.getLogger(__name__)
 
 KINDS = ("hellaswag", "winogrande", "multiple-choice")
 _BLIND = 2  # standard errors
@@ -84,13 +87,19 @@ def measure_task(
     if progress:
         progress(0, 0, f"answering {task.name}")
     given = (f"--{task.kind}", f"--{task.kind}-tasks", n, "-bf", task.path, "-np", max(task.n_answer))
-    for _ in range(_N_TRY):
+    for number in range(1, _N_TRY + 1):
         output, _ = run_program("llama-perplexity", file, options, *given)
         found = _SCORES[task.kind].findall(output)
-        if found and int(found[-1][0]) == n:
+        answered = int(found[-1][0]) if found else 0
+        if answered == n:
             break
+        if number < _N_TRY:
+            log.info(
+                "llama-perplexity's last lines can get lost: of %s it printed %d of %d answers, so it runs "
+                "once more",
+                *(task.name, answered, n),
+            )
     else:
-        answered = found[-1][0] if found else 0
         raise MoneError(
             f"llama-perplexity answered {answered} of {n} questions of {task.path}: leave out those that are "
             "too long for it"
