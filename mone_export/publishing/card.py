@@ -177,7 +177,7 @@ def _measured(record: Record, show: Told) -> Iterator[str]:
     """Yield the table of sizes, divergences and tasks, where they were measured."""
     files = [f"evaluation/files/{place}" for place, _ in enumerate(at(record, "evaluation/files") or ())]
     if not files:
-        yield "How far it strays from the original was not measured: `mone-eval --against ... --card` adds it.\n"
+        yield "How far it strays from the original was not measured: `mone-eval ... --card` adds it.\n"
         return
     if at(record, "evaluation/against"):
         files.append("evaluation/against")
