@@ -78,8 +78,8 @@ def check_card(folder: Path) -> None:
 def check_folder(path: Path, inputs: Inputs, *, ours: str, option: str = "--hf-out") -> None:
     """Refuse a folder for output that is not new, empty, or a checkpoint of ours and nothing else.
 
-    Ours is one whose config lists its other files under the key `ours` (bytes by name, as `listed`), as long
-    as they are what lies there. Nothing of `inputs`, those of `check_outputs` and other outputs, may lie in
+    Ours is one whose config lists its files under the key `ours` (bytes by name, as `listed`), as long as
+    they are what lies there. Nothing of `inputs`, those of `check_outputs` and other outputs, may lie in
     the folder.
     """
     folder = _resolved(path)
@@ -92,7 +92,6 @@ def check_folder(path: Path, inputs: Inputs, *, ours: str, option: str = "--hf-o
         raise MoneError(f"{option} {path} is a file: name a folder that is not there yet")
     try:
         known = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))[ours]["files"])
-        known["config.json"] = (folder / "config.json").lstat().st_size  # cannot state its own
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         known = {}
     there = listed(folder) if folder.is_dir() else {}

@@ -552,6 +552,10 @@ def test_what_was_put_into_a_folder_of_ours_stays(
         (folder / name).write_text("of great value")
         export("--hf-out", folder, *option).is_one_line(rf"mone-export alone \(not ours: {name}\)")
         assert (folder / name).read_text() == "of great value"
+    folder = shutil.copytree(half, tmp_path / "edited")
+    with (folder / "config.json").open("a") as config:
+        config.write("\n")
+    export("--hf-out", folder, *option).is_one_line(r"mone-export alone \(not ours: config.json\)")
 
 
 def test_a_fine_tune_of_ours_is_not_ours(export: Command, tmp_path: Path) -> None:

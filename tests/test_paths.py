@@ -200,6 +200,28 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.Monke
     assert (target / "weights").read_text() == "after" and list(tmp_path.iterdir()) == [target]
 
 
+def test_a_folder_that_cannot_go_back_waits_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = folder_of(tmp_path / "x", "before"), Path.rename
+
+    def only_away(old: Path, new: Path) -> Path:
+        if new == target:
+            raise OSError(28, "No space left on device")
+        return rename(old, new)
+
+    monkeypatch.setattr(Path, "rename", only_away)
+    monkeypatch.setattr(Path, "replace", only_away)
+    with pytest.raises(MoneError, match="No space left"), replacing(target) as part:
+        folder_of(part, "after")
+    monkeypatch.undo()
+    assert not target.exists()
+    with replacing(target) as part:
+        assert (target / "weights").read_text() == "before"
+        folder_of(part, "after")
+    assert (target / "weights").read_text() == "after" and list(tmp_path.iterdir()) == [target]
+
+
 def test_old_folder_is_there_while_the_new_ones_data_is_flushed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

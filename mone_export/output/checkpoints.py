@@ -88,8 +88,8 @@ def write_checkpoint(
             part.mkdir()
             _copy_small(origin, part, plan)
             size = _write_weights(part, entries, progress)
-            config[MADE_KEY] = made | {"files": listed(part)}
-            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            text = _with_files(config, made, listed(part))
+            (part / "config.json").write_text(text, encoding="utf-8", newline="\n")
             if plan.recipe.method != "mone":
                 _check_loadable(part)
         except OSError as error:
@@ -300,6 +300,16 @@ def _made(
         "source": {**model, "sha256": source.fingerprint(progress=progress)},
         "calibration": text and {"sha256": text.corpus_sha256, "tokens": text.n_token},
     }
+
+
+def _with_files(config: Mapping[str, Any], made: Mapping[str, Any], files: Mapping[str, int | None]) -> str:
+    """Return config.json's text (ASCII): how the checkpoint was made, and all files' bytes, its own too."""
+    size, text = -1, ""
+    while size != len(text):  # a longer number makes it longer
+        size = len(text)
+        stated = {**made, "files": {**files, "config.json": size}}
+        text = json.dumps({**config, MADE_KEY: stated}, indent=2) + "\n"
+    return text
 
 
 def _check_loadable(folder: Path) -> None:
