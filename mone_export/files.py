@@ -7,12 +7,25 @@ from pathlib import Path
 def replace(part: Path, target: Path) -> None:
     """Rename the complete file or folder `part` to `target`, on the same disk, once its data is on it.
 
-    The folder of `target` is flushed as well, so that the new name outlives a power cut. Raises `OSError`.
+    The folder of `target` is flushed as well, so that the new name outlives a power cut. A folder in the way
+    is put at `aside(part)`, and put back should the rename fail. Raises `OSError`.
     """
     for path in (*part.iterdir(), part) if part.is_dir() else (part,):
         _flush(path)
-    part.replace(target)
+    before = aside(part)
+    try:
+        if part.is_dir() and target.is_dir():  # no system renames onto a folder that holds something
+            target.rename(before)
+        part.replace(target)
+    finally:
+        if before.is_dir() and not target.exists():
+            before.rename(target)
     _flush(target.parent)
+
+
+def aside(part: Path) -> Path:
+    """Return where the folder that `part` replaces lies until it is replaced."""
+    return part.with_name(f"{part.name}.before")
 
 
 def _flush(path: Path) -> None:

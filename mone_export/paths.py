@@ -85,25 +85,44 @@ def check_card(folder: Path) -> None:
 
 
 def check_folder(path: Path, inputs: Inputs, *, ours: str, option: str = "--hf-out") -> None:
-    """Refuse a folder for output that is not new, empty, or a checkpoint with the key `ours` in its config.
+    """Refuse a folder for output that is not new, empty, or a checkpoint of ours and nothing else.
 
-    `inputs` are those of `check_outputs`: none of them may lie in the folder.
+    Ours is one whose config lists its files under the key `ours` (bytes by name, as `listed`), as long as
+    they are what lies there. Nothing of `inputs`, those of `check_outputs` and other outputs, may lie in
+    the folder.
     """
     folder = _resolved(path)
     check_room(path, option=option)
     for what, given in inputs.items():
         for file in [given] if isinstance(given, Path) else given:
             if _resolved(file).is_relative_to(folder):
-                raise MoneError(f"{option} {path} holds what is read as {what}: choose another {option}")
+                raise MoneError(f"{option} {path} holds what is given as {what}: choose another {option}")
     if folder.exists() and not folder.is_dir():
         raise MoneError(f"{option} {path} is a file: name a folder that is not there yet")
-    entries = list(folder.iterdir()) if folder.is_dir() else []
     try:
-        known = ours in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = False
-    if entries and (not known or any(entry.is_dir() for entry in entries)):
-        raise MoneError(f"{path} exists and is no checkpoint of mone-export alone: choose another {option}")
+        known = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))[ours]["files"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        known = {}
+    there = listed(folder) if folder.is_dir() else {}
+    strange = [name for name, size in there.items() if size is None or known.get(name) != size]
+    if strange:
+        raise MoneError(
+            f"{path} exists and is no checkpoint of mone-export alone (not ours: {strange[0]}): choose "
+            f"another {option}"
+        )
+
+
+def listed(folder: Path) -> dict[str, int | None]:
+    """Return what lies in a folder: the bytes of files by name, None for links, folders and the like."""
+    found = sorted(folder.iterdir())
+    return {
+        each.name: each.stat().st_size if each.is_file() and not each.is_symlink() else None for each in found
+    }
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Say whether two files, in folders that exist, take their room from the same disk."""
+    return _resolved(one).parent.stat().st_dev == _resolved(other).parent.stat().st_dev
 
 
 def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
@@ -188,7 +207,7 @@ def _own_folder(target: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         for _ in range(_N_TRY):
             folder = _new_folder(target)
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(_remove, folder, target)
             try:
                 stack.enter_context(locked(folder / "lock"))
             except NoLocksError:  # then a sweep never finds it free
@@ -217,7 +236,18 @@ def _sweep(target: Path) -> None:
         if folder.is_dir():
             with tried(folder / "lock") as taken:
                 if taken:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder, target)
+
+
+def _remove(folder: Path, target: Path) -> None:
+    """Remove a run's temporary folder, unless it holds the only whole output and that cannot go back."""
+    before = files.aside(folder / target.name)
+    try:
+        if before.is_dir() and not target.exists():  # stopped between two renames
+            before.rename(target)
+    except OSError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resolved(path: Path) -> Path:

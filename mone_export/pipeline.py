@@ -44,7 +44,8 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
 
     `options` are those of `Request`: `outfile` or `hf_out`, and `ratio` or `fit` must be among them. With
     `fit`, a size in bytes, the ratio and the type that do the least harm are chosen, unless given. Every
-    failure is a `MoneError` and leaves no output behind; finished statistics stay. Of several processes that
+    failure is a `MoneError`. It leaves no output half written, but those that were finished before it stay:
+    statistics, a plan file, and the checkpoint where the GGUF after it fails. Of several processes that
     share the rows (torchrun) the first alone returns a report.
     """
     clock = Clock()

@@ -57,7 +57,15 @@ def load_pruned(model: str | Path, **options: Any) -> PreTrainedModel:
         if layer in plan:
             _put_in(experts, plan[layer], torch.from_numpy(novices[layer]))
     module.eval()
+    vars(module)["save_pretrained"] = MethodType(refuse_to_save, module)
     return module
+
+
+def refuse_to_save(module: Any, *_: Any, **__: Any) -> None:
+    """Stand in for `save_pretrained`, which would leave the constants out; raises `MoneError`."""
+    raise MoneError(
+        f"save_pretrained would lose the novices: copy {module.name_or_path}, the folder it was loaded from"
+    )
 
 
 def substituted_forward(module: Any, hidden: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from mone_export.paths import (
     check_outputs,
     check_room,
     check_temporary,
+    on_one_disk,
     page_outputs,
 )
 from mone_export.pruning.allocation import even_counts
@@ -655,7 +656,9 @@ def check_paths(job: Job) -> None:
         outputs["--stats"] = stats
     check_outputs(outputs, inputs, overwrite=request.overwrite)
     if request.hf_out is not None:
+        folders = {"--workdir": request.workdir, "--card": request.card}
         others = {**inputs, **{option: [path] for option, path in outputs.items()}}
+        others |= {option: [Path(path)] for option, path in folders.items() if path is not None}
         check_folder(Path(request.hf_out), others, ours=MADE_KEY)
 
 
@@ -712,12 +715,14 @@ def _announce(job: Job) -> None:
     between = job.size_between
     temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
     log.info("%s will have %s%.1f MB%s", job.outfile, about, job.size / 1e6, temporary)
-    check_room(
-        job.outfile, needed=job.size + between, option="--hf-out" if job.request.only_checkpoint else "-o"
-    )
+    needed = job.size + between
+    check_room(job.outfile, needed=needed, option="--hf-out" if job.request.only_checkpoint else "-o")
     if job.request.hf_out is not None and not job.request.only_checkpoint:
-        needed = checkpoint_size(job.source, job.plan or plan_without_scores(job.source.spec, job.recipe))
-        check_room(Path(job.request.hf_out), needed=needed, option="--hf-out")
+        folder, chosen = Path(job.request.hf_out), job.plan
+        check_room(folder, option="--hf-out")
+        needed = needed if on_one_disk(job.outfile, folder) else 0
+        needed += checkpoint_size(job.source, chosen or plan_without_scores(job.source.spec, job.recipe))
+        check_room(folder, needed=needed, option="--hf-out")
     if command := job.source.projector_command(job.outfile):
         log.info("only the text part is exported; llama.cpp converts the other: %s", command)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import Command
 from gguf_models import tiny_gguf
 from gguf_parts import key, put_together, taken_apart
 from hub_server import hub_server
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 from tiny import save_small
 
 from mone_export import cli_inspect
@@ -67,6 +69,28 @@ def test_a_checkpoint_and_its_gguf_are_the_same_model(small: Path, command: Comm
         assert getattr(folder, name) == getattr(file, name), name
     assert folder.n_byte["experts"] == file.n_byte["experts"]
     assert file.needs == "any"
+
+
+def test_blocks_that_predict_further_tokens_are_no_layers(small: Path, tmp_path: Path) -> None:
+    """Neither `mtp.layers.0`, which has more experts here, nor a layer after the last."""
+    folder = shutil.copytree(small, tmp_path / "small")
+    tensors, plain = load_file(folder / "model.safetensors"), examine(str(small))
+    expert = {"down_proj.weight": torch.zeros(64, 32), "gate_proj.weight": torch.zeros(32, 64)}
+    for block, n_expert in (("mtp.layers.0", 20), (f"model.layers.{plain.n_layer}", 16)):
+        tensors |= {
+            f"{block}.mlp.experts.{e}.{part}": weight.clone()
+            for e in range(n_expert)
+            for part, weight in expert.items()
+        }
+        tensors[f"{block}.mlp.experts.down_proj"] = torch.zeros(20, 64, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = examine(str(folder))
+    assert found.layers == plain.layers and found.n_expert == plain.n_expert
+    assert found.n_byte["experts"] == plain.n_byte["experts"]
+    more = sum(found.n_byte.values()) - sum(plain.n_byte.values())
+    saved = {(each.ratio, each.outtype): each.size for each in plain.savings}
+    (half,) = (each.size for each in found.savings if (each.ratio, each.outtype) == (0.5, "as it is"))
+    assert half == saved[0.5, "as it is"] + more, "they stay as they are"
 
 
 def test_a_model_on_the_hub_is_told_from_its_heads(small: Path, tmp_path: Path) -> None:
@@ -236,13 +260,13 @@ def test_no_sizes_are_made_up_for_packed_weights(tmp_path: Path) -> None:
     folder = save_small(tmp_path / "packed")
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    save_file({name: values.astype(np.uint8) for name, values in tensors.items()}, file)
+    save_file({name: values.to(torch.uint8) for name, values in tensors.items()}, file)
     assert {saving.outtype for saving in examine(str(folder)).savings} == {"as it is"}
 
 
 @pytest.mark.parametrize("content", ["{}", '{"spec": 3, "version": 4}'])
 def test_broken_statistics_are_one_line(content: str, tmp_path: Path) -> None:
-    save_file({"a": np.zeros(1)}, tmp_path / "file", metadata={"mone_calibration": content})
+    save_file({"a": torch.zeros(1)}, tmp_path / "file", metadata={"mone_calibration": content})
     with pytest.raises(MoneError, match="file is (broken|not a statistics file)"):
         examine(str(tmp_path / "file"))
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf_file
@@ -58,6 +60,8 @@ def bf16(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A model\n\nIt is the best.\n")
     (folder / "LICENSE").write_text("Do as you like.\n")
+    (folder / "LICENSES").mkdir()  # as REUSE has it
+    (folder / "LICENSES" / "MIT.txt").write_text("Do as you like.\n")
     return folder
 
 
@@ -148,6 +152,12 @@ def test_large_weights_lie_in_several_files(
 
 
 # with novices: loaded by transformers
+
+
+def test_a_loaded_model_is_not_saved_without_its_novices(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(MoneError, match=f"copy {re.escape(str(half))}, "):
+        load_pruned(half).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_loaded_model_is_the_original_with_novices(export: Command, tmp_path: Path) -> None:
@@ -507,22 +517,87 @@ def test_a_strangers_folder_stays(export: Command, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     export("--hf-out", tmp_path / "mine", "--overwrite").is_one_line("is no checkpoint of mone-export alone")
-    export("--hf-out", export.model).is_one_line("holds what is read as MODEL")
+    export("--hf-out", export.model).is_one_line("holds what is given as MODEL")
     export("--hf-out", tmp_path / "no" / "x").is_one_line("does not exist")
     assert names(tmp_path / "mine") == ["config.json"]
 
 
-def test_a_folder_of_ours_is_replaced_as_a_whole(export: Command, tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_replaced_as_a_whole(
+    export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").mkdir()
+    monkeypatch.setattr(checkpoints, "LARGEST_FILE", 300_000)
     export("--hf-out", tmp_path / "x", "--stats", tmp_path / "stats").is_fine()
     first = tensors_of(tmp_path / "x")
-    (tmp_path / "x" / "model-of-before.safetensors").touch()
+    monkeypatch.undo()
     export("--hf-out", tmp_path / "x", "--stats", tmp_path / "stats", "--ratio", "0.25", *CONSTANTS).is_fine()
-    assert "model-of-before.safetensors" not in names(tmp_path / "x")
+    assert [name for name in names(tmp_path / "x") if "model-" in name or "index" in name] == []
     assert tensors_of(tmp_path / "x").keys() != first.keys()
     assert names(tmp_path) == ["stats", "x"], "nothing is left beside it"
     (tmp_path / "x" / ".git").mkdir()
     export("--hf-out", tmp_path / "x").is_one_line("is no checkpoint of mone-export alone")
+
+
+@pytest.mark.parametrize("option", [(), ("--overwrite",)], ids=["", "overwrite"])
+def test_what_was_put_into_a_folder_of_ours_stays(
+    export: Command, half: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    for name, of_the_checkpoint in (
+        ("notes.txt", False),
+        ("my-lora.safetensors", False),
+        ("README.md", True),
+    ):
+        folder = shutil.copytree(half, tmp_path / name)
+        assert (folder / name).exists() == of_the_checkpoint
+        (folder / name).write_text("of great value")
+        export("--hf-out", folder, *option).is_one_line(rf"mone-export alone \(not ours: {name}\)")
+        assert (folder / name).read_text() == "of great value"
+    folder = shutil.copytree(half, tmp_path / "edited")
+    with (folder / "config.json").open("a") as config:
+        config.write("\n")
+    export("--hf-out", folder, *option).is_one_line(r"mone-export alone \(not ours: config.json\)")
+
+
+def test_a_fine_tune_of_ours_is_not_ours(export: Command, tmp_path: Path) -> None:
+    """Of the same shapes and type, with all of our config."""
+    export("--method", "drop", "--hf-out", tmp_path / "ours").is_fine()
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    tuned.lm_head.weight.data.zero_()
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert "mone_export" in json.loads((tmp_path / "tuned" / "config.json").read_text())
+    export("--hf-out", tmp_path / "tuned").is_one_line("not ours: model.safetensors")
+    tuned.save_pretrained(tmp_path / "ours")
+    export("--hf-out", tmp_path / "ours").is_one_line("not ours: model.safetensors")
+    assert not tensors_of(tmp_path / "ours")["lm_head.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--workdir", "x"), ("--card", "x", "-o", "x.gguf"), ("--workdir", "x/work"), ("--stats", "x/stats")],
+    ids=" ".join,
+)
+def test_a_checkpoint_takes_no_other_outputs_place(
+    export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if options[0] == "--stats":
+        Path("x").mkdir()
+    export("--hf-out", "x", *options).is_one_line(f"--hf-out x holds what is given as {options[0]}: ")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_room_is_needed_for_both_outputs(
+    export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = ("--hf-out", tmp_path / "x", "-o", tmp_path / "x.gguf", "--stats", tmp_path / "stats")
+    export(*outputs).is_fine()
+    sizes = (tmp_path / "x.gguf").stat().st_size, (tmp_path / "x" / "model.safetensors").stat().st_size
+    assert max(sizes) < 0.6 * sum(sizes), "there is room for each"
+    for share, fine in ((0.8, False), (1.2, True)):
+        free = SimpleNamespace(free=int(share * sum(sizes)))
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: free)
+        done = export(*outputs)
+        done.is_fine() if fine else done.is_one_line("the export needs .* GB: .*another --hf-out")
 
 
 def test_a_failure_leaves_nothing(export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,6 +650,10 @@ def other_way(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     config["mod_type"] = "staged"
 
 
+def of_no_expert(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["model.norm.approx_value"] = torch.zeros(64)
+
+
 BROKEN: dict[Callable[..., None], str] = {
     dropped: "lacks the constant of expert",
     unlisted: "holds an unlisted constant",
@@ -585,6 +664,7 @@ BROKEN: dict[Callable[..., None], str] = {
     twice: "names an expert twice",
     other_layer: "layer 9 has no",
     other_way: "mod_type changes the model",
+    of_no_expert: "model.norm.approx_value is no expert's constant",
 }
 
 

@@ -175,6 +175,82 @@ def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
     assert link.is_symlink() and real.read_text() == "new" and not real.is_symlink()
 
 
+def folder_of(path: Path, text: str) -> Path:
+    path.mkdir()
+    written(path / "weights", text)
+    return path
+
+
+def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the disk or the user stops it: while data is flushed, or at the new folder's rename."""
+    target, real = folder_of(tmp_path / "x", "before"), {"fsync": os.fsync, "replace": Path.replace}
+    for where, name in ((os, "fsync"), (Path, "replace")):
+        for stop in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+            def stopped(*_: object, stop: BaseException = stop) -> None:
+                raise stop
+
+            monkeypatch.setattr(where, name, stopped)
+            with pytest.raises((MoneError, KeyboardInterrupt)), replacing(target) as part:
+                folder_of(part, "after")
+            monkeypatch.setattr(where, name, real[name])
+            assert (target / "weights").read_text() == "before" and list(tmp_path.iterdir()) == [target]
+    with replacing(target) as part:
+        folder_of(part, "after")
+    assert (target / "weights").read_text() == "after" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_cannot_go_back_waits_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = folder_of(tmp_path / "x", "before"), Path.rename
+
+    def only_away(old: Path, new: Path) -> Path:
+        if new == target:
+            raise OSError(28, "No space left on device")
+        return rename(old, new)
+
+    monkeypatch.setattr(Path, "rename", only_away)
+    monkeypatch.setattr(Path, "replace", only_away)
+    with pytest.raises(MoneError, match="No space left"), replacing(target) as part:
+        folder_of(part, "after")
+    monkeypatch.undo()
+    assert not target.exists()
+    with replacing(target) as part:
+        assert (target / "weights").read_text() == "before"
+        folder_of(part, "after")
+    assert (target / "weights").read_text() == "after" and list(tmp_path.iterdir()) == [target]
+
+
+def test_old_folder_is_there_while_the_new_ones_data_is_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, fsync, seen = folder_of(tmp_path / "x", "before"), os.fsync, []
+
+    def watched(number: int) -> None:
+        seen.append((target / "weights").read_text())
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with replacing(target) as part:
+        folder_of(part, "after")
+    assert seen == ["before", "before", "after"], "file, folder, and the name at the end"
+
+
+def test_a_folder_comes_back_from_a_run_killed_between_two_renames(tmp_path: Path) -> None:
+    target = folder_of(tmp_path / "x", "before")
+    code = (
+        "import os, sys, pathlib; from mone_export.paths import replacing\n"
+        "pathlib.Path.replace = lambda *_: os._exit(9)\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as part: part.mkdir()"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == 9
+    assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), replacing(target):
+        raise KeyboardInterrupt
+    assert (target / "weights").read_text() == "before" and list(tmp_path.iterdir()) == [target]
+
+
 def test_two_runs_of_one_output_do_not_share_a_file(tmp_path: Path) -> None:
     target = tmp_path / "x.gguf"
     with replacing(target) as first:

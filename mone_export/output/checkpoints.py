@@ -27,7 +27,7 @@ from mone_export.errors import MoneError, first_line
 from mone_export.lazily import Tensor, torch
 from mone_export.output.recombining import Recombination
 from mone_export.output.writing import importances, stored_novices
-from mone_export.paths import replacing
+from mone_export.paths import listed, replacing
 from mone_export.runtime import Progress
 from mone_export.source import Checkpoint, Source
 from mone_export.source.hub import INDEX, SINGLE, SMALL, write_hollow
@@ -74,25 +74,24 @@ def write_checkpoint(
 ) -> int:
     """Write the pruned model as a folder and return the bytes of its weights; arguments are `write`'s.
 
-    The folder appears under its name when it is complete. Raises `MoneError` for what a checkpoint cannot
-    express, and where it cannot be written.
+    The folder appears under its name when it is complete, in place of one that is there. Raises `MoneError`
+    for what a checkpoint cannot express, and where it cannot be written.
     """
     folder = Path(folder)
     source.fetch(progress=progress)
     origin = check_expressible(source, plan)
     stored = stored_novices(calibration, plan, source, novices)
     entries = list(_entries(origin, plan, stored, importances(calibration)))
-    config = _config(origin, plan) | {MADE_KEY: _made(origin, calibration, plan, progress)}
+    config, made = _config(origin, plan), _made(origin, calibration, plan, progress)
     with replacing(folder) as part:
         try:
             part.mkdir()
-            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _copy_small(origin, part, plan)
             size = _write_weights(part, entries, progress)
+            text = _with_files(config, made, listed(part))
+            (part / "config.json").write_text(text, encoding="utf-8", newline="\n")
             if plan.recipe.method != "mone":
                 _check_loadable(part)
-            if folder.exists():  # ours, or empty
-                folder.resolve().rename(part.with_name("before"))
         except OSError as error:
             raise MoneError(
                 f"cannot write {folder} ({error.strerror or first_line(error)}): free some space or choose "
@@ -303,6 +302,16 @@ def _made(
     }
 
 
+def _with_files(config: Mapping[str, Any], made: Mapping[str, Any], files: Mapping[str, int | None]) -> str:
+    """Return config.json's text (ASCII): how the checkpoint was made, and all files' bytes, its own too."""
+    size, text = -1, ""
+    while size != len(text):  # a longer number makes it longer
+        size = len(text)
+        stated = {**made, "files": {**files, "config.json": size}}
+        text = json.dumps({**config, MADE_KEY: stated}, indent=2) + "\n"
+    return text
+
+
 def _check_loadable(folder: Path) -> None:
     """Insist that transformers finds in the files what the config says."""
     from mone_export.source.expected import check_tensors  # builds a model without weights
@@ -314,6 +323,7 @@ def _copy_small(source: Checkpoint, folder: Path, plan: Plan) -> None:
     """Copy tokenizer, generation config and licence; of the model card what its front matter says."""
     for file in sorted(source.folder.iterdir()):
         wanted = any(file.match(pattern) for pattern in (*SMALL, *["*.py"] * source.trust_remote_code))
+        wanted = wanted and file.is_file()  # LICENSES may be a folder
         if wanted and file.name not in ("config.json", "README.md") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
     with suppress(OSError, UnicodeDecodeError):  # none, or none that can be read

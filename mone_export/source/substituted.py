@@ -29,9 +29,9 @@ from mone_export.source.weights import NOVICE, open_weights
 EXPERTS_KEY = "approximate_experts"
 TOKENS_KEY = "approximate_expert_init_tokens"  # the authors' classes want it; above 0 their constants move
 MADE_KEY = "mone_export"  # in config.json of a checkpoint of ours: how it was made
-EXPERT = re.compile(
-    r"(?!(?:.*\.)?mtp\.)((?:.*\.)?layers\.(\d+)\.(?:.*\.)?experts)\.(\d+)\.(.+)"
-)  # a tensor of one expert
+_EXPERTS = r"(?!(?:.*\.)?mtp\.)((?:.*\.)?layers\.(\d+)\.(?:.*\.)?experts)\."
+EXPERT = re.compile(rf"{_EXPERTS}(\d+)\.(.+)")  # a tensor of one expert
+EXPERT_OR_STACK = re.compile(rf"{_EXPERTS}(?:(\d+)\.)?(.+)")  # or of all experts of a layer, without a number
 
 # other ways of pruning in the authors' configs, which change what the model computes
 _OTHER_WAYS = (
@@ -72,7 +72,8 @@ class Substituted:
         found: dict[int, np.ndarray] = {}
         for name in (name for name in owner if name.endswith(NOVICE)):
             match = EXPERT.fullmatch(name)
-            assert match
+            if not match:
+                raise self._broken(f"{name} is no expert's constant")
             layer = int(match[2])
             rows = found.setdefault(layer, np.zeros((spec.n_expert, spec.hidden_size), np.float32))
             vector = owner[name].get_tensor(name)
