@@ -107,3 +107,7 @@ def _info(_args: argparse.Namespace) -> None:
 def _fail(error: MoneError) -> int:
     print(f"mone-llama: {error}", file=sys.stderr)
     return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from email import message_from_string
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_patch_says_why_and_when_it_goes(patch: Path) -> None:
     header = patch.read_text(encoding="utf-8").split("\ndiff --git ", 1)[0]
     for trailer in ("Reason", "Forwarded", "Remove-when"):
         assert re.search(rf"^{trailer}: \S", header, re.MULTILINE), f"{patch.name} lacks {trailer}:"
+
+
+@pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.stem)
+def test_patch_has_the_author_and_the_date_of_all(patch: Path) -> None:
+    readme = (PATCHES / "README.md").read_text(encoding="utf-8")
+    promised = re.search(r"fixed \(`(.+? <.+?>)`, (\d+ \w+ \d+)\)", readme)
+    assert promised
+    header = message_from_string(patch.read_text(encoding="utf-8").split("\n", 1)[1])
+    date = parsedate_to_datetime(header["Date"])
+    assert (header["From"], f"{date.day} {date:%B %Y}") == promised.groups()
 
 
 def test_series_stays_small() -> None:

@@ -135,6 +135,36 @@ def test_quantised_files(folder: Path, tmp_path: Path) -> None:
         assert error(found, exact["result_output"]) < bound
 
 
+def test_layers_can_be_dropped(folder: Path, tmp_path: Path) -> None:
+    """What says how many experts a layer has goes with the layer."""
+    file, small = with_tiers("olmoe", folder), tmp_path / "small.gguf"
+    arch, parts = "olmoe", taken_apart(file)
+    counts, sizes = (
+        GGUFReader(file).fields[f"{arch}.expert_{name}"] for name in ("kept_count", "tier_sizes")
+    )
+    kept, tiers = counts.contents(), sizes.contents()
+    assert len(kept) == 2 and tiers[:N_TIER] != tiers[N_TIER:], "two layers with other tiers"
+    for dropped in (0, 1):
+        run(bin_folder() / "llama-quantize", "--prune-layers", dropped, file, small, "copy")
+        stay = 1 - dropped
+        wanted = parts.having(block_count=1)
+        keys = wanted.keys | {
+            f"{arch}.expert_kept_count": key(f"{arch}.expert_kept_count", kept[stay : stay + 1]),
+            f"{arch}.expert_tier_sizes": key(
+                f"{arch}.expert_tier_sizes", tiers[stay * N_TIER : (stay + 1) * N_TIER]
+            ),
+        }
+        tensors = {
+            name.replace(f"blk.{stay}.", "blk.0."): each
+            for name, each in parts.tensors.items()
+            if not name.startswith(f"blk.{dropped}.")
+        }
+        by_hand = tmp_path / "by_hand.gguf"
+        by_hand.write_bytes(put_together(Parts(keys, tensors)))
+        one, other = (inside(each, TOKENS, ["result_output"])["result_output"] for each in (small, by_hand))
+        assert np.array_equal(one, other)
+
+
 def test_split_file_loads_and_merges(folder: Path, tmp_path: Path) -> None:
     """A file in parts loads, and merged it is the same."""
     file = with_tiers("gpt-oss", folder)

@@ -165,6 +165,9 @@ static std::vector<int32_t> random_ids(int n_as, int n_ids, int n_used, int n_to
                 ids[i] = n_ids + i; // an id of no bias, with a bias this is not used
             }
         }
+        for (int i = 1; i < n_used - 1; i += 2) {
+            ids[i] = -1; // another spelling of the same
+        }
     }
     return ids;
 }
@@ -291,7 +294,7 @@ static void check_fused(ggml_type type, int n_tokens, bool with_bias, bool with_
     ggml_tensor * b = w.random(GGML_TYPE_F32, n.n_in, 1, n_tokens);
     std::vector<int32_t> numbers = random_ids(n.n_as, n.n_ids, n_used, n_tokens, skipped);
     for (int32_t & id : numbers) {
-        id = id < n.n_ids ? id : n.n_ids - 1; // within the bias; ids of skipped slots may repeat
+        id = uint32_t(id) < uint32_t(n.n_ids) ? id : n.n_ids - 1; // within the bias; ids of skipped slots may repeat
     }
     ggml_tensor * ids = w.numbers(numbers, n_used);
 
@@ -367,7 +370,7 @@ static void check_mxfp4(pattern skipped) {
     std::vector<int32_t> forward(n_slots, -1), inverse(n_slots, -1);
     int n_rows = 0;
     for (int slot = 0; slot < n_slots; ++slot) {
-        if (ids[slot] < n.n_as) {
+        if (uint32_t(ids[slot]) < uint32_t(n.n_as)) {
             forward[n_rows] = slot / n_used;
             inverse[slot] = n_rows++;
         }
