@@ -132,9 +132,9 @@ def _add_outputs(add: Callable[..., object]) -> None:
 def _checked(args: argparse.Namespace) -> "tuple[Record, Record] | None":
     """Check all places that are written to; returns the records of page and card."""
     read = {"FILE": args.files, **({"--against": args.against} if args.against else {})}
-    outputs = {"--json": args.json} if args.json else {}
+    outputs = {"-o": args.json} if args.json else {}
     outputs |= page_outputs(args.report, overwrite=args.overwrite) if args.report else {}
-    args.json = check_outputs(outputs, read, overwrite=args.overwrite).get("--json")
+    args.json = check_outputs(outputs, read, overwrite=args.overwrite).get("-o")
     return _check_pages(args)
 
 

@@ -34,7 +34,11 @@ def load_pruned(model: str | Path, **options: Any) -> PreTrainedModel:
     """
     check_version()
     source = open_source(model)
-    if not isinstance(source, Checkpoint) or source.substituted is None:
+    if not isinstance(source, Checkpoint):
+        raise MoneError(f"{model} is a GGUF: llama_cpp loads it; this loads folders that --hf-out wrote")
+    if not (source.folder / "config.json").is_file():
+        raise MoneError(f"{model} has no config.json: it is no checkpoint's folder")
+    if source.substituted is None:
         raise MoneError(f"{model} has no novices: load it with transformers' from_pretrained")
     if weights_inputs(source.spec.arch):
         raise MoneError(

@@ -150,7 +150,6 @@ def test_what_cannot_be_measured_is_one_line(run: Run, half_gguf: Path, text: Pa
     short = tmp_path / "short.txt"
     short.write_text("A few words.\n")
     assert "is no GGUF: pass one" in failure(run, text, *QUICK)
-    assert "cannot read" in failure(run, tmp_path / "none.gguf", *QUICK)
     assert re.search(
         r"short.txt has \d+ tokens, one chunk takes 512: add text or lower",
         failure(run, half_gguf, "-f", short, *QUICK),
@@ -159,6 +158,8 @@ def test_what_cannot_be_measured_is_one_line(run: Run, half_gguf: Path, text: Pa
     assert "does not exist" in failure(run, half_gguf, *QUICK, "-o", tmp_path / "no" / "found.json")
     assert "would replace what is read" in failure(run, half_gguf, *QUICK, "-o", half_gguf)
     assert "-ub 4 for 7 rows" in failure(run, half_gguf, "-f", text, *QUICK, "-n", 4, "-ub", 4)
+    assert "is a folder: make its GGUF with" in failure(run, tmp_path, *QUICK)
+    assert "there is no file" in failure(run, tmp_path / "none.gguf", *QUICK)
     assert "is no task of" in failure(run, half_gguf, *QUICK, "--tasks", short)
     assert "--chunks 0" in failure(run, half_gguf, *QUICK, "--chunks", 0)
 

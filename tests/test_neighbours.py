@@ -154,6 +154,14 @@ def test_large_weights_lie_in_several_files(
 # with novices: loaded by transformers
 
 
+def test_what_is_no_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    with pytest.raises(MoneError, match="has no config.json"):
+        load_pruned(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MoneError, match="is a GGUF: llama_cpp loads it"):
+        load_pruned(tmp_path / "a.gguf")
+
+
 def test_a_loaded_model_is_not_saved_without_its_novices(half: Path, tmp_path: Path) -> None:
     with pytest.raises(MoneError, match=f"copy {re.escape(str(half))}, "):
         load_pruned(half).save_pretrained(tmp_path / "copy")

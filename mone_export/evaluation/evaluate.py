@@ -232,6 +232,11 @@ def _check_batch(llama: LlamaOptions, n_row: int) -> None:
 
 def _named(files: Sequence[Path]) -> dict[str, GgufFile]:
     """Return files under the names they have in results; all must have one vocabulary."""
+    for path in files:
+        if path.is_dir():
+            raise MoneError(f"{path} is a folder: make its GGUF with `mone-export {path} --ratio 0 -o FILE`")
+        if not path.is_file():
+            raise MoneError(f"there is no file {path}: check the spelling")
     names = [path.name for path in files]
     if len(set(names)) < len(names):
         names = [str(path) for path in files]
