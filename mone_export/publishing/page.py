@@ -256,21 +256,7 @@ def _pruned(record: Record, show: Shown) -> Iterator[Part]:
     yield from _drawn(record, captions)
     if not layers:
         return
-    names = fate_names([layer["fates"] for layer in layers])
-    rows = [
-        [
-            show(f"export/layers/{number}/layer", "whole"),
-            *(show(f"export/layers/{number}/n_by_fate/{step(name)}", "whole") for name in names),
-        ]
-        for number, _ in enumerate(layers)
-    ]
-    yield Part(
-        "table",
-        label="How many experts of each layer",
-        head=("layer", *map(_label, names)),
-        rows=rows,
-        folded=True,
-    )
+    yield _fate_table("How many experts of each layer", show, layers, "n_by_fate", "whole")
     lines = [
         Markup("Layer {}: super experts {} reach extreme outputs.").format(
             show(f"export/layers/{number}/layer", "whole"),
@@ -298,11 +284,8 @@ def _asked(record: Record, show: Shown) -> Iterator[Part]:
     }
     yield from _drawn(record, captions)
     layers = at(record, "export/layers") or []
-    names = fate_names([layer["fates"] for layer in layers])
     if layers and all(layer["use"] for layer in layers):
-        yield _slot_table(
-            "In the text of the calibration", show, "export/layers/{}/use_by_fate", layers, names
-        )
+        yield _fate_table("In the text of the calibration", show, layers, "use_by_fate", "share")
     for number, text in enumerate(at(record, "evaluation/files/0/texts") or ()):
         if slots := text["slots"]:
             found = fate_names([list(row) for row in slots.values()])
@@ -324,13 +307,15 @@ def _asked(record: Record, show: Shown) -> Iterator[Part]:
             )
 
 
-def _slot_table(label: str, show: Shown, place: str, layers: Sequence[Any], names: Sequence[str]) -> Part:
+def _fate_table(label: str, show: Shown, layers: Sequence[Record], what: str, form: str) -> Part:
+    """Return a table of what each layer has of every fate."""
+    names = fate_names([layer["fates"] for layer in layers])
     rows = [
         [
-            show(f"export/layers/{number}/layer", "whole"),
-            *(show(f"{place.format(number)}/{step(name)}", "share") for name in names),
+            show(f"{place}/layer", "whole"),
+            *(show(f"{place}/{what}/{step(name)}", form) for name in names),
         ]
-        for number, _ in enumerate(layers)
+        for place in (f"export/layers/{number}" for number, _ in enumerate(layers))
     ]
     return Part("table", label=label, head=("layer", *map(_label, names)), rows=rows, folded=True)
 
