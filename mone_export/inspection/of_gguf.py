@@ -22,7 +22,7 @@ from mone_export.source.gguf_format import (
     tier_tensor,
 )
 from mone_export.source.gguf_header import Header, TensorInfo, read_header
-from mone_export.source.gguf_types import gguf_library
+from mone_export.source.gguf_types import gguf_constants
 from mone_export.source.pruned_before import kept_counts
 
 _DOWN = "blk.{}.ffn_down_exps.weight"
@@ -192,6 +192,6 @@ def _made(header: Header) -> dict[str, Any]:
 def _file_type(header: Header) -> str:
     number = header.value("general.file_type")
     try:
-        return str(gguf_library().LlamaFileType(number).name).removeprefix("MOSTLY_").removeprefix("ALL_")
+        return str(gguf_constants().LlamaFileType(number).name).removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
         return ""

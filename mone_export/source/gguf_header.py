@@ -19,7 +19,7 @@ import numpy as np
 
 from mone_export.errors import MoneError
 from mone_export.source.gguf_format import GGUF_ALIGNMENT
-from mone_export.source.gguf_types import gguf_library
+from mone_export.source.gguf_types import gguf_constants
 
 STRING, ARRAY = 8, 9
 FORMATS: Mapping[int, str] = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
@@ -206,7 +206,7 @@ class _Reader:
 
     def _measured(self, name: str, shape: tuple[int, ...], number: int) -> tuple[str, int]:
         """Return the type's name and the bytes of a tensor."""
-        gguf = gguf_library()
+        gguf = gguf_constants()
         try:
             kind = gguf.GGMLQuantizationType(number)
             n_block, n_byte = gguf.GGML_QUANT_SIZES[kind]

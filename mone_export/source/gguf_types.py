@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,17 @@ def gguf_library() -> Any:
     return gguf
 
 
+@cache
+def gguf_constants() -> Any:
+    """Return the constants of that `gguf` alone, in a tenth of the time: names, blocks and sizes of types."""
+    file = tree() / "gguf-py" / "gguf" / "constants.py"
+    spec = spec_from_file_location("mone_gguf_constants", file)
+    assert spec is not None and spec.loader is not None, file
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def padded_bytes(shape: Sequence[int], type_name: str) -> int:
     """Return how many bytes of a file a tensor takes, of a shape in elements and a type such as `q4_k`."""
     gguf = gguf_library()
@@ -48,7 +60,7 @@ def padded_bytes(shape: Sequence[int], type_name: str) -> int:
 
 def block_of(type_name: str) -> tuple[int, int, int]:
     """Return (ggml's number of a type such as `q4_k`, weights in a block of it, bytes of a block)."""
-    gguf = gguf_library()
+    gguf = gguf_constants()
     number = gguf.GGMLQuantizationType[type_name.upper()]
     return int(number), *gguf.GGML_QUANT_SIZES[number]
 
