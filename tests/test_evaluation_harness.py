@@ -17,7 +17,13 @@ from mone_export.calibration.eval_callback import Tap
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.cli_eval import main
 from mone_export.errors import MoneError
-from mone_export.evaluation.harness import KIND, language_model, measure_harness_task, read_harness_tasks
+from mone_export.evaluation.harness import (
+    KIND,
+    PAPER,
+    language_model,
+    measure_harness_task,
+    read_harness_tasks,
+)
 from mone_export.evaluation.results import Evaluation, Measured, TaskResult
 from mone_export.evaluation.tasks import is_blind
 from mone_export.llama_options import LlamaOptions
@@ -134,6 +140,7 @@ def test_a_group_is_one_line(demo: Loaded, tmp_path: Path) -> None:
 def test_the_chance_of_an_answer_is_that_of_its_tokens(demo: Loaded) -> None:
     asked = [(context, f" {choice}") for context, choices, _ in QUESTIONS for choice in choices]
     asked += [(context, " self") for context in ("def read(self):\n    return", "not in", "x =")]
+    asked += [("if value is", f" {word}") for word in ("None", "not", "in")]  # one row
     found = language_model(*demo).loglikelihood([_instance(*pair) for pair in asked])
     wanted = [likely(demo, context, choice[1:]) for context, choice in asked]
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
@@ -179,6 +186,12 @@ def test_a_task_that_needs_writing_is_one_line(demo: Loaded, tmp_path: Path) -> 
         read_harness_tasks([str(path)])
     with pytest.raises(MoneError, match="generate_until"):
         language_model(*demo).generate_until([_instance("a")])
+
+
+def test_the_papers_tasks_are_the_harnesss(demo: Loaded) -> None:
+    from lm_eval.tasks import TaskManager
+
+    assert len(PAPER) == 9 and set(PAPER) <= set(TaskManager().all_tasks)
 
 
 def test_an_empty_name_is_one_line(demo: Loaded) -> None:

@@ -75,7 +75,7 @@ def evaluate(
         )
     sources = _named([*([against] if against else []), *files])
     tasks = [read_task(given) for given in wanted.tasks]
-    harness = read_harness_tasks(wanted.lm_eval)
+    harness = read_harness_tasks(wanted.lm_eval, progress=progress)
     if wanted.speed or tasks:
         find_programs()
     reader = next(iter(sources.values())).tokenizer()

@@ -33,10 +33,8 @@ from mone_export.source.gguf_file import GgufFile
 from mone_export.source.tokenizing import TextReader
 
 KIND = "lm-eval"
-# the nine zero-shot tasks of MoNE (arXiv 2507.00390) under the harness's names
-PAPER = (
-    *("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "piqa", "rte", "winogrande"),
-)
+# the nine zero-shot tasks of MoNE (arXiv 2507.00390); its code, zxgx/mode-pd, has them in eval_config.sh
+PAPER = (*("arc_challenge", "arc_easy", "boolq", "copa", "mmlu", "openbookqa", "piqa", "rte", "winogrande"),)
 _SEED = 1234  # the harness's own, of the examples of tasks that show some
 _N_BOOTSTRAP = 100  # for other metrics than accuracy, which are not read
 
@@ -56,7 +54,7 @@ class HarnessTask:
     parts: tuple[Any, ...]
 
 
-def read_harness_tasks(given: Sequence[str]) -> list[HarnessTask]:
+def read_harness_tasks(given: Sequence[str], *, progress: Progress | None = None) -> list[HarnessTask]:
     """Load tasks by their names, or those of a YAML file or a folder; `paper` are the nine of MoNE.
 
     Data that is not on this machine the harness downloads, unless HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is
@@ -69,7 +67,12 @@ def read_harness_tasks(given: Sequence[str]) -> list[HarnessTask]:
     names = [own for each in given for own in (PAPER if each == "paper" else (each,))]
     if not all(names):
         raise MoneError(f"--lm-eval {','.join(given)}: a name between two commas is empty, name a task")
-    return [task for name in names for task in _read(name)]
+    found = list[HarnessTask]()
+    for name in names:
+        if progress:
+            progress(0, 0, f"loading the task {name}")
+        found += _read(name)
+    return found
 
 
 def harness_version() -> str:
