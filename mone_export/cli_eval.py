@@ -102,6 +102,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of each continuation in which loops are looked for (default 128; 0: none are written)",
     )
+    _add_tasks(add)
+    add("--no-speed", dest="speed", action="store_false", help="do not measure speed and memory")
+    add_llama_options(add)
+    _add_outputs(add)
+    add("-v", "--verbose", action="store_true", help="say more")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _add_tasks(add: Callable[..., object]) -> None:
     add(
         "--tasks",
         nargs="+",
@@ -109,12 +119,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="[KIND=]TASK",
         help="questions in llama.cpp's formats; KIND is hellaswag, winogrande or multiple-choice",
     )
-    add("--no-speed", dest="speed", action="store_false", help="do not measure speed and memory")
-    add_llama_options(add)
-    _add_outputs(add)
-    add("-v", "--verbose", action="store_true", help="say more")
-    add("-q", "--quiet", action="store_true", help="no progress")
-    return parser
+    add(
+        "--lm-eval",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="TASK[,TASK...]",
+        help="tasks of lm-evaluation-harness, or a folder or YAML file of yours; paper: the nine of MoNE",
+    )
 
 
 def _add_outputs(add: Callable[..., object]) -> None:
@@ -141,7 +152,7 @@ def _checked(args: argparse.Namespace) -> "tuple[Record, Record] | None":
 def _evaluated(args: argparse.Namespace, command: str, display: ProgressLine) -> "Evaluation":
     from mone_export.evaluation.evaluate import Wanted, evaluate
 
-    names = ("texts", "field", "n_ctx", "n_chunk", "n_predict", "speed", "tasks")
+    names = ("texts", "field", "n_ctx", "n_chunk", "n_predict", "speed", "tasks", "lm_eval")
     wanted = Wanted(**{name: getattr(args, name) for name in names}, llama=LlamaOptions.of(vars(args)))
     return evaluate(args.files, wanted, against=args.against, command=command, progress=display)
 
@@ -245,7 +256,8 @@ def _task_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
     for number in range(len(files[0].tasks)):
         for file in files:
             task = file.tasks[number]
-            right, chance = percent(task.accuracy), f"{task.chance:.1%}"
+            right = percent(task.accuracy)
+            chance = "" if task.chance is None else f"{task.chance:.1%}"
             remark = "the original is at chance: says nothing" if task.blind else ""
             yield [task.name, file.file, str(task.n_question), right, chance, remark]
 

@@ -14,6 +14,12 @@ import numpy as np
 from mone_export import __version__
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.errors import MoneError
+from mone_export.evaluation.harness import (
+    HarnessTask,
+    harness_version,
+    measure_harness_task,
+    read_harness_tasks,
+)
 from mone_export.evaluation.predictions import Fates, Originals, Predictions, paired, predict
 from mone_export.evaluation.probe import Prompts, Said, cost, make_prompts, probe, result
 from mone_export.evaluation.results import Evaluation, FileResult, Pair, TaskResult
@@ -34,7 +40,8 @@ class Wanted:
     """What is measured: texts in chunks, the probe, the speed, tasks.
 
     A text is `NAME=PATH` or a path; without any, the built-in ones are read. `field` is where records hold
-    their text. `n_predict` are the tokens of a continuation of the probe; 0 leaves it out.
+    their text. `n_predict` are the tokens of a continuation of the probe; 0 leaves it out. `tasks` are files
+    in llama.cpp's formats, `lm_eval` tasks of lm-evaluation-harness.
     """
 
     texts: Sequence[str] = ()
@@ -44,6 +51,7 @@ class Wanted:
     n_predict: int = 128
     speed: bool = True
     tasks: Sequence[str] = ()
+    lm_eval: Sequence[str] = ()
     llama: LlamaOptions = LlamaOptions()
 
 
@@ -67,13 +75,14 @@ def evaluate(
         )
     sources = _named([*([against] if against else []), *files])
     tasks = [read_task(given) for given in wanted.tasks]
+    harness = read_harness_tasks(wanted.lm_eval, progress=progress)
     if wanted.speed or tasks:
         find_programs()
     reader = next(iter(sources.values())).tokenizer()
     texts = read_texts(wanted.texts, reader, n_ctx=wanted.n_ctx, n_chunk=wanted.n_chunk, field=wanted.field)
     prompts = make_prompts(texts, reader) if wanted.n_predict else None
     _check_batch(wanted.llama, len(prompts.rows) if prompts else 1)
-    run = _Run(texts, prompts, tasks, wanted, progress)
+    run = _Run(texts, prompts, (tasks, harness), wanted, progress)
     measured = run.all(sources, against=against is not None)
     return Evaluation(
         files=tuple(each.found for each in measured[bool(against) :]),
@@ -103,13 +112,16 @@ class _Run:
         self,
         texts: list[Text],
         prompts: Prompts | None,
-        tasks: list[Task],
+        tasks: tuple[list[Task], list[HarnessTask]],
         wanted: Wanted,
         progress: Progress | None,
     ) -> None:
-        self._texts, self._prompts, self._tasks = texts, prompts, tasks
+        self._texts, self._prompts = texts, prompts
+        self._tasks, self._harness = tasks
         self._wanted, self._progress = wanted, progress
         self.made_with = {"mone-export": __version__}
+        if self._harness:
+            self.made_with["lm-eval"] = harness_version()
         self.warnings: list[str] = []
 
     def all(self, sources: Mapping[str, GgufFile], *, against: bool) -> list[_Done]:
@@ -163,6 +175,7 @@ class _Run:
             size=sum(file.stat().st_size for file in source.files),
             sha256=source.fingerprint(progress=heard),
             texts=tuple(each.result() for each in predictions),
+            tasks=tuple(measure_harness_task(model, source, task, progress=heard) for task in self._harness),
         )
         return _Done(source, found, predictions, said)
 
@@ -182,7 +195,7 @@ class _Run:
             speed = measure_speed(file, llama, progress=heard)
             found = replace(found, prefill=speed.prefill, decode=speed.decode, resident=speed.resident)
         tasks = tuple(measure_task(file, task, llama, progress=heard) for task in self._tasks)
-        return replace(each, found=replace(found, tasks=tasks))
+        return replace(each, found=replace(found, tasks=(*tasks, *found.tasks)))
 
     def _concluded(self, each: _Done, original: _Done | None) -> _Done:
         """Return a file's result with what follows from the original's."""

@@ -109,18 +109,18 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """A file at a multiple-choice task: `chance` is the share that guessing gets right.
+    """A file at a multiple-choice task: `chance` is the share that guessing gets right, None where unknown.
 
     `blind` says that the original itself is within two standard errors of chance, so that the task says
     nothing about the file.
     """
 
     name: str
-    kind: str  # hellaswag, winogrande or multiple-choice
-    sha256: str  # of the task's file
+    kind: str  # hellaswag, winogrande or multiple-choice; lm-eval
+    sha256: str  # of the task's file; of lm-eval's questions with their answers
     n_question: int
     accuracy: Measured
-    chance: float
+    chance: float | None
     blind: bool = False
 
 

@@ -110,8 +110,13 @@ def measure_task(
 
 
 def is_blind(original: TaskResult) -> bool:
-    """Say whether the original may be guessing: within two standard errors of chance."""
+    """Say whether the original may be guessing: within two standard errors of chance.
+
+    Of a task whose chance is not known this cannot be said.
+    """
     chance, n = original.chance, original.n_question
+    if chance is None:
+        return False
     error = max(original.accuracy.error or 0, (chance * (1 - chance) / n) ** 0.5)
     return bool(abs(original.accuracy.value - chance) <= _BLIND * error)
 
