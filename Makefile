@@ -12,7 +12,7 @@ demo: llama
 	$(VENV)/bin/python tools/demo.py
 
 test: llama
-	$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --config-file tools/pages/mkdocs.yml

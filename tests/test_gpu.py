@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_cpu(gpu: Gpu, outtype: str, text: Path, tmp_pat
         (("--n-cpu-moe", 3), {"GPU", "CPU"}),
         (("--override-tensor", "exps=CPU"), {"CPU"}),
     ],
-    ids=str,
+    ids=lambda given: " ".join(map(str, sorted(given, key=str))),
 )
 def test_experts_can_stay_on_the_cpu(
     gpu: Gpu, options: tuple[object, ...], experts_on: set[str], text: Path, tmp_path: Path
