@@ -117,6 +117,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("Gemma4ForConditionalGeneration", "gemma4", "google/gemma-4-26B-A4B-it"),
 )
 
+# what the MoNE authors call a class in the checkpoints that they prune
+RENAMED: Mapping[str, str] = {"OlmoneForCausalLM": "OlmoeForCausalLM"}
+
 # families that would give a wrong file or none, and why
 REFUSED: Mapping[str, str] = {
     "DeepseekV4ForCausalLM": (

@@ -279,21 +279,28 @@ def test_exceptions_in_the_callback_surface(engine: LlamaEngine, demo_gguf: Path
 
 def test_what_the_main_thread_raises_ends_a_run(demo_gguf: Path, corpus: Corpus) -> None:
     """Ctrl-C while llama.cpp computes: soon over, and the model is still of use."""
-    before = threading.active_count()
+    before, heard = threading.active_count(), threading.Event()
     model = LlamaModel(demo_gguf, EXACT)
     seen: list[int] = []
 
     def see(layer: int, routed: Routed) -> None:
         seen.append(layer)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(2)  # for the main thread, on a busy machine
+        heard.wait(60)  # by the main thread, on a busy machine
+        time.sleep(2)  # until it has told the model
 
+    def interrupted(_number: int, _frame: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGINT, interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
             model.run(corpus.tokens[:1], Tap((0, 1, 2, 3, 4), see))
         assert seen == [0]
         assert model.run(corpus.tokens[:1], Tap((0, 4))) == [[0, 4]]
     finally:
+        signal.signal(signal.SIGINT, handler)
         model.close()
     assert threading.active_count() == before
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_export.architectures import RENAMED
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan
 from mone_export.errors import MoneError
 from mone_export.recipe import Recipe
@@ -41,7 +42,6 @@ _OTHER_WAYS = (
     "flap_intermediate_sizes",
 )
 _SUFFIX = "_compressed"
-_NATIVE_CLASS = {"OlmoneForCausalLM": "OlmoeForCausalLM"}
 _HOLLOW = "model-of-zeros.safetensors"
 
 
@@ -170,7 +170,7 @@ def native_config(stated: Mapping[str, Any]) -> dict[str, Any]:
     native = {
         **copy.deepcopy(dict(stated)),
         "model_type": model_type.removesuffix(_SUFFIX) if isinstance(model_type, str) else model_type,
-        "architectures": [_NATIVE_CLASS.get(name, name) for name in classes],
+        "architectures": [RENAMED.get(name, name) for name in classes],
     }
     native.pop("auto_map", None)
     return native
