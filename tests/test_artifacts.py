@@ -189,7 +189,7 @@ def test_file_that_lacks_something_is_refused(
     calibration.save(path)
     rewrite(path, change)
     with pytest.raises(
-        MoneError, match=r"model\.stats is not a statistics file of mone-export .*: remove it"
+        MoneError, match=r"model\.stats is not a statistics file of mone-export .*: choose another"
     ):
         Calibration.load(path)
 
