@@ -435,7 +435,7 @@ def test_file_that_holds_no_statistics_is_refused(
     export: Callable[..., Outcome], tmp_path: Path, more: list[str]
 ) -> None:
     (tmp_path / "s").write_text("something else")
-    export("--stats", tmp_path / "s", *more).is_one_line("s is not a statistics file .*remove it or choose")
+    export("--stats", tmp_path / "s", *more).is_one_line("s is not a statistics file .*choose another file")
 
 
 def test_dry_run_refuses_statistics_of_a_model_of_another_shape(
