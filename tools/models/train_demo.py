@@ -63,15 +63,16 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": EOS,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
-QWEN_SHAPE = SHAPE | {"num_experts": N_EXPERT, "norm_topk_prob": True}
+QWEN_SHAPE = SHAPE | {"num_experts": N_EXPERT}
 FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
     "mixtral": lambda width: MixtralConfig(
         **SHAPE, num_local_experts=N_EXPERT, intermediate_size=width, sliding_window=None
     ),
     "qwen3_moe": lambda width: Qwen3MoeConfig(
-        **QWEN_SHAPE, moe_intermediate_size=width, intermediate_size=width
+        **QWEN_SHAPE, norm_topk_prob=True, moe_intermediate_size=width, intermediate_size=width
     ),
-    "olmoe": lambda width: OlmoeConfig(**QWEN_SHAPE, intermediate_size=width),
+    # The weights of the chosen experts stay as the softmax gave them, as in OLMoE itself.
+    "olmoe": lambda width: OlmoeConfig(**QWEN_SHAPE, norm_topk_prob=False, intermediate_size=width),
 }
 # The model has learnt to continue text, not to obey: a chat is its messages, one under the other.
 CHAT_TEMPLATE = (
