@@ -9,7 +9,7 @@ from mone_export.artifacts import in_order
 from mone_export.errors import MoneError
 from mone_export.inspection.anatomy import Anatomy, LayerAnatomy, Saving
 from mone_export.inspection.inspecting import examine
-from mone_export.terminal import steady_output
+from mone_export.terminal import as_size, steady_output
 
 _DESCRIPTION = """Say what a file is: a GGUF of any kind, a model's folder or Hugging Face id, statistics
 (--stats) or a plan (--plan-out) of mone-export. Only heads are read."""
@@ -69,7 +69,7 @@ def _lines(of: Anatomy) -> Iterator[str]:
     """Yield what to print."""
     kind = f", {of.file_type}" if of.file_type else ""
     arch = f"{of.arch}, " if of.arch else ""
-    yield f"{of.kind:10} {of.name}: {arch}{of.n_layer} layers{kind}, {_size(of.size)}"
+    yield f"{of.kind:10} {of.name}: {arch}{of.n_layer} layers{kind}, {as_size(of.size)}"
     if not of.n_expert:
         yield "experts    none: only mixture-of-experts models can be pruned"
     else:
@@ -84,10 +84,12 @@ def _lines(of: Anatomy) -> Iterator[str]:
         at = of.memory
         windows = f", {at.n_window} of them a window" if at.n_window else ""
         most = "at most" if at.is_upper else "about"
-        cache = f"{most} {_size(at.cache)} of cache for {at.n_ctx} tokens ({at.n_layer} layers{windows}; F16)"
-        yield f"memory     {_size(at.weights)} of weights, {cache if at.n_layer else 'cache not known'}"
+        cache = (
+            f"{most} {as_size(at.cache)} of cache for {at.n_ctx} tokens ({at.n_layer} layers{windows}; F16)"
+        )
+        yield f"memory     {as_size(at.weights)} of weights, {cache if at.n_layer else 'cache not known'}"
     for number, (use, size) in enumerate(of.n_byte.items()):
-        yield f"{'' if number else 'bytes':10} {use:15} {_size(size):>10}  {_share(size, of)}"
+        yield f"{'' if number else 'bytes':10} {use:15} {as_size(size):>10}  {_share(size, of)}"
     if of.types:
         yield f"types      {', '.join(f'{kind} {_share(size, of)}' for kind, size in of.types.items())}"
     yield from (f"{'made' if not number else '':10} {line}" for number, line in enumerate(_made(of.made)))
@@ -133,7 +135,7 @@ def _saved(savings: Sequence[Saving]) -> Iterator[str]:
     for saving in savings:
         by_type.setdefault(saving.outtype, {})[saving.ratio] = saving.size
     for outtype, sizes in by_type.items():
-        cells = [_size(sizes[ratio]) if ratio in sizes else "" for ratio in ratios]
+        cells = [as_size(sizes[ratio]) if ratio in sizes else "" for ratio in ratios]
         yield f"{outtype:10} " + "  ".join(f"{cell:>11}" for cell in cells)
 
 
@@ -148,13 +150,6 @@ def _printable(line: str) -> str:
 
 def _share(size: int, of: Anatomy) -> str:
     return f"{size / max(1, sum(of.n_byte.values())):.1%}"
-
-
-def _size(n_byte: int) -> str:
-    """Return a size in the unit that suits it, of 1000."""
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = next((power for power in range(len(units)) if n_byte < 999.5 * 1000**power), len(units) - 1)
-    return f"{n_byte / 1000**power:.3g} {units[power]}"
 
 
 if __name__ == "__main__":

@@ -130,6 +130,13 @@ def logging_to(display: Display, *, level: int, own_level: int) -> Iterator[None
         own.setLevel(before[1])
 
 
+def as_size(n_byte: int) -> str:
+    """Return a size in the unit that suits it, in powers of 1000 and with three digits."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = next((power for power in range(len(units)) if n_byte < 999.5 * 1000**power), len(units) - 1)
+    return f"{n_byte / 1000**power:.3g} {units[power]}"
+
+
 def peak_memory() -> int | None:
     """Return the most memory this process has had resident so far, in bytes; None where that is not known."""
     if getrusage is None:

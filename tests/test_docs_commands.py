@@ -28,7 +28,7 @@ from mone_export.calibration.documents import builtin_documents
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"sh", "python", "diff", "text", "json"}
+LANGUAGES = {"sh", "python", "diff", "text", "json", "yaml"}
 HUB_ID = "allenai/OLMoE-1B-7B-0125"
 GGUFS = ("OLMoE-1B-7B-Q4_K_M.gguf", "model-Q4_K_M.gguf")
 CUT = {"llama-perplexity": "-c 64 --chunks 2"}

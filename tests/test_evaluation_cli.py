@@ -231,8 +231,11 @@ def test_help_is_fast_and_names_every_option_of_the_page() -> None:
 def test_the_pages_commands_work_on_the_demo(tmp_path: Path, text: Path) -> None:
     (tmp_path / "my-text.txt").write_bytes(text.read_bytes())
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (task,), (question,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("yaml", "json"))
+    (tmp_path / "chemistry.yaml").write_text(task)
+    (tmp_path / "chemistry.jsonl").write_text(question * 20)
     lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     modules = {"mone-export": "mone_export", "mone-eval": "mone_export.cli_eval"}
     for line in lines:
         program, *words = shlex.split(line)
@@ -243,6 +246,7 @@ def test_the_pages_commands_work_on_the_demo(tmp_path: Path, text: Path) -> None
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         print(f"{line}: {time.monotonic() - start:.0f} s, {busy:.0f} s of CPU\n{done.stdout}")
+        assert "--lm-eval" not in line or len(re.findall("^chemistry .*(100|0).0%", done.stdout, re.M)) == 2
         assert busy < 2 * 180, "three minutes on two cores; others may be busy beside"
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

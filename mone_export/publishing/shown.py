@@ -11,19 +11,12 @@ from markupsafe import Markup, escape
 
 from mone_export.evaluation.results import Measured, percent, shown
 from mone_export.publishing.record import Record
-
-
-def _size(value: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.2f} {unit}"
-    return f"{value:.0f} bytes"
-
+from mone_export.terminal import as_size
 
 FORMS: Mapping[str, Callable[[Any], str]] = {
     "text": str,
     "whole": lambda value: f"{value:,}",
-    "size": _size,
+    "size": as_size,
     "share": lambda value: f"{value:.1%}",
     "number": lambda value: f"{value:.3g}",
     "measured": lambda value: shown(Measured(**value)),
