@@ -37,9 +37,9 @@ _LANGUAGE_OF = [(name, frozenset(words.split())) for name, words in _STOP_WORDS.
 def cautions(job: Job, plan: Plan) -> tuple[str, ...]:
     """Return what a user should know of a job's text and choices; no model has to run for it."""
     source, corpus, found = job.source, job.corpus, list[str]()
-    if job.request.fit is not None:
+    if job.limit is not None:
         whole = max((item.size_unpruned for item in job.candidates), default=job.size_unpruned)
-        found += main_memory(job.request.fit, whole, int(psutil.virtual_memory().total))
+        found += main_memory(job.limit, whole, int(psutil.virtual_memory().total))
     if not (plan.share_pruned or plan.mixes_types):
         return tuple(found)
     found += senses(source.computing_config)

@@ -263,9 +263,10 @@ def _add_pruning_options(group: _Group) -> None:
     group.add(
         "--fit",
         "--target-size",
-        type=_size,
+        type=_fit,
         metavar="SIZE",
-        help="largest size of the file, e.g. 16GiB: spent expert by expert, the types of weights included",
+        help="largest size of the file, e.g. 16GiB: spent expert by expert, the types of weights included; "
+        "auto: what this machine holds with a text of 8192 tokens, auto:N of N",
     )
     group.add(
         "--stock",
@@ -554,6 +555,10 @@ def _ratio(text: str) -> float:
         return float(number) / (100 if number != text else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is no share: write 0.5 or 50%") from None
+
+
+def _fit(text: str) -> int | str:
+    return text if text.startswith("auto") else _size(text)
 
 
 def _size(text: str) -> int:

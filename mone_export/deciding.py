@@ -114,7 +114,7 @@ def decided(job: Job, scores: Scores, *, progress: Progress | None = None) -> Pl
     """
     if job.plan:
         return job.plan
-    recipe, limit = possible(job.recipe, scores.calibration), job.request.fit
+    recipe, limit = possible(job.recipe, scores.calibration), job.limit
     if recipe.allocation == "search" and recipe.ratio:
         return plan(scores, _searched(job, scores, progress), recipe=recipe)
     chosen = plan(scores, recipe=recipe)
@@ -164,14 +164,14 @@ def _unprotected(job: Job, spending: Spending) -> Plan:
     """Return what would become of the experts if none were protected, of the type that was chosen."""
     if not job.candidates:
         return plan_fates(spending.scores, spending.missing, spending.widths, job.recipe)
-    best, limit = job.candidates[0], job.request.fit
+    best, limit = job.candidates[0], job.limit
     assert limit is not None
     return spending.plan(best, limit, mixed=job.mixes(best))[0]
 
 
 def spent(job: Job, spending: Spending, *, progress: Progress | None = None) -> tuple[Job, Plan]:
     """Return the job with its candidates judged, the best first and fixed, and its plan, to the byte."""
-    limit, found = job.request.fit, []
+    limit, found = job.limit, []
     assert limit is not None
     for number, item in enumerate(job.candidates, start=1):
         if progress:
@@ -196,7 +196,7 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
     What a plan takes is known but for alignment and the head; from `chosen` on, what is over or left is
     corrected. None where no plan fits.
     """
-    limit, fits = job.request.fit, None
+    limit, fits = job.limit, None
     assert limit is not None
     room, step = limit, spending.least_step(item)
     for _ in range(_N_SIZE):

@@ -46,6 +46,7 @@ from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.pruning.thinning import channel_bytes, widths_of
 from mone_export.recipe import AUTO, DEFAULT_NOVICE, Mtp, Recipe
+from mone_export.room import room
 from mone_export.runtime import Progress
 from mone_export.source import DEMO, Source, open_source
 from mone_export.source.gguf_format import TIER_COUNT_KEY
@@ -71,8 +72,9 @@ log = logging.getLogger(__name__)
 class Request:
     """What a user asked for.
 
-    `model` is a folder, a Hugging Face id or `demo`; of `ratio` and `fit`, a size in bytes, at least one is
-    given. `outfile` may be a folder: then the file is named after model, ratio and type. `method`, `score`,
+    `model` is a folder, a Hugging Face id or `demo`; of `ratio` and `fit` at least one is given, the latter a
+    size in bytes or what `room.room` takes. `outfile` may be a folder: then the file is named after model,
+    ratio and type. `method`, `score`,
     `novice`, `allocation`, `min_kept`, `guarded`, `seed` and `mtp` are those of `Recipe.of`. `files`,
     `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in `read_corpus`; of the
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
@@ -90,7 +92,7 @@ class Request:
     model: str | Path | Source
     outfile: str | Path | None = None
     ratio: float | None = None
-    fit: int | None = None
+    fit: int | str | None = None
     outtype: str = "auto"
     method: str | None = None
     score: str | None = None
@@ -225,6 +227,11 @@ class Job:
         return given / f"{self.source.name}{share}{outtype}.gguf"
 
     @property
+    def limit(self) -> int | None:
+        """The largest size of the file, where one was asked for."""
+        return None if self.request.fit is None else int(self.request.fit)
+
+    @property
     def mixed(self) -> bool:
         """Whether experts may have types of their own."""
         return self.recipe.allocation == "budget" and self.request.mixes_types(self.source)
@@ -304,6 +311,8 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     source = open_source(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
+    if isinstance(request.fit, str):
+        request = replace(request, fit=_room(request.fit, source))
     saved = _saved(request, source)
     _check_substituted(request, recipe, source)
     recipe = _with_thin(request, recipe, source, saved)
@@ -686,7 +695,7 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
     found = candidates(
         source,
         recipe,
-        request.fit,
+        int(request.fit),
         outtype=request.outtype,
         any_ratio=request.ratio is None,
         imatrix=request.with_imatrix,
@@ -706,6 +715,13 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
         device,
         candidates=tuple(found),
     )
+
+
+def _room(asked: str, source: Source) -> int:
+    """Return the size that this machine can hold, and say how it comes about."""
+    found = room(source, asked)
+    log.info("--fit %s: %s", asked, found)
+    return found.size
 
 
 def _announce(job: Job) -> None:

@@ -35,7 +35,7 @@ ORDER = (
     "evaluation.evaluate",
     *("inspection.anatomy", "inspection.savings", "inspection.cache_memory", "inspection.of_gguf"),
     *("inspection.of_checkpoint", "inspection.of_records", "inspection.inspecting"),
-    *("fitting", "request", "spending", "statistics", "deciding", "cautions", "reporting"),
+    *("fitting", "room", "request", "spending", "statistics", "deciding", "cautions", "reporting"),
     *("publishing.record", "publishing.shown", "publishing.charts", "publishing.page", "publishing.card"),
     *("publishing.publishing", "pipeline", "cli"),
 )
