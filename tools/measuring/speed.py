@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +30,13 @@ class Competitor(NamedTuple):
     form: Form
     ratio: float = 0.0
     stock: bool = False
+    copied: bool = False
 
     @property
     def name(self) -> str:
         """How the results call it."""
+        if self.copied:
+            return "copy"
         ratio = f" {self.ratio:.0%}" if self.ratio else ""
         return f"{self.form}{ratio}{' on stock' if self.stock else ''}"
 
@@ -44,8 +48,10 @@ def measure_speed(args: argparse.Namespace) -> Json:
     expert matrices. `half-used` is the unpruned file with half as many experts used per token: two points of
     a line, hence the time of the expert matrices with none of our changes in it. Either gives an ideal, the
     time of a model whose experts cost exactly in proportion to the slots that land on kept experts.
-    Hard-pruned files and one of two unpruned runs use llama.cpp without the patches.
+    Hard-pruned files and one of two unpruned runs use llama.cpp without the patches. A byte copy of the
+    unpruned file, on the same build, shows what the machine's noise does to a ratio.
     """
+    args.n_gen = args.n_gen or (64 if args.backend == "cpu" else 512)
     patched = programs(args)
     stock = runtime.build(args.backend, patched=False, targets=("llama-bench",)).bin
     cases = []
@@ -65,15 +71,19 @@ def measure_case(shape: Shape, weights: str, folders: dict[bool, Path], args: ar
     """Measure all files of one shape and type of weights."""
     competitors = [
         *(Competitor("full"), Competitor("full", stock=True), Competitor("skipped", 0.5)),
-        *(Competitor("half-used"), Competitor("tiers")),
+        *(Competitor("full", copied=True), Competitor("half-used"), Competitor("tiers")),
         *(Competitor("novices", ratio) for ratio in args.ratios),
         *(Competitor("thin", ratio) for ratio in args.ratios if ratio >= 0.5),
         *(Competitor("hard", ratio, stock=True) for ratio in args.ratios),
     ]
     with scratch() as folder:
-        files = {item: folder / f"{item.form}-{item.ratio}.gguf" for item in competitors}
+        files = {
+            item: folder / f"{item.form}-{item.ratio}{'-copy' * item.copied}.gguf" for item in competitors
+        }
         for item, file in files.items():
-            if not file.exists():
+            if item.copied:
+                copy(files[Competitor("full")], file)
+            elif not file.exists():
                 write_model(file, shape, weights, item.form, n_kept(shape, item.ratio))
         share = {
             item.name: measure_share(file, shape, n_kept(shape, item.ratio), args)
@@ -119,7 +129,7 @@ def summarise(runs: Sequence[Json], share: Json, test: str, ratios: Sequence[flo
                     full = times["full"][key]
                     row[key] = full - not_routed * (full - times[probe][key]) / slots
                 rows.append(row)
-    pairs = [("full", "full on stock"), ("tiers", "full")]
+    pairs = [("full", "full on stock"), ("copy", "full"), ("tiers", "full")]
     for ratio in ratios:
         novices = Competitor("novices", ratio).name
         others = (
@@ -201,7 +211,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="of the random models (default: 2, to fit small machines)")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("-p", "--n-prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("-n", "--n-gen", type=int, default=64, help="tokens to generate")
+    parser.add_argument("-n", "--n-gen", type=int, help="tokens to generate (default: 64, with a GPU 512)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--weights", nargs="+", choices=BLOCK_TYPES, default=list(BLOCK_TYPES))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.75])

@@ -172,7 +172,25 @@ def speed_note(data: Json) -> str:
         f"Random weights. {shapes}. llama-bench, {gpu}{settings['threads']} threads, {n_token}, medians of "
         f"{settings['rounds']} interleaved rounds. Hard-pruned files run on llama.cpp without the patches. "
         "The ideal is the time without experts plus the experts' time times the share of slots kept."
+        f"{_speed_noise(data) if gpu else ''}"
     )
+
+
+def _speed_noise(data: Json) -> str:
+    """Say how the unpruned file fared on both builds, and what one build makes of two files."""
+    first = f"hard {min(data['settings']['ratios']):.0%} on stock"
+
+    def compared(case: Json, slower: str) -> str:
+        times = (case["summary"][test]["times"] for test in SPEED_TESTS)
+        medians = [{name: own["wall_ms"]["median"] for name, own in of.items()} for of in times]
+        return " / ".join(f"{own['full on stock'] / own[slower]:.2f}" for own in medians)
+
+    cases = "; ".join(
+        f"{case['shape']} {case['weights']}, the same file on the patched build {compared(case, 'full')}, "
+        f"the smaller hard-pruned one on stock {compared(case, first)}"
+        for case in data["cases"]
+    )
+    return f" Speed relative to the unpruned file on stock llama.cpp, prompt / generation: {cases}."
 
 
 def speed_thin_note(data: Json) -> str:
