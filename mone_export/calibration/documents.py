@@ -479,7 +479,7 @@ def _package_descriptions() -> dict[str, str]:
         metadata: Any = distribution.metadata  # an email.message.Message: the description is field or body
         text = metadata["Description"] or str(metadata.get_payload())
         if text and text.strip():
-            texts[f"package/{distribution.metadata['Name']}"] = text
+            texts[f"package/{metadata['Name']}"] = text
     return texts
 
 
