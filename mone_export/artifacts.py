@@ -606,7 +606,8 @@ class Report:
     is to gain in it by treating experts unequally (`damage.spread`), empty without a calibration.
     `stability` is None where no text was read, or too little to compare. `candidates`
     are the ways there were to reach a size that was asked for, the best first. `checkpoint` is the folder
-    that was written; where no file was, it is `outfile`, too.
+    that was written; where no file was, it is `outfile`, too. `sha256` is that of the file, or of its
+    parts one after the other; empty where no file was written.
     """
 
     outfile: Path
@@ -622,3 +623,4 @@ class Report:
     fates: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     spread: Mapping[int, float] = field(default_factory=dict)
     checkpoint: Path | None = None
+    sha256: str = ""

@@ -72,7 +72,10 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
             _logging(display, verbose=args.verbose, quiet=args.quiet),
             closing(display),
         ):
-            if args.restore_check:
+            if args.made_by:
+                _redo(args.made_by, display)
+                output.check()
+            elif args.restore_check:
                 _restore_check(args, display)
                 output.check()
             elif args.dry_run:
@@ -131,6 +134,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.command = shlex.join(["mone-export", *(sys.argv[1:] if argv is None else argv)])
     if args.stock and args.method == "mone":
         parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
+    if args.made_by:
+        return args
+    if args.model is None:
+        parser.error("which model? pass MODEL: a GGUF, a folder, a Hugging Face id, or demo")
     if args.restore_check:
         return args
     if args.ratio is None and args.fit is None and args.plan is None and not _has_novices(args.model):
@@ -210,6 +217,7 @@ def make_parser(*, everything: bool = False) -> argparse.ArgumentParser:
 def _add_input_options(group: _Group) -> None:
     group.add(
         "model",
+        nargs="?",
         metavar="MODEL",
         help="a GGUF, a checkpoint's folder, a Hugging Face id (org/name[@revision]), or demo (built in)",
     )
@@ -377,17 +385,12 @@ def _add_output_options(group: _Group) -> None:
         help="round without one (it is made by running the pruned model over some of the text)",
     )
     _add_page_options(group)
+    _add_reading_options(group)
     group.add_rare(
         "--split-max-size",
         type=_size,
         metavar="SIZE",
         help="write several files of at most this size, NAME-00001-of-0000N.gguf, e.g. 4G",
-    )
-    group.add_rare(
-        "--restore-check",
-        type=Path,
-        metavar="ORIGINAL",
-        help="write nothing: compare every expert that MODEL, a pruned GGUF, keeps with the ORIGINAL's bytes",
     )
     group.add_rare(
         "--mtp",
@@ -398,6 +401,23 @@ def _add_output_options(group: _Group) -> None:
         "--dry-run",
         action="store_true",
         help="print plan and sizes, write nothing; without saved --stats the plan has no expert ids",
+    )
+
+
+def _add_reading_options(group: _Group) -> None:
+    """Add what reads a file that is there, and writes none."""
+    group.add_rare(
+        "--restore-check",
+        type=Path,
+        metavar="ORIGINAL",
+        help="write nothing: compare every expert that MODEL, a pruned GGUF, keeps with the ORIGINAL's bytes",
+    )
+    group.add_rare(
+        "--from",
+        dest="made_by",
+        type=Path,
+        metavar="FILE.gguf",
+        help="write nothing: print the command that made a file, by what the file says itself",
     )
 
 
@@ -476,6 +496,25 @@ def _export(args: argparse.Namespace, display: Display) -> None:
         for option in ("report", "card"):
             if (place := getattr(args, option)) is not None:
                 print(f"{option:8} {place}")
+
+
+def _redo(file: Path, display: Display) -> None:
+    """Print the command alone on stdout, and on stderr what has to be the same beside it."""
+    from mone_export.output.redoing import redo
+
+    found = redo(file)
+    display.close()
+    if isinstance(display, JsonEvents):
+        display.event("redo", command=found.command, arguments=found.arguments, notes=found.notes)
+        return
+    for note in found.notes:
+        print(f"# {_printable(note)}", file=sys.stderr)
+    print(found.command)
+
+
+def _printable(text: str) -> str:
+    """Return a text without what a file's own words could do to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _restore_check(args: argparse.Namespace, display: Display) -> None:
@@ -612,6 +651,8 @@ def _print_report(report: "Report") -> None:
         print(f"note     {_cut(remark)}")
     if (n_more := len(report.remarks) - _MOST_REMARKS) > 0:
         print(f"note     {n_more} more notes like these: --json has them all")
+    if report.sha256:
+        print(f"sha256   {report.sha256}")
     print(f"run      {_how_to_run(report)}")
 
 

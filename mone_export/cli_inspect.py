@@ -93,6 +93,8 @@ def _lines(of: Anatomy) -> Iterator[str]:
     if of.types:
         yield f"types      {', '.join(f'{kind} {_share(size, of)}' for kind, size in of.types.items())}"
     yield from (f"{'made' if not number else '':10} {line}" for number, line in enumerate(_made(of.made)))
+    if of.command:
+        yield f"again      {of.command}"
     yield from _table(of)
     yield from _saved(of.savings)
 

@@ -173,6 +173,7 @@ def spent(job: Job, spending: Spending, *, progress: Progress | None = None) -> 
     """Return the job with its candidates judged, the best first and fixed, and its plan, to the byte."""
     limit, found = job.limit, []
     assert limit is not None
+    _ = spending.rounding  # which raises where llama.cpp is missing: that is no reason to leave a type out
     for number, item in enumerate(job.candidates, start=1):
         if progress:
             progress(number, len(job.candidates), "sharing out bytes (types)")

@@ -35,6 +35,8 @@ LADDER = ("auto", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m",
 # the estimate follows KL divergence best with it on the demo; docs/methods.md has another model's choices
 ROUNDED = 0.03
 
+Measured = Callable[..., Mapping[str, Layout]]
+
 _MATRIX = re.compile(r"blk\.(\d+)\.(\w+?)(_exps)?\.weight")
 
 
@@ -45,17 +47,18 @@ def candidates(
     *,
     outtype: str = "auto",
     any_ratio: bool = True,
-    imatrix: bool = False,
+    measured: Measured = layouts,
     progress: Progress | None = None,
 ) -> list[Candidate]:
     """Return for each type the candidate with the most experts that `budget` bytes hold, exactest type first.
 
     `outtype` narrows the search to one type (`auto` is all of them), `any_ratio` False to the recipe's ratio.
+    `measured` is `layouts`, perhaps with options of its own.
     Types after the first that takes all experts are left out: they could only be worse. Raises `MoneError`,
     naming the smallest size there is, when nothing fits.
     """
     outtypes = LADDER if outtype == "auto" and not source.packed else (outtype,)
-    sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio, imatrix=imatrix)
+    sizes = _Layouts(source, recipe, outtypes, any_ratio=any_ratio, measured=measured)
     n_expert = source.spec.n_expert
     found: list[Candidate] = []
     for number, name in enumerate(outtypes, start=1):
@@ -95,15 +98,15 @@ class _Layouts:
     """The layouts of a model's files by type and number of experts kept, the same in every layer."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, outtypes: Sequence[str], *, any_ratio: bool, imatrix: bool
+        self, source: Source, recipe: Recipe, outtypes: Sequence[str], *, any_ratio: bool, measured: Measured
     ) -> None:
         """Measure the smallest and the largest file of each type; by method `mone` all others follow."""
-        self._source, self._recipe, self._imatrix = source, recipe, imatrix
+        self._source, self._recipe, self._measured = source, recipe, measured
         spec = source.spec
         self.floor = least_kept(spec, recipe.min_kept) if any_ratio else kept_per_layer(spec, recipe)
-        few = layouts(source, self._blank(self.floor), outtypes, imatrix=imatrix)
+        few = measured(source, self._blank(self.floor), outtypes)
         types = {name: layout.types for name, layout in few.items()} if recipe.method == "mone" else None
-        many = layouts(source, self._blank(spec.n_expert), outtypes, types=types, imatrix=imatrix)
+        many = measured(source, self._blank(spec.n_expert), outtypes, types=types)
         self._known = {(name, spec.n_expert): layout for name, layout in many.items()}
         self._known |= {(name, self.floor): layout for name, layout in few.items()}
 
@@ -121,7 +124,7 @@ class _Layouts:
         if self._recipe.method == "mone":
             moe_layers = self._source.spec.moe_layers
             return self._known[outtype, self.floor].with_kept(dict.fromkeys(moe_layers, n_kept))
-        found = layouts(self._source, self._blank(n_kept), (outtype,), imatrix=self._imatrix)
+        found = self._measured(self._source, self._blank(n_kept), (outtype,))
         return found[outtype]
 
     def _blank(self, n_kept: int) -> Plan:

@@ -10,6 +10,7 @@ from mone_export.cautions import cautions, prediction
 from mone_export.pruning.damage import mean_relative_error, spread
 from mone_export.pruning.guard import super_experts
 from mone_export.request import Job
+from mone_export.source import GgufFile
 from mone_export.source.gguf_header import read_header
 
 
@@ -37,7 +38,7 @@ def report(
     size: int,
     clock: Clock,
 ) -> Report:
-    """Return the report of a finished export."""
+    """Return the report of a finished export; its file is read once more, for its SHA-256."""
     remarks = [*_unstable(stability, job.request.until_stable), *_protected(chosen)]
     if calibration and chosen.share_pruned:
         remarks += [*_lost(calibration, chosen), *_extreme(calibration, chosen), *_rare(calibration, chosen)]
@@ -56,6 +57,7 @@ def report(
         candidates=job.candidates,
         fates=chosen.fates,
         spread=spread(calibration) if calibration else {},
+        sha256="" if job.request.only_checkpoint else GgufFile(job.outfile).fingerprint(),
     )
 
 

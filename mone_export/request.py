@@ -7,7 +7,8 @@ read.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,9 @@ from mone_export.lazily import Tensor
 from mone_export.llama_options import LlamaOptions
 from mone_export.output.checkpoints import check_expressible, checkpoint_size
 from mone_export.output.importance import Rounding
+from mone_export.output.provenance import Keys
 from mone_export.output.quantizing import IMATRIX_TYPES
+from mone_export.output.redoing import stated
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
 from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
 from mone_export.paths import (
@@ -195,7 +198,8 @@ class Job:
     `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
     statistics made before; `corpus` is None where no text is needed; `held_out` [n, seq_len] are rows
     that no calibration sees; `plan` is one that was made before. `protected_texts` are those whose experts
-    are protected, and how many of each layer; `protected` those experts, once the texts were run.
+    are protected, and how many of each layer; `protected` those experts, once the texts were run. `stated`
+    are the file's keys that say which command made it.
     """
 
     request: Request
@@ -213,6 +217,7 @@ class Job:
     plan: Plan | None = None
     protected_texts: tuple[tuple[Corpus, int], ...] = ()
     protected: tuple[Protected, ...] = ()
+    stated: Keys = field(default_factory=dict)
 
     @property
     def outfile(self) -> Path:
@@ -270,7 +275,8 @@ class Job:
     def rounding(self) -> Rounding:
         """The type of the file, and the text for its importance matrix where it gets one."""
         imatrix, text = self.request.imatrix, self.corpus if self.wants_imatrix else None
-        return Rounding(self.outtype, text, None if imatrix is None else Path(imatrix), self.request.llama)
+        kept = None if imatrix is None else Path(imatrix)
+        return Rounding(self.outtype, text, kept, self.request.llama, self.stated)
 
     @property
     def wants_imatrix(self) -> bool:
@@ -328,9 +334,10 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         chosen = source.substituted.plan(source.spec)
     if request.hf_out is not None:
         check_expressible(source, chosen or plan_without_scores(source.spec, recipe))
-    job = replace(_sized(request, source, recipe, progress), saved=saved, plan=chosen)
+    keys = _stated(request, source, recipe, saved)
+    job = replace(_sized(request, source, recipe, keys, progress), saved=saved, plan=chosen)
     if chosen and (chosen.n_tier or chosen.mixes_types or source.substituted):
-        size, between = measure(source, chosen, outtype=job.outtype)
+        size, between = measure(source, chosen, outtype=Rounding(job.outtype, stated=keys))
         job = replace(job, size=size, size_between=between)
     if not dry:
         check_paths(job)
@@ -339,7 +346,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         _check_search(job)
     job = _with_protected_texts(_with_text(job))
     if job.wants_imatrix and job.corpus is None:  # there will be none
-        found = _sized(replace(request, with_imatrix=False), source, recipe, progress)
+        found = _sized(replace(request, with_imatrix=False), source, recipe, keys, progress)
         job = replace(found, request=request, saved=saved, plan=chosen, protected_texts=job.protected_texts)
     return job
 
@@ -671,7 +678,20 @@ def check_paths(job: Job) -> None:
         check_folder(Path(request.hf_out), others, ours=MADE_KEY)
 
 
-def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress | None) -> Job:
+def _stated(request: Request, source: Source, recipe: Recipe, saved: Calibration | None) -> Keys:
+    """Return the keys that say which command makes the file; statistics are a cache where there is a text."""
+    values = {each.name: getattr(request, each.name) for each in fields(request)}
+    defaults = {each.name: each.default for each in fields(request) if each.default is not MISSING}
+    defaults["n_row"], defaults["seq_len"] = replace(request, n_row=None, seq_len=None).chunks
+    values["n_row"], values["seq_len"] = request.chunks
+    given = request.files or request.datasets or not recipe.needs_statistics
+    if request.fit is not None:
+        given = request.files or request.datasets
+    own = saved is None or given or _is_builtin(request, source, saved)
+    return stated(values, defaults, source, recipe, None if own else request.stats_file)
+
+
+def _sized(request: Request, source: Source, recipe: Recipe, keys: Keys, progress: Progress | None) -> Job:
     """Return the job with its file's size, exact for the same number of experts in every layer.
 
     Raises `MoneError` for a model llama.cpp cannot convert, and a size that nothing fits.
@@ -684,21 +704,21 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
     if request.only_checkpoint:
         plans = (plan_without_scores(source.spec, each) for each in (recipe, replace(recipe, ratio=0.0)))
         size, whole = (checkpoint_size(source, plan) for plan in plans)
-        return Job(request, source, recipe, request.outtype, size, 0, whole, device)
+        return Job(request, source, recipe, request.outtype, size, 0, whole, device, stated=keys)
     if request.fit is None:
         outtype = request.outtype
         imatrix = _with_imatrix(request, source, recipe, outtype)
         blank = plan_without_scores(source.spec, recipe)
-        layout = layouts(source, blank, (outtype,), imatrix=imatrix)[outtype]
-        whole = layout.size_with_all(source.spec)
-        return Job(request, source, recipe, outtype, layout.size, layout.size_between, whole, device)
+        layout = layouts(source, blank, (outtype,), imatrix=imatrix, stated=keys)[outtype]
+        sizes = layout.size, layout.size_between, layout.size_with_all(source.spec)
+        return Job(request, source, recipe, outtype, *sizes, device, stated=keys)
     found = candidates(
         source,
         recipe,
         int(request.fit),
         outtype=request.outtype,
         any_ratio=request.ratio is None,
-        imatrix=request.with_imatrix,
+        measured=partial(layouts, imatrix=request.with_imatrix, stated=keys),
         progress=progress,
     )
     if found[0].ratio == 0 and request.ratio is None:
@@ -714,6 +734,7 @@ def _sized(request: Request, source: Source, recipe: Recipe, progress: Progress 
         largest.size_unpruned,
         device,
         candidates=tuple(found),
+        stated=keys,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mone_export.runtime import tree
+from mone_export.source.gguf_format import INPUTS_KEY, OPTIONS_KEY
+from mone_export.source.gguf_header import Entry, read_header
 
 
 class Tensor(NamedTuple):
@@ -45,6 +47,13 @@ def read(path: Path) -> Contents:
         if not name.startswith("GGUF.")
     }
     return Contents(tensors, keys)
+
+
+def without_command(path: Path) -> tuple[dict[str, Entry], bytes]:
+    """Return a file's keys without those that state which command made it, and the bytes of its tensors."""
+    header = read_header(path)
+    keys = {name: entry for name, entry in header.keys.items() if name not in (OPTIONS_KEY, INPUTS_KEY)}
+    return keys, path.read_bytes()[min(info.offset for info in header.tensors.values()) :]
 
 
 def convert_upstream(folder: Path, outfile: Path, outtype: str) -> Path:

@@ -28,6 +28,7 @@ ORDER = (
     *("pruning.protecting", "pruning.allocation", "pruning.planning", "pruning.plan_files", "pruning.dern"),
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
+    "output.redoing",
     *("output.importance", "output.writing", "output.checkpoints", "output.splitting"),
     *("output.restore_check", "output.rounding"),
     *("evaluation.results", "evaluation.texts", "evaluation.slots", "evaluation.predictions"),

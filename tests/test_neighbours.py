@@ -349,7 +349,8 @@ def half(bf16: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_pruned_checkpoint_is_the_direct_file(half: Path, tmp_path: Path, ratio: tuple[str, ...]) -> None:
     assert cli.main([str(half), *ratio, "-o", str(tmp_path / "again.gguf"), "-q"]) == 0
     different = assert_same_file(half.with_name("direct.gguf"), tmp_path / "again.gguf", but="mone.")
-    assert different == {"mone.source.sha256", "mone.calibration.sha256", "mone.calibration.tokens"}
+    measured = {f"mone.calibration.{name}" for name in ("sha256", "tokens", "measured")}
+    assert different == {"mone.source.sha256", "mone.options", "mone.inputs", *measured}
 
 
 def test_counts_may_differ_from_layer_to_layer(half: Path) -> None:

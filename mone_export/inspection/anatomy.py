@@ -52,6 +52,7 @@ class Anatomy:
 
     Sizes are in bytes. `n_byte` and `types` divide the tensors' bytes by what they are for, and by type.
     `needs` says which llama.cpp runs it: `any`, or `patched`; empty for what is no model in llama.cpp's form.
+    `command` makes the file again; empty where it does not say.
     """
 
     kind: Kind
@@ -72,6 +73,7 @@ class Anatomy:
     made: Mapping[str, Any] = field(default_factory=dict)
     memory: Memory | None = None
     savings: tuple[Saving, ...] = ()
+    command: str = ""
 
     @property
     def fates(self) -> dict[str, int]:

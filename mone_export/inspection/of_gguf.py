@@ -13,8 +13,10 @@ from mone_export.errors import MoneError
 from mone_export.inspection.anatomy import Anatomy, LayerAnatomy
 from mone_export.inspection.cache_memory import memory
 from mone_export.inspection.savings import Matrix, savings
+from mone_export.output.redoing import redo_of
 from mone_export.source.gguf_format import (
     MOST_TIERS,
+    OPTIONS_KEY,
     TIER_COUNT_KEY,
     TIER_SIZES_KEY,
     novice_tensor,
@@ -28,7 +30,7 @@ from mone_export.source.pruned_before import kept_counts
 _DOWN = "blk.{}.ffn_down_exps.weight"
 _MOST_LAYERS = 2**16
 _TIER = re.compile(r"blk\.\d+\.ffn_\w+_exps\.t\d+\.weight")
-_UNTOLD = ("mone.expert_order",)  # too long for anybody to read
+_UNTOLD = ("mone.expert_order", OPTIONS_KEY)  # too long for anybody to read, and what `command` is
 _TOLD = ("general.license", "general.base_model.0.repo_url", "general.quantized_by", "quantize.imatrix.file")
 _GROUPS = (
     ("shared experts", r"_shexp"),
@@ -76,6 +78,7 @@ def of_gguf(path: Path, *, n_ctx: int | None = None) -> Anatomy:
         made=_made(header),
         memory=memory(header, arch, n_layer, n_ctx or window or 2048),
         savings=tuple(savings(list(_matrices(header)), n_novice, width, pruned=pruned)),
+        command=_command(header),
     )
 
 
@@ -187,6 +190,13 @@ def _made(header: Header) -> dict[str, Any]:
     """Return what a file says about how it was made."""
     own = [name for name in header.keys if name.startswith("mone.") and name not in _UNTOLD]
     return {name: header.value(name) for name in (*own, *_TOLD) if name in header.keys}
+
+
+def _command(header: Header) -> str:
+    try:
+        return redo_of(header).command
+    except MoneError:
+        return ""
 
 
 def _file_type(header: Header) -> str:

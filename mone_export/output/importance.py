@@ -5,7 +5,7 @@ all else; so the matrix is numbered as the file, and is the pruned model's own.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from mone_export.artifacts import Corpus
 from mone_export.calibration.corpus import head
 from mone_export.llama_options import LlamaOptions
 from mone_export.memory import free_memory
+from mone_export.output.provenance import Keys
 from mone_export.output.quantizing import IMATRIX_FILE, IMATRIX_TEXT, IMATRIX_TYPES
 from mone_export.runtime import Progress
 from mone_export.source import GgufFile
@@ -29,12 +30,14 @@ class Rounding:
     """What a file is rounded to, `outtype`, and by which text: with an importance matrix, unless None.
 
     `imatrix` says where the matrix is kept, None: nowhere. `llama` is how llama.cpp runs the model for it.
+    `stated` are keys of the file that say which command made it.
     """
 
     outtype: str = "auto"
     text: Corpus | None = None
     imatrix: Path | None = None
     llama: LlamaOptions = LlamaOptions()
+    stated: Keys = field(default_factory=dict)
 
 
 def importance_matrix(base: Path, rounding: Rounding, *, progress: Progress | None = None) -> Path | None:

@@ -1,10 +1,16 @@
 """What a file says about how it was made: keys that no runtime reads."""
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from mone_export import __version__
-from mone_export.artifacts import Plan
+from mone_export.artifacts import Calibration, ExpertStats, Plan
 from mone_export.source import Source
+from mone_export.source.gguf_format import MEASURED_KEY
 
 Keys = dict[str, tuple[str, Any]]  # key -> (GGUF type, value)
 
@@ -34,8 +40,26 @@ def provenance(plan: Plan, source: Source) -> Keys:
     return keys
 
 
-def origin(source: Source, model_sha256: str, text: tuple[str, int] | None) -> Keys:
-    """Return the keys that name the model, and the text of the calibration: its SHA-256, its tokens."""
+def measured(calibration: Calibration, constants: Mapping[int, np.ndarray]) -> str:
+    """Return the SHA-256 of what was measured: statistics, and the constants made of it, layer by layer.
+
+    Other numbers of threads, devices and versions of PyTorch round otherwise. Files of the same command and
+    with the same fingerprint have the same bytes; with another one their choices may differ in close cases.
+    """
+    digest = hashlib.sha256()
+    for layer, stats in sorted(calibration.layers.items()):
+        for each in fields(ExpertStats):
+            digest.update(np.ascontiguousarray(getattr(stats, each.name)).tobytes())
+        if layer in constants:
+            digest.update(np.ascontiguousarray(constants[layer]).tobytes())
+    return digest.hexdigest()
+
+
+def origin(source: Source, model_sha256: str, text: tuple[str, int, str] | None) -> Keys:
+    """Return the keys that name the model, and the text of the calibration: its SHA-256, its tokens.
+
+    The third of `text` is the fingerprint of what was `measured` on it.
+    """
     keys: Keys = {
         "mone.source.name": ("STRING", source.name),
         "mone.source.sha256": ("STRING", model_sha256),
@@ -46,4 +70,5 @@ def origin(source: Source, model_sha256: str, text: tuple[str, int] | None) -> K
     if text:
         keys["mone.calibration.sha256"] = ("STRING", text[0])
         keys["mone.calibration.tokens"] = ("UINT64", text[1])
+        keys[MEASURED_KEY] = ("STRING", text[2])
     return keys

@@ -24,7 +24,7 @@ from mone_export.artifacts import Calibration, MoeSpec, Plan
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
 from mone_export.output.importance import Rounding, any_imatrix, importance_matrix
-from mone_export.output.provenance import Keys, origin, provenance
+from mone_export.output.provenance import Keys, measured, origin, provenance
 from mone_export.output.quantizing import (
     IMATRIX_KEYS,
     IMATRIX_TYPES,
@@ -100,8 +100,9 @@ def write(
     edits = Edits(plan, stored, importances(calibration), thinner)
     text = None
     if calibration and plan.recipe.needs_statistics:
-        text = calibration.corpus_sha256, calibration.n_token
+        text = calibration.corpus_sha256, calibration.n_token, measured(calibration, stored)
     keys = provenance(plan, source) | origin(source, source.fingerprint(progress=progress), text)
+    keys |= rounding.stated
     with replacing(target) as part:
         direct = rounding.outtype in _direct_types(source, plan)
         base = part if direct else part.with_name("base.gguf")
@@ -125,7 +126,10 @@ def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
     rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
     with_imatrix = rounding.text is not None
-    layout = layouts(open_source(model), plan, (rounding.outtype,), imatrix=with_imatrix)[rounding.outtype]
+    found = layouts(
+        open_source(model), plan, (rounding.outtype,), imatrix=with_imatrix, stated=rounding.stated
+    )
+    layout = found[rounding.outtype]
     return layout.size, layout.size_between
 
 
@@ -206,17 +210,19 @@ def layouts(
     *,
     types: Mapping[str, Mapping[str, str]] | None = None,
     imatrix: bool = False,
+    stated: Keys | None = None,
 ) -> dict[str, Layout]:
     """Return the layout of a plan's file in each of several types, without reading a weight.
 
     Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
     our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
     more of the same model's experts by method `mone`: how many there are makes no difference. With `imatrix`
-    it is to have an importance matrix.
+    it is to have an importance matrix. `stated` are keys of `Rounding`.
     """
     blank = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
-    text = ("0" * 64, 0) if plan.recipe.needs_statistics else None  # as long as the real one
-    keys = provenance(plan, source) | origin(source, "0" * 64, text)
+    blank_sha256 = "0" * 64  # as long as the real one
+    text = (blank_sha256, 0, blank_sha256) if plan.recipe.needs_statistics else None
+    keys = provenance(plan, source) | origin(source, blank_sha256, text) | (stated or {})
     found: dict[str, Layout] = {}
     direct = _direct_types(source, plan)
     base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]

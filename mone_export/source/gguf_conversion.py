@@ -22,6 +22,7 @@ import numpy as np
 from mone_export.errors import MoneError
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
+from mone_export.source.gguf_format import INPUTS_KEY, MEASURED_KEY, OPTIONS_KEY
 from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
 from mone_export.source.gguf_types import block_of, dequantize, gguf_library, kind_for, quantize
 from mone_export.source.opened import Derived, Edits
@@ -69,7 +70,8 @@ class GgufConversion:
     def __init__(self, header: Header, edits: Edits, *, mtp: Mtp = "keep") -> None:
         """Apply edits to all tensors; `mtp`: whether blocks that predict further tokens are kept."""
         self._header, self._keys = header, dict(header.keys)
-        for key in [key for key in self._keys if key.startswith("split.")]:
+        how_made = (OPTIONS_KEY, INPUTS_KEY, MEASURED_KEY)
+        for key in [key for key in self._keys if key.startswith("split.") or key in how_made]:
             del self._keys[key]
         self.arch: str = header.value("general.architecture")
         self.block_count = header.integer(_BLOCK_COUNT.format(arch=self.arch))

@@ -26,6 +26,8 @@ bias addition gives it its novice, and the router's weight multiplies that as it
     mone.format_version        u32, 1, or 2 where there are tiers
     mone.expert_order          i32: the `order`s of all pruned layers, in layer order, concatenated
     mone.*                     provenance, ignored by the runtime
+    mone.options, mone.inputs  JSON: the command that made the file, [name, SHA-256] of files it was given
+    mone.calibration.measured  SHA-256 of what was measured: same command and this one, same bytes
 
 Version 2 has further tiers of experts between the R and the constants: thin ones, with fewer intermediate
 channels. `order` then lists the whole experts, those of tier 1, of tier 2 and so on, the constants.
@@ -47,6 +49,7 @@ TIER_COUNT_KEY = "{arch}.expert_tier_count"
 TIER_SIZES_KEY = "{arch}.expert_tier_sizes"
 COUNT_KEY = "{arch}.expert_count"
 GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
+OPTIONS_KEY, INPUTS_KEY, MEASURED_KEY = "mone.options", "mone.inputs", "mone.calibration.measured"
 
 Part = Literal["experts", "down bias", "bias", "scale", "router"]
 

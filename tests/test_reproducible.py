@@ -1,0 +1,103 @@
+"""The same model, text, options and versions give the same bytes, wherever and however the process runs."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from command import Command
+from gguf_file import read
+
+from mone_export.artifacts import Calibration, ExpertStats
+
+pytestmark = pytest.mark.slow
+
+MEASURED = "mone.calibration.measured"
+OUTPUTS = ("-o", "model.gguf", "--stats", "stats", "--plan-out", "plan.json", "--report", "page.html")
+HERE = {"TZ": "UTC", "LC_ALL": "C", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ELSEWHERE = {"TZ": "Asia/Kathmandu", "LC_ALL": "tr_TR.UTF-8", "PYTHONHASHSEED": "4711", "COLUMNS": "40"}
+RECIPES = {
+    "thin": ("--ratio", "0.5"),
+    "mean": ("--ratio", "0.5", "--novice", "mean", "--allocate", "sensitivity"),
+    "streamed": ("--ratio", "0.5", "--novice", "mean", "--stream", "on"),
+}
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(text: Path, tmp_path: Path) -> Run:
+    """Export a model in a new folder and process, and return the folder with all that it wrote."""
+
+    def export(name: str, model: Path | str, *options: str, **environment: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "text.txt").write_bytes(text.read_bytes()[:60_000])
+        arguments = [str(model), "-f", "text.txt", "--chunks", "8", "-c", "64", *OUTPUTS, *options, "-q"]
+        known = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run(
+            [sys.executable, "-m", "mone_export", *arguments],
+            cwd=folder,
+            env=known | environment,
+            check=True,
+            timeout=600,
+        )
+        return folder
+
+    return export
+
+
+def written(folder: Path) -> Mapping[str, str]:
+    """The SHA-256 of each file that a run wrote."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_neither_folder_nor_time_zone_language_or_hash_seed_changes_a_byte(
+    recipe: str, small: Path, run: Run
+) -> None:
+    one = written(run("one", small, *RECIPES[recipe], **HERE))
+    two = written(run("a longer name, elsewhere", small, *RECIPES[recipe], **HERE | ELSEWHERE))
+    assert {"model.gguf", "stats", "plan.json", "page.html", "page.json"} <= one.keys()
+    assert one == two
+
+
+def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run) -> None:
+    """Products of other heights are summed in another order: float32 rounding, then sums in float64."""
+    one = run("one", "demo", *RECIPES["mean"], **HERE)
+    two = run("two", "demo", *RECIPES["mean"], **HERE | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"})
+    files = [read(folder / "model.gguf") for folder in (one, two)]
+    same = files[0].keys[MEASURED] == files[1].keys[MEASURED]
+    assert same == ((one / "model.gguf").read_bytes() == (two / "model.gguf").read_bytes())
+    found, wanted = (Calibration.load(folder / "stats") for folder in (one, two))
+    for layer, stats in wanted.layers.items():
+        for field in fields(ExpertStats)[1:]:
+            a, b = getattr(found.layers[layer], field.name), getattr(stats, field.name)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    others = [name for name in files[0].tensors if "_exps" not in name and "ffn_gate_inp" not in name]
+    assert others and all(
+        (files[0].tensors[name].data == files[1].tensors[name].data).all() for name in others
+    )
+
+
+def test_the_hash_is_printed_last_and_is_the_files(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    done = command("-o", out, quiet=False)
+    done.is_fine()
+    wanted = hashlib.sha256(out.read_bytes()).hexdigest()
+    assert f"sha256   {wanted}" in done.out.splitlines()[-2:]
+    done = command("-o", out, "--json", quiet=False)
+    assert json.loads(done.out.splitlines()[-1])["sha256"] == wanted
+
+
+def test_a_checkpoint_alone_has_no_hash(command: Command, tmp_path: Path) -> None:
+    done = command("--hf-out", tmp_path / "folder", quiet=False)
+    done.is_fine()
+    assert "sha256" not in done.out
