@@ -1,6 +1,7 @@
 """Promises about patches/: complete, explained, and exactly what the maintainers' tool writes."""
 
 import re
+import runpy
 import subprocess
 import sys
 from email import message_from_string
@@ -57,6 +58,17 @@ def test_series_stays_small() -> None:
 def test_readme_lists_every_patch() -> None:
     readme = (PATCHES / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\((\S+\.patch)\)", readme)) == sorted(patch.name for patch in SERIES)
+
+
+def test_registers_are_compared_kernel_by_kernel() -> None:
+    check_cuda = runpy.run_path(str(ROOT / "tools/patches/check_cuda.py"))
+    pairs = check_cuda["pairs"]
+    assert pairs({"f<1": 40, "g": 20}, {"f<1, false": 40, "f<1, true": 44, "g": 21, "new": 9}) == (
+        {"f<1": (40, 40), "g": (20, 21)},
+        {"f<1": (40, 44)},
+    )
+    with pytest.raises(check_cuda["MoneError"], match="no kernel f<1"):
+        pairs({"f<1": 40}, {"g": 40})
 
 
 @pytest.mark.slow
