@@ -1,6 +1,7 @@
 """Promises about patches/: complete, explained, and exactly what the maintainers' tool writes."""
 
 import re
+import runpy
 import subprocess
 import sys
 from email import message_from_string
@@ -57,6 +58,62 @@ def test_series_stays_small() -> None:
 def test_readme_lists_every_patch() -> None:
     readme = (PATCHES / "README.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\((\S+\.patch)\)", readme)) == sorted(patch.name for patch in SERIES)
+
+
+def test_a_new_or_changed_function_with_ids_is_found(tmp_path: Path) -> None:
+    functions_with_ids = runpy.run_path(str(ROOT / "tools/patches/llamacpp.py"))["functions_with_ids"]
+    file = tmp_path / "ggml" / "src" / "ggml-cuda" / "mmvq.cu"
+    file.parent.mkdir(parents=True)
+    declared = "void launch(const int * ids);\n"
+    kernel = (
+        "template <int n> __launch_bounds__(f(n))\nvoid kernel_of(\n    int * ids) {\n    use(ids[0]);\n}\n"
+    )
+    file.write_text(declared + kernel + "static int other(int n) {\n    return n;\n}\n", encoding="utf-8")
+    before = functions_with_ids(tmp_path)
+    assert list(before) == ["ggml/src/ggml-cuda/mmvq.cu: kernel_of"]
+    file.write_text(kernel.replace("ids[0]", "ids[1]") + "int second(int * ids) { return ids[0]; }\n")
+    after = functions_with_ids(tmp_path)
+    assert list(after) == [*before, "ggml/src/ggml-cuda/mmvq.cu: second"]
+    assert after["ggml/src/ggml-cuda/mmvq.cu: kernel_of"] != before["ggml/src/ggml-cuda/mmvq.cu: kernel_of"]
+
+
+def test_bump_stops_until_changed_functions_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "tools/patches/llamacpp.py"))["main"]
+    numbers = iter("01")
+
+    def release(folder: Path, _upstream: Upstream) -> None:
+        file = folder / "ggml" / "src" / "ggml-cpu" / "ops.cpp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"void f(int * ids) {{\n    ids[{next(numbers)}] = 0;\n}}\n", encoding="utf-8")
+
+    for name, stand_in in (("_commit_release", release), ("_pin_of", lambda _release, old: old)):
+        monkeypatch.setitem(main.__globals__, name, stand_in)
+    monkeypatch.setitem(main.__globals__, "_write_pin", lambda _pin: pytest.fail("the pin was moved"))
+    assert main(["bump", "9.9.9", str(tmp_path / "tree")]) == 1
+    message = capsys.readouterr().err
+    assert "ops.cpp: f\n" in message and "bump 9.9.9 --read" in message
+
+
+@pytest.mark.slow
+def test_functions_that_the_patches_change_are_among_those_with_ids() -> None:
+    functions_with_ids = runpy.run_path(str(ROOT / "tools/patches/llamacpp.py"))["functions_with_ids"]
+    names = {key.rsplit(" ", 1)[1] for key in functions_with_ids(tree(patched=False))}
+    assert names > {"ggml_compute_forward_mul_mat_id", "mm_ids_helper", "mul_mat_vec_q", "mul_mat_vec_q_moe"}
+    assert names > {"mul_mat_vec_f", "mul_mat_f_ids", "quantize_mmq_q8_1", "ggml_vk_mul_mat_vec_id_q_f16"}
+    assert names > {"kernel_mul_mv_id", "kernel_mul_mm_id", "kernel_mul_mm_id_map0"}
+
+
+def test_registers_are_compared_kernel_by_kernel() -> None:
+    check_cuda = runpy.run_path(str(ROOT / "tools/patches/check_cuda.py"))
+    pairs = check_cuda["pairs"]
+    assert pairs({"f<1": 40, "g": 20}, {"f<1, false": 40, "f<1, true": 44, "g": 21, "new": 9}) == (
+        {"f<1": (40, 40), "g": (20, 21)},
+        {"f<1": (40, 44)},
+    )
+    with pytest.raises(check_cuda["MoneError"], match="no kernel f<1"):
+        pairs({"f<1": 40}, {"g": 40})
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Compile what the patches change of the CUDA backend for each architecture, without a warning; needs no GPU.
 
-    python tools/patches/check_cuda.py [FILE.cu ...]      default: every .cu file that the patches reach
+    python tools/patches/check_cuda.py [--arch ARCH ...] [FILE.cu ...]    default: all that the patches reach
 
+Then compare the kernels' registers with stock llama.cpp's: unflagged nodes must not get kernels with more.
 Needs nvcc, 12.8 or newer. The headers of cuBLAS come with the CUDA toolkit, else from PyPI's nvidia-cublas (a
 large download, made once; only the headers are kept, in the cache).
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,9 @@ ARCHITECTURES = (
     "90",
     "120a",
 )  # 120a: with the FP4 instructions, as upstream builds it
+REGISTERS_OF = ("86", "89", "90", "120a")
 FOLDER = Path("ggml/src/ggml-cuda")
+COMMON = "common.cuh"  # every file includes it; what the patches add there is used by files that they change
 CUBLAS = "nvidia-cublas==13.*"
 # What upstream's CMake files give nvcc and, through it, gcc.
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DGGML_CUDA_USE_GRAPHS", "-use_fast_math", "-extended-lambda")
@@ -43,22 +47,39 @@ HOST_FLAGS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile each file for all architectures at once; 0 without a warning, 1 with something to mend."""
-    names = sys.argv[1:] if argv is None else argv
+    """Compile each file for all architectures at once, compare registers; 1 if there is something to mend."""
+    args = _arguments(argv)
     try:
         nvcc = Toolchain.find("cuda").nvcc or ""
         headers = cublas_headers(nvcc)
         tree = runtime.tree()
-        files = [tree / FOLDER / name for name in names] or changed_files(tree)
+        files = [tree / FOLDER / name for name in args.files] or changed_files(tree)
+        failed = compile_all(nvcc, headers, tree, files, args.arch or ARCHITECTURES)
+        return compare_all(nvcc, headers, files, args.arch or REGISTERS_OF) or failed
     except MoneError as error:
         print(f"check_cuda.py: {error}", file=sys.stderr)
         return 1
-    print(f"{release(nvcc)}; compute capabilities {', '.join(ARCHITECTURES)}")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", action="append", help="compute capability such as 89, may be repeated")
+    parser.add_argument("files", nargs="*", metavar="FILE.cu")
+    return parser.parse_args(argv)
+
+
+def compile_all(
+    nvcc: str, headers: Path, tree: Path, files: Sequence[Path], architectures: Sequence[str]
+) -> int:
+    """Compile the files one after the other; 0 without a warning."""
+    print(f"{release(nvcc)}; compute capabilities {', '.join(architectures)}")
     n_warning, begin = 0, time.monotonic()
     for number, file in enumerate(files, 1):
         print(f"[{number}/{len(files)}] {file.name}", end=" ", flush=True)
         started = time.monotonic()
-        failed, messages = compile_one(nvcc, headers, tree, file)
+        failed, messages = compile_one(nvcc, headers, tree, file, architectures)
         print(f"{time.monotonic() - started:.0f} s, {len(messages)} warnings")
         print("".join(f"    {message}\n" for message in messages), end="")
         if failed:
@@ -69,6 +90,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if n_warning else 0
 
 
+def compare_all(nvcc: str, headers: Path, files: Sequence[Path], architectures: Sequence[str]) -> int:
+    """Print how the kernels' registers differ from stock's; 1 if unflagged nodes get more."""
+    trees = [runtime.tree(patched=False), runtime.tree()]
+    names = [
+        file.name for file in files if "__global__" in (trees[0] / FOLDER / file.name).read_text("utf-8")
+    ]
+    status = 0
+    for name, arch in ((name, arch) for name in names for arch in architectures):
+        compiled = [registers(nvcc, headers, tree / FOLDER / name, arch) for tree in trees]
+        plain, flagged = pairs(*compiled)
+        worse = {kernel: counts for kernel, counts in plain.items() if counts[1] > counts[0]}
+        more = sum(ours > theirs for theirs, ours in flagged.values())
+        print(
+            f"registers {name} sm_{arch}: {len(plain)} kernels of unflagged nodes, {len(worse)} above stock",
+            end="",
+        )
+        print(f"; {len(flagged)} of flagged ones, {more} above" if flagged else "", flush=True)
+        print("".join(f"    {kernel}: {a} -> {b}\n" for kernel, (a, b) in worse.items()), end="")
+        status = status or int(bool(worse))
+    return status
+
+
+def pairs(
+    stock: Mapping[str, int], patched: Mapping[str, int]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+    """Each kernel's count before and after, for unflagged and for flagged nodes (last template argument)."""
+    found: tuple[dict[str, tuple[int, int]], ...] = ({}, {})
+    for kernel, count in stock.items():
+        plain = kernel if kernel in patched else f"{kernel}, false"
+        if plain not in patched:
+            raise MoneError(f"the patched file has no kernel {kernel}")
+        found[0][kernel] = count, patched[plain]
+        if plain != kernel and f"{kernel}, true" in patched:
+            found[1][kernel] = count, patched[f"{kernel}, true"]
+    return found[0], found[1]
+
+
+def registers(nvcc: str, headers: Path, file: Path, arch: str) -> dict[str, int]:
+    """The registers of each kernel of a file, by its name without parameters."""
+    tree = file.parents[len(FOLDER.parts)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, f"-arch=sm_{arch}", *_includes_of(nvcc, headers, tree), "-Xptxas", "-v"]
+        command += ["-cubin", str(file), "-o", f"{folder}/kernels.cubin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MoneError(f"nvcc failed: {result.stdout + result.stderr}")
+    return registers_in(result.stdout + result.stderr)
+
+
+def registers_in(output: str) -> dict[str, int]:
+    """Registers by kernel, from what `-Xptxas -v` prints."""
+    found = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", output, re.DOTALL)
+    names = "\n".join(name for name, _ in found)
+    plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+    kernels = (re.split(r">\(|(?<=\w)\(", name)[0] for name in plain.splitlines())
+    return {kernel: int(count) for kernel, (_, count) in zip(kernels, found, strict=True)}
+
+
 def changed_files(tree: Path) -> list[Path]:
     """The .cu files that the patches change, and those that include a changed header, however indirectly."""
     patches = (patch.read_text(encoding="utf-8") for patch in runtime.patches_dir().glob("*.patch"))
@@ -76,7 +155,7 @@ def changed_files(tree: Path) -> list[Path]:
         name for text in patches for name in re.findall(rf"^\+\+\+ b/{FOLDER}/(\S+)", text, re.MULTILINE)
     }
     texts = {file: file.read_text(encoding="utf-8") for file in sorted((tree / FOLDER).rglob("*.cu*"))}
-    changed = {file for file in texts if str(file.relative_to(tree / FOLDER)) in names}
+    changed = {file for file in texts if str(file.relative_to(tree / FOLDER)) in names - {COMMON}}
     while more := {file for file, text in texts.items() if _includes(text, changed)} - changed:
         changed |= more
     return sorted(file for file in changed if file.suffix == ".cu")
@@ -106,17 +185,23 @@ def toolkit_headers(nvcc: str) -> Path:
     return Path(found[1]).resolve().parent / "include"
 
 
-def compile_one(nvcc: str, headers: Path, tree: Path, file: Path) -> tuple[str, list[str]]:
+def compile_one(
+    nvcc: str, headers: Path, tree: Path, file: Path, architectures: Sequence[str]
+) -> tuple[str, list[str]]:
     """Compile a file: the output if that failed, and the warnings."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    includes = [f"-I{tree / 'ggml' / 'src'}", f"-I{tree / 'ggml' / 'include'}"]
-    includes += [f"-isystem={folder}" for folder in (headers, toolkit_headers(nvcc))]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    includes = _includes_of(nvcc, headers, tree)
     with tempfile.NamedTemporaryFile(suffix=".o") as out:
         command = [nvcc, *FLAGS, "-Xcompiler", f"{HOST_FLAGS} -fPIC", *targets, *includes]
         command += ["--threads", str(n_core()), "-c", str(file), "-o", out.name]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     output = result.stdout + result.stderr
     return output if result.returncode else "", [line for line in output.splitlines() if "warning" in line]
+
+
+def _includes_of(nvcc: str, headers: Path, tree: Path) -> list[str]:
+    own = [f"-I{tree / 'ggml' / 'src'}", f"-I{tree / 'ggml' / 'include'}"]
+    return own + [f"-isystem={folder}" for folder in (headers, toolkit_headers(nvcc))]
 
 
 def release(nvcc: str) -> str:

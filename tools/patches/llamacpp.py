@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ PATCHES = ROOT / "patches"
 WORK_TREE = ROOT / "build" / "llama.cpp"
 IDENTITY = {"NAME": "mone_export", "EMAIL": "noreply@localhost", "DATE": "2026-01-01T00:00:00+0000"}
 TEST_OPTIONS = {"test-backend-ops": ("test", "-o", "MUL_MAT_ID", "-p", "skipped=", "-b", "CPU")}
+# Backends that answer to ggml_backend_mul_mat_id_skip: they answer for all of their functions at once.
+DECLARED = ("ggml-cpu", "ggml-cuda", "ggml-metal", "ggml-rpc", "ggml-vulkan")
 FORMAT = ("--no-signature", "--no-numbered", "--zero-commit", "--no-stat", "-N", "--full-index")
 
 
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=verb)
         if verb is bump:
             sub.add_argument("release", help="release of llama-cpp-python, such as 0.3.36")
+            sub.add_argument("--read", action="store_true", help="upstream's changed functions are read")
         if verb is not check:
             sub.add_argument(
                 "folder", nargs="?", type=Path, default=WORK_TREE, help="default: build/llama.cpp"
@@ -104,12 +107,22 @@ def check(_args: argparse.Namespace) -> int:
 
 
 def bump(args: argparse.Namespace) -> int:
-    """Move the pin: download, apply with three-way merges, export, build, test."""
+    """Move the pin: download, compare functions with ids, apply with three-way merges, export, test."""
     _refuse_existing(args.folder)
     old = Upstream.load(PATCHES / "UPSTREAM")
     new = _pin_of(args.release, old)
     _commit_release(args.folder, old)
+    before = functions_with_ids(args.folder)
     _commit_release(args.folder, new)
+    after = functions_with_ids(args.folder)
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed and not args.read:
+        print(*changed, sep="\n", file=sys.stderr)
+        raise MoneError(
+            f"{len(changed)} functions that take ids changed, came or went: each must know ids that select "
+            f"no matrix. Read them (git -C {args.folder} diff HEAD~), then rm -rf {args.folder} and "
+            f"`bump {args.release} --read`"
+        )
     _write_pin(new)
     try:
         _am(args.folder, read_series(PATCHES), "-3")
@@ -120,6 +133,33 @@ def bump(args: argparse.Namespace) -> int:
         print("  python tools/patches/llamacpp.py check && make test", file=sys.stderr)
         return 1
     return export(args) or _build_and_test()
+
+
+def functions_with_ids(tree: Path) -> dict[str, list[str]]:
+    """The functions of declared backends that know ids of MUL_MAT_ID: by file and name, their texts."""
+    found: dict[str, list[str]] = {}
+    for file in (file for name in DECLARED for file in sorted((tree / "ggml" / "src" / name).rglob("*.*"))):
+        for text in _definitions(file.read_text(encoding="utf-8", errors="replace")):
+            if re.search(r"\b(?:h|row_|data_)?ids\b|mul_m\w+_id\b|expert_id", text):
+                head = text.split("{")[0]
+                name = re.search(r"\bvoid (\w+)\s*\(", head) or re.search(r"(\w+)\s*\(", head)
+                key = f"{file.relative_to(tree)}: {name[1] if name else head[:60].strip()}"
+                found.setdefault(key, []).append(text)
+    return found
+
+
+def _definitions(text: str) -> Iterator[str]:
+    """What begins in the first column and has braces, up to where they close, in one line each."""
+    block: list[str] = []
+    for line in text.splitlines():
+        if block or re.match(r"\w", line):
+            block.append(line.strip())
+            joined = " ".join(block)
+            closed = line.rstrip().endswith((";", "}")) and joined.count("{") == joined.count("}")
+            if closed or line.startswith("}"):
+                if "{" in joined:
+                    yield joined
+                block = []
 
 
 def slug(title: str) -> str:
