@@ -67,7 +67,7 @@ def run_program(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
     except OSError as error:
@@ -109,7 +109,7 @@ def _resident(pid: int) -> int:
     """Return the most bytes that a process has had resident so far; where only that is known, has now."""
     try:
         if sys.platform == "linux":
-            found = _PEAK.search(Path(f"/proc/{pid}/status").read_text())
+            found = _PEAK.search(Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
             return int(found[1]) * 1024 if found else 0
         return int(psutil.Process(pid).memory_info().rss)
     except (OSError, psutil.Error):  # it has just ended

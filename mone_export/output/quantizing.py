@@ -76,7 +76,9 @@ def _named(kinds: Kinds, folder: Path) -> list[str]:
     if not kinds:
         return []
     file = folder / "types.txt"
-    file.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in kinds.items()))
+    file.write_text(
+        "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in kinds.items()), encoding="utf-8"
+    )
     return ["--tensor-type-file", str(file.absolute())]
 
 
@@ -88,7 +90,7 @@ def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         cwd=folder,
     ) as process:

@@ -32,7 +32,7 @@ def split(outfile: Path, largest: int, *, overwrite: bool = False) -> Path:
             f"{largest // LEAST}M",
         ]
         done = subprocess.run(
-            [*command, outfile, folder / name], capture_output=True, text=True, errors="replace"
+            [*command, outfile, folder / name], capture_output=True, encoding="utf-8", errors="replace"
         )
         parts = sorted(folder.glob("*.gguf"))
         if done.returncode or not parts:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mone_export import files
 from mone_export.errors import MoneError
 from mone_export.runtime.builds import Build
 from mone_export.runtime.toolchain import is_library, library, search_path, which
@@ -61,8 +62,14 @@ def _is_installed(state: Source) -> bool:
 def _is_linked(build: Build) -> bool:
     folder = _package_folder("llama_cpp")
     return folder is not None and all(
-        (folder / "lib" / file.name).resolve() == file.resolve() for file in _libraries(build)
+        _is_same(folder / "lib" / file.name, file) for file in _libraries(build)
     )
+
+
+def _is_same(link: Path, file: Path) -> bool:
+    if not link.exists():
+        return False
+    return link.samefile(file) or (not link.is_symlink() and filecmp.cmp(link, file))  # or a copy
 
 
 def _package_folder(name: str) -> Path | None:
@@ -96,7 +103,13 @@ def _install(state: Source) -> None:
 
 def _pip_install(*folders: Path) -> None:
     env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF", "PATH": search_path()}
-    result = subprocess.run([*_pip_command(), *map(str, folders)], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [*_pip_command(), *map(str, folders)],
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if result.returncode:
         raise MoneError(
             f"pip could not install llama_cpp and gguf ({last_line(result.stderr)}): "
@@ -119,6 +132,6 @@ def _link(build: Build) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for file in _libraries(build):
-        (part / file.name).symlink_to(file)
+        files.link(file, part / file.name)
     shutil.rmtree(package / "lib", ignore_errors=True)
     part.rename(package / "lib")

@@ -23,7 +23,7 @@ from mone_export.runtime.upstream import Progress, last_line, quiet
 
 VARIABLES: Mapping[str, str] = {  # how a device's name begins, and what its backend's declaration reads
     "MTL": "GGML_MUL_MAT_ID_SKIP_METAL",
-    "ROCm": "GGML_MUL_MAT_ID_SKIP_HIP",
+    "ROCm": "GGML_MUL_MAT_ID_SKIP_ROCm",
     "MUSA": "GGML_MUL_MAT_ID_SKIP_MUSA",
 }
 _CASES = ("-o", "MUL_MAT_ID,MUL_MAT_VEC_FUSION", "-p", "skipped=|n_ids=8")  # those with the flag
@@ -134,7 +134,7 @@ def _run(bin_folder: Path, name: str, *arguments: str) -> "subprocess.CompletedP
     env = os.environ | dict.fromkeys(VARIABLES.values(), "1")
     try:
         return subprocess.run(
-            command, env=env, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+            command, env=env, capture_output=True, encoding="utf-8", errors="replace", check=False
         )
     except FileNotFoundError:
         raise MoneError(
