@@ -278,7 +278,7 @@ class ChannelStats:
         """Read what `save` wrote; the second moments stay in float32."""
         from safetensors.torch import load_file
 
-        return cls(**load_file(_channel_file(folder, layer)))
+        return cls(**load_file(_channel_file(folder, layer), backend="pread"))
 
 
 def _channel_file(folder: Path, layer: int) -> Path:
@@ -391,7 +391,8 @@ def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
 
     header = read_layers_head(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # read, not mapped: Windows would not let the file be replaced
+        with safe_open(path, framework="pt", backend="pread") as file:
             layers = {
                 int(layer): ExpertStats(
                     n_token=n_token,

@@ -1,6 +1,8 @@
-"""How a finished file gets its name, so that a power cut leaves the old file or the new one, whole."""
+"""How a finished file gets its name, so that a power cut leaves the old or the new one, whole; links."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 
@@ -28,8 +30,28 @@ def aside(part: Path) -> Path:
     return part.with_name(f"{part.name}.before")
 
 
+def link(original: Path, place: Path) -> None:
+    """Make `place`, which is not there, stand for a file or folder. Raises `OSError`.
+
+    Where symbolic links need a right that this process lacks (Windows), files get hard links, and on another
+    disk they are copied.
+    """
+    try:
+        place.symlink_to(original)
+    except OSError:
+        if original.is_dir():
+            place.mkdir()
+            for each in original.iterdir():
+                link(each, place / each.name)
+            return
+        try:
+            place.hardlink_to(original)
+        except OSError:
+            shutil.copy2(original, place)
+
+
 def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders, and needs it for files only
+    if path.is_dir() and sys.platform == "win32":  # Windows opens no folders, and needs it for files only
         return
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -23,7 +23,7 @@ def locked(file: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
     Where another process holds it, `waiting` is called once and the lock awaited; without `waiting` that is a
     MoneError. Raises OSError for a file that cannot be made.
     """
-    with file.open("a") as stream:
+    with file.open("ab") as stream:
         if not _taken(stream.fileno(), file):
             if waiting is None:
                 raise MoneError(
@@ -38,7 +38,7 @@ def locked(file: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
 def tried(file: Path) -> Iterator[bool]:
     """Try the lock of `file`: yields whether nobody else has it, and holds it for the length of the block."""
     try:
-        stream = file.open("a")
+        stream = file.open("ab")
     except OSError:
         yield False
         return

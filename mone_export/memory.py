@@ -33,7 +33,7 @@ def group_rooms(membership: Path = _PROC, tree: Path = _CGROUP) -> Iterator[int]
     Source: the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`.
     """
     with suppress(OSError):
-        for line in membership.read_text().splitlines():
+        for line in membership.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
                 for root in (tree, tree / "unified"):
@@ -46,7 +46,7 @@ def group_rooms(membership: Path = _PROC, tree: Path = _CGROUP) -> Iterator[int]
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps it otherwise, scattered over its threads' arenas."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError, TypeError):  # another C library; Windows wants a name
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -63,7 +63,7 @@ def _rooms(root: Path, path: str, limits: tuple[str, ...], usage: str, prefix: s
 
 def _number(file: Path) -> int | None:
     try:
-        return int(file.read_text())
+        return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no such group, or no limit: "max"
         return None
 
@@ -72,7 +72,7 @@ def _cached(stat: Path, prefix: str) -> int:
     """Return the bytes of files that a group, and those below it, hold in the page cache."""
     wanted = {f"{prefix}{kind}" for kind in ("active_file", "inactive_file")}
     try:
-        entries = [line.split() for line in stat.read_text().splitlines()]
+        entries = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return 0
     return sum(int(entry[1]) for entry in entries if entry[:1] and entry[0] in wanted)

@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mone_export import files
@@ -237,6 +237,9 @@ def _sweep(target: Path) -> None:
             with tried(folder / "lock") as taken:
                 if taken:
                     _remove(folder, target)
+            with suppress(OSError):  # Windows removes no open file: the lock, and with it the folder
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 def _remove(folder: Path, target: Path) -> None:

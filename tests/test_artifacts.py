@@ -155,6 +155,14 @@ def test_saving_twice_gives_the_same_bytes(calibration: Calibration, tmp_path: P
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_statistics_in_use_can_be_replaced(calibration: Calibration, tmp_path: Path) -> None:
+    """Windows lets nobody replace a file that is mapped."""
+    calibration.save(tmp_path / "stats")
+    loaded = Calibration.load(tmp_path / "stats")
+    loaded.save(tmp_path / "stats")
+    assert Calibration.load(tmp_path / "stats").layers.keys() == loaded.layers.keys()
+
+
 def rewrite(path: Path, change: object) -> None:
     """Write the statistics file again with another header, or without some tensors."""
     with safe_open(path, framework="pt") as file:

@@ -217,6 +217,18 @@ def test_build_makes_the_tests_that_patches_touch(release: Path, tools: Path) ->
     assert not any(target.startswith("test-") for target in runtime.build(patched=False).targets)
 
 
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_programs_find_the_libraries_beside_them(
+    release: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    """When `bin` has been moved, too: what CMake does for that it does not do for macOS."""
+    monkeypatch.setattr(sys, "platform", platform)
+    runtime.build()
+    calls = (tools / "calls").read_text()
+    assert "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON" in calls
+    assert ("-DCMAKE_BUILD_RPATH=@loader_path" in calls) == (platform == "darwin")
+
+
 def test_failed_build_is_not_taken_for_a_finished_one(release: Path, tools: Path) -> None:
     (tools / "fail").touch()
     with pytest.raises(runtime.BuildError, match=r"compiling llama\.cpp failed: .*build\.log") as caught:
@@ -396,14 +408,19 @@ def test_lock_stays_while_a_child_lives(release: Path, tools: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("platform", "name"),
-    [("linux", "libggml-base.so"), ("darwin", "libggml-base.dylib"), ("win32", "ggml-base.dll")],
+    ("platform", "library", "program"),
+    [
+        ("linux", "libggml-base.so", "llama-cli"),
+        ("darwin", "libggml-base.dylib", "llama-cli"),
+        ("win32", "ggml-base.dll", "llama-cli.exe"),
+    ],
 )
-def test_library_is_named_as_the_platform_does(
-    monkeypatch: pytest.MonkeyPatch, platform: str, name: str
+def test_files_are_named_as_the_platform_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, library: str, program: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    assert runtime.library("ggml-base") == name
+    assert runtime.library("ggml-base") == library
+    assert runtime.program(tmp_path, "llama-cli") == tmp_path / program
 
 
 def test_binding_points_at_the_build(
@@ -416,7 +433,7 @@ def test_binding_points_at_the_build(
         (site / name / "__init__.py").touch()
     monkeypatch.setattr(binding, "_package_folder", lambda name: site / name)
     assert runtime.install_python_binding(built)
-    assert (site / "llama_cpp" / "lib" / "libllama.so.0").resolve() == built.bin / "libllama.so.0"
+    assert (site / "llama_cpp" / "lib" / "libllama.so.0").samefile(built.bin / "libllama.so.0")
     assert not runtime.install_python_binding(built)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mone_export import runtime
 from mone_export.calibration.eval_callback import EvalCallback, Tap, ggml
 from mone_export.errors import MoneError
 from mone_export.llama_options import LlamaOptions
@@ -27,6 +28,8 @@ class LlamaModel:
 
     def __init__(self, path: Path, options: LlamaOptions) -> None:
         """Load the model; raises `MoneError` with llama.cpp's own reason."""
+        if folder := runtime.linked_build():
+            runtime.switch_on(folder)
         import llama_cpp
 
         self._lib, self._path, self._options = llama_cpp, path, options

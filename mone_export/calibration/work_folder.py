@@ -43,7 +43,7 @@ class WorkFolder:
             self._sweep()
             if not found:
                 part = folder / "job.json.part"
-                part.write_text(json.dumps(dict(job), indent=1))
+                part.write_text(json.dumps(dict(job), indent=1), encoding="utf-8")
                 part.replace(folder / "job.json")
         except OSError as error:
             raise MoneError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
@@ -119,7 +119,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def begun(folder: Path) -> dict[str, str | int]:
     """Return the job that a folder was begun with; nothing for a new one."""
     try:
-        job: dict[str, str | int] = json.loads((folder / "job.json").read_text())
+        job: dict[str, str | int] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ import psutil
 from mone_export.errors import MoneError
 from mone_export.evaluation.results import Measured
 from mone_export.llama_options import LlamaOptions
-from mone_export.runtime import Progress, path
+from mone_export.runtime import Progress, path, program, switch_on
 
 N_PROMPT, N_NEW, N_ROUND = 512, 64, 3  # tokens, and how often both are measured
 _BETWEEN = 0.02  # seconds between two looks at the memory
@@ -59,18 +59,19 @@ def run_program(
     The memory counts what is read of the file itself. Raises `MoneError` where the program is missing, or
     fails.
     """
-    program = path() / name
-    given = [*_words(options), *map(str, arguments)]
+    folder = path()
+    switch_on(folder)
+    command = [str(program(folder, name)), "-m", str(file), *_words(options), *map(str, arguments)]
     try:
         process = subprocess.Popen(
-            [str(program), "-m", str(file), *given],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
     except OSError as error:
-        raise MoneError(f"cannot run {program} ({error.strerror}): run `mone-llama build`") from None
+        raise MoneError(f"cannot run {command[0]} ({error.strerror}): run `mone-llama build`") from None
     peak = 0
     try:
         while True:
@@ -108,7 +109,7 @@ def _resident(pid: int) -> int:
     """Return the most bytes that a process has had resident so far; where only that is known, has now."""
     try:
         if sys.platform == "linux":
-            found = _PEAK.search(Path(f"/proc/{pid}/status").read_text())
+            found = _PEAK.search(Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
             return int(found[1]) * 1024 if found else 0
         return int(psutil.Process(pid).memory_info().rss)
     except (OSError, psutil.Error):  # it has just ended

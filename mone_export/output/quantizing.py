@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.runtime import Progress, path
+from mone_export.runtime import Progress, path, program
 
 QUANTIZE_TYPES = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
@@ -76,19 +76,21 @@ def _named(kinds: Kinds, folder: Path) -> list[str]:
     if not kinds:
         return []
     file = folder / "types.txt"
-    file.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in kinds.items()))
+    file.write_text(
+        "".join(f"^{re.escape(name)}$={kind}\n" for name, kind in kinds.items()), encoding="utf-8"
+    )
     return ["--tensor-type-file", str(file.absolute())]
 
 
 def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress | None = None) -> list[str]:
     """Run llama-quantize, in a folder, and return the lines it printed."""
     lines: list[str] = []
-    command = [str(path() / "llama-quantize"), *arguments]
+    command = [str(program(path(), "llama-quantize")), *arguments]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         cwd=folder,
     ) as process:

@@ -7,7 +7,7 @@ from pathlib import Path
 from mone_export import files
 from mone_export.errors import MoneError
 from mone_export.paths import is_ours
-from mone_export.runtime import path
+from mone_export.runtime import path, program
 
 LEAST = 10**6  # bytes: the tool counts in millions
 
@@ -25,9 +25,14 @@ def split(outfile: Path, largest: int, *, overwrite: bool = False) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir()
-        command = [str(path() / "llama-gguf-split"), "--split", "--split-max-size", f"{largest // LEAST}M"]
+        command = [
+            str(program(path(), "llama-gguf-split")),
+            "--split",
+            "--split-max-size",
+            f"{largest // LEAST}M",
+        ]
         done = subprocess.run(
-            [*command, outfile, folder / name], capture_output=True, text=True, errors="replace"
+            [*command, outfile, folder / name], capture_output=True, encoding="utf-8", errors="replace"
         )
         parts = sorted(folder.glob("*.gguf"))
         if done.returncode or not parts:

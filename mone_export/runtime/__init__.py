@@ -12,9 +12,10 @@ one cache:
 `source/` and `bin/` appear by a rename when they are complete, so what is there is finished.
 """
 
-from mone_export.runtime.binding import install_python_binding
+from mone_export.runtime.binding import install_python_binding, linked_build
 from mone_export.runtime.builds import Build, BuildError, RuntimeInfo, build, info, path
-from mone_export.runtime.toolchain import Backend, library
+from mone_export.runtime.proofs import DeviceCheck, check, proved, switch_on
+from mone_export.runtime.toolchain import BACKENDS, Backend, library, program
 from mone_export.runtime.upstream import (
     Progress,
     Source,
@@ -27,21 +28,28 @@ from mone_export.runtime.upstream import (
 )
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "Build",
     "BuildError",
+    "DeviceCheck",
     "Progress",
     "RuntimeInfo",
     "Source",
     "Upstream",
     "build",
     "cache_dir",
+    "check",
     "fetch",
     "info",
     "install_python_binding",
     "library",
+    "linked_build",
     "patches_dir",
     "path",
+    "program",
+    "proved",
     "source",
+    "switch_on",
     "tree",
 ]

@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mone_export import files
 from mone_export.errors import MoneError
 from mone_export.runtime.builds import Build
-from mone_export.runtime.toolchain import search_path, which
+from mone_export.runtime.toolchain import is_library, library, search_path, which
 from mone_export.runtime.upstream import Progress, Source, last_line, quiet, source
 
 _BINDING_FILES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE.md")
@@ -44,6 +45,15 @@ def install_python_binding(build: Build, *, progress: Progress = quiet) -> bool:
     return True
 
 
+def linked_build() -> Path | None:
+    """Return the folder of the libraries that `import llama_cpp` loads; None without such a package."""
+    folder = _package_folder("llama_cpp")
+    if folder is None:
+        return None
+    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
+    return ((Path(chosen) if chosen else folder / "lib") / library("llama")).resolve().parent
+
+
 def _is_installed(state: Source) -> bool:
     wanted = {"llama_cpp": state.package / "llama_cpp", "gguf": state.tree / "gguf-py" / "gguf"}
     return all(_same_modules(origin, _package_folder(name)) for name, origin in wanted.items())
@@ -52,8 +62,14 @@ def _is_installed(state: Source) -> bool:
 def _is_linked(build: Build) -> bool:
     folder = _package_folder("llama_cpp")
     return folder is not None and all(
-        (folder / "lib" / library.name).resolve() == library.resolve() for library in _libraries(build)
+        _is_same(folder / "lib" / file.name, file) for file in _libraries(build)
     )
+
+
+def _is_same(link: Path, file: Path) -> bool:
+    if not link.exists():
+        return False
+    return link.samefile(file) or (not link.is_symlink() and filecmp.cmp(link, file))  # or a copy
 
 
 def _package_folder(name: str) -> Path | None:
@@ -70,8 +86,7 @@ def _same_modules(origin: Path, installed: Path | None) -> bool:
 
 
 def _libraries(build: Build) -> list[Path]:
-    files = sorted(build.bin.iterdir())
-    return [file for file in files if ".so" in file.suffixes or file.suffix in (".dylib", ".dll")]
+    return [file for file in sorted(build.bin.iterdir()) if is_library(file)]
 
 
 def _install(state: Source) -> None:
@@ -88,7 +103,13 @@ def _install(state: Source) -> None:
 
 def _pip_install(*folders: Path) -> None:
     env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF", "PATH": search_path()}
-    result = subprocess.run([*_pip_command(), *map(str, folders)], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [*_pip_command(), *map(str, folders)],
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if result.returncode:
         raise MoneError(
             f"pip could not install llama_cpp and gguf ({last_line(result.stderr)}): "
@@ -110,7 +131,7 @@ def _link(build: Build) -> None:
     part = package / "lib.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for library in _libraries(build):
-        (part / library.name).symlink_to(library)
+    for file in _libraries(build):
+        files.link(file, part / file.name)
     shutil.rmtree(package / "lib", ignore_errors=True)
     part.rename(package / "lib")

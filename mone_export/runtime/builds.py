@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -232,9 +233,9 @@ class _Workshop:
                 env=self.env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
-                pass_fds=() if os.name == "nt" else (self.lock,),
+                pass_fds=() if sys.platform == "win32" else (self.lock,),
             ) as process,
         ):
             assert process.stdout is not None
@@ -266,6 +267,8 @@ def _configure_command(wanted: Build, state: Source, tools: Toolchain) -> list[s
         command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
     if tools.nvcc:
         command.append(f"-DCMAKE_CUDA_COMPILER={tools.nvcc}")
+    if sys.platform == "darwin":  # CMake has no sign there for "beside the program"
+        command.append("-DCMAKE_BUILD_RPATH=@loader_path")
     tests = any(target.startswith("test-") for target in wanted.targets)
     commit = state.upstream.llama_cpp_commit + ("-mone" if state.patched else "")
     command += [

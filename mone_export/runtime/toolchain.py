@@ -10,11 +10,12 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from mone_export.errors import MoneError
 
 Backend = Literal["cpu", "cuda", "vulkan"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _COMPILERS = {"CC": ("cc", "gcc", "clang"), "CXX": ("c++", "g++", "clang++")}
 _NVCC = Path("/usr/local/cuda/bin/nvcc")
@@ -109,6 +110,16 @@ def library(name: str) -> str:
     return endings.get(sys.platform, f"lib{name}.so")
 
 
+def is_library(file: Path) -> bool:
+    """Say whether a file is a shared library of some platform, such as `libllama.so.0`."""
+    return ".so" in file.suffixes or file.suffix in (".dylib", ".dll")
+
+
+def program(folder: Path, name: str) -> Path:
+    """Return where a program of a build lies: on Windows its name ends in `.exe`."""
+    return folder / (f"{name}.exe" if sys.platform == "win32" else name)
+
+
 def n_core() -> int:
     """The CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -142,4 +153,6 @@ def _first_line(command: list[str]) -> str:
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout

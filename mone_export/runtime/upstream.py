@@ -31,7 +31,8 @@ from pathlib import Path
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     folder = Path(metadata_directory, "{name}-{version}.dist-info")
     folder.mkdir()
-    folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    text = "Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n"
+    folder.joinpath("METADATA").write_text(text, encoding="utf-8")
     return folder.name
 """
 
@@ -201,7 +202,11 @@ def download(package: str, version: str, folder: Path) -> Path:
         f"{package}=={version}",
     ]
     result = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(stub)}, capture_output=True, text=True
+        command,
+        env=os.environ | {"PYTHONPATH": str(stub)},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
     found = sorted(folder.glob("*.tar.gz"))
     if result.returncode or not found:
@@ -276,7 +281,9 @@ def _apply(command: Sequence[str], patch: Path, tree: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     env |= {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "GIT_CONFIG_GLOBAL": os.devnull}
     env |= {"GIT_CONFIG_NOSYSTEM": "1"}
-    result = subprocess.run([*command, str(patch)], cwd=tree, env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, str(patch)], cwd=tree, env=env, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode:
         said = last_line(result.stderr or result.stdout)
         raise MoneError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from mone_export import files
 from mone_export.architectures import weights_inputs
 from mone_export.artifacts import Calibration, MoeSpec
 from mone_export.errors import MoneError
@@ -252,7 +253,7 @@ class Checkpoint:
         self._view = tempfile.TemporaryDirectory(prefix="mone-export-")
         for file in self.folder.iterdir():
             if file.name not in strays:
-                (Path(self._view.name) / file.name).symlink_to(file.resolve())
+                files.link(file.resolve(), Path(self._view.name) / file.name)
         return Path(self._view.name)
 
     def tensors(self) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_export import files
 from mone_export.architectures import RENAMED
 from mone_export.artifacts import LayerPlan, MoeSpec, Plan
 from mone_export.errors import MoneError
@@ -93,7 +94,7 @@ class Substituted:
         for file in self.folder.iterdir():
             own = file.name in names or (file.suffix not in (".safetensors", ".py") and file.is_file())
             if own and file.name not in ("config.json", INDEX):
-                (folder / file.name).symlink_to(file.resolve())
+                files.link(file.resolve(), folder / file.name)
         native = native_config(_read(self.folder))
         (folder / "config.json").write_text(json.dumps(native, indent=2), encoding="utf-8")
         write_hollow(folder / _HOLLOW, zeros)
