@@ -44,6 +44,7 @@ def faked(platform: str, *arguments: object, limit: int = 900) -> "subprocess.Co
     """Run Python with arguments, the package believing to be on `platform`."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"FAKED_PLATFORM": platform, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
+    env["OMP_NUM_THREADS"] = "1"  # as conftest.py has it here: what is measured depends on it
     command = [sys.executable, "-X", "warn_default_encoding", *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=limit)
 
