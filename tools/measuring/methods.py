@@ -25,7 +25,11 @@ from measuring import Json
 
 SEQ_LEN = 512
 # model -> the kind of its calibration text, and a kind unlike it
-MODELS = {"demo": ("python", "prose"), "qwen3_moe-prose": ("prose", "python")}
+MODELS = {
+    "demo": ("python", "prose"),
+    "qwen3_moe-prose": ("prose", "python"),
+    "olmoe-prose": ("prose", "python"),  # does not renormalise the chosen weights
+}
 EXPERT_WIDTH = 96  # of what is trained here: as wide against the model as in Qwen3-30B
 
 
