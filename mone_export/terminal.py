@@ -5,6 +5,7 @@ is counted; it takes log messages with `say`, which do not disturb the bar. `ste
 of a command: no report is worth failing for when the file is made.
 """
 
+import errno
 import io
 import json
 import logging
@@ -202,7 +203,9 @@ class Output(io.TextIOBase):
     def check(self) -> None:
         """Raise MoneError if lines are lost for another reason than that the reader went away (`| head`)."""
         self.flush()
-        if self.lost and not isinstance(self.lost, BrokenPipeError):
+        # Windows says of a closed pipe that an argument is invalid
+        gone = errno.EINVAL if sys.platform == "win32" else errno.EPIPE
+        if self.lost and not isinstance(self.lost, BrokenPipeError) and self.lost.errno != gone:
             raise MoneError(f"cannot print the result ({self.lost.strerror}): free some space where it goes")
 
     def detach_broken(self) -> None:

@@ -257,6 +257,13 @@ def test_build_for_another_cpu_is_not_offered(
     assert runtime.info().builds == (generic,)
 
 
+def test_build_for_another_system_is_not_offered(release: Path, tools: Path) -> None:
+    runtime.build(cmake_args=["-DCMAKE_SYSTEM_NAME=Windows", "-DGGML_NATIVE=OFF"])
+    with pytest.raises(MoneError, match="run `mone-llama build`"):
+        runtime.path()
+    assert runtime.info().builds == ()
+
+
 def test_progress_shows_the_steps(release: Path, tools: Path) -> None:
     steps: list[tuple[int, int, str]] = []
     runtime.build(progress=lambda *step: steps.append(step))

@@ -1,5 +1,6 @@
 """What is drawn when: bars on a terminal, lines elsewhere, events for programs; messages above the bar."""
 
+import errno
 import io
 import json
 import logging
@@ -10,13 +11,14 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from mone_export import cli, terminal
 from mone_export.errors import MoneError
-from mone_export.terminal import JsonEvents, ProgressLine, logging_to, steady_output
+from mone_export.terminal import JsonEvents, Output, ProgressLine, logging_to, steady_output
 
 
 class Screen(io.StringIO):
@@ -252,6 +254,37 @@ def test_streams_are_as_before_afterwards(capsys: pytest.CaptureFixture[str]) ->
 def arguments(small: Path, text: Path, tmp_path: Path) -> list[str]:
     output = str(tmp_path / "x.gguf")
     return [str(small), "--ratio", "0.5", "-f", str(text), "--chunks", "8", "-c", "32", "-o", output]
+
+
+class Unwritable(io.StringIO):
+    """A stream that the system refuses to write to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, _text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize(
+    ("platform", "number", "fine"),
+    [
+        ("linux", errno.EPIPE, True),
+        ("linux", errno.EINVAL, False),
+        ("linux", errno.ENOSPC, False),
+        ("win32", errno.EINVAL, True),
+        ("win32", errno.ENOSPC, False),
+    ],
+)
+def test_a_reader_that_went_away_is_no_error(
+    platform: str, number: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    output = Output(Unwritable(number))
+    output.write("lost")
+    with nullcontext() if fine else pytest.raises(MoneError, match="cannot print the result"):
+        output.check()
 
 
 def test_export_as_events(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

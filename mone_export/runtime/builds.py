@@ -66,6 +66,7 @@ _COMMON_ARGS = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_BUILD_NUMBER=0",
 )
+_SYSTEM = "-DCMAKE_SYSTEM_NAME="
 _TAIL = 30  # lines of the log kept for the error
 _STEP = re.compile(r"\[\s*(\d+)(?:/(\d+)|%)\]")  # ninja: [3/200] ..., make: [  1%] ...
 _TOUCHED_TEST = re.compile(r"^\+\+\+ b/tests/(test-[\w-]+)\.cpp$", re.MULTILINE)
@@ -82,7 +83,7 @@ class BuildError(MoneError):
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """A finished build. `cpu` is the CPU it is bound to (a digest, or "any"); the rest is as asked for."""
+    """A finished build. `cpu` is a CPU that it is bound to (a digest), "any", or another system's name."""
 
     folder: Path
     backend: Backend
@@ -203,7 +204,8 @@ def touched_tests(state: Source) -> tuple[str, ...]:
 def _plan(
     state: Source, backend: Backend, targets: tuple[str, ...], args: tuple[str, ...], tools: Toolchain
 ) -> Build:
-    cpu = cpu_identity(args)
+    systems = [arg for arg in args if arg.startswith(_SYSTEM)]  # another one than this: nothing runs here
+    cpu = f"of {systems[-1].removeprefix(_SYSTEM)}" if systems else cpu_identity(args)
     gpu = gpu_identity(args) if backend == "cuda" else ""
     compilers = [tools.identity(), "ninja" if tools.ninja else "make"]
     options = [backend, _COMMON_ARGS, _BACKEND_ARGS[backend], args, targets, compilers, cpu, gpu]
