@@ -9,11 +9,12 @@ one cache:
       llama.cpp/<version>-<key>/source/       unpacked and patched; key: sdist and patches
       llama.cpp/<version>-<key>/<build>/bin/  programs and libraries; build: backend, options, compiler, CPU
 
-`source/` and `bin/` appear by a rename when they are complete, so what is there is finished.
+`source/` and `bin/` appear by a rename when they are complete, so what is there is finished. The wheel
+mone_llama (`make wheel`) brings a `<version>-<key>/` of its own, which serves where nothing was built.
 """
 
 from mone_export.runtime.binding import install_python_binding
-from mone_export.runtime.builds import Build, BuildError, RuntimeInfo, build, info, path
+from mone_export.runtime.builds import WHEEL_SPEED, Build, BuildError, RuntimeInfo, build, info, path
 from mone_export.runtime.toolchain import Backend, library
 from mone_export.runtime.upstream import (
     Progress,
@@ -27,6 +28,7 @@ from mone_export.runtime.upstream import (
 )
 
 __all__ = [
+    "WHEEL_SPEED",
     "Backend",
     "Build",
     "BuildError",
