@@ -1,4 +1,4 @@
-# make demo | test | docs | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
 # saves the download of the CUDA libraries.
 PYTHON  ?= python3
@@ -6,7 +6,7 @@ BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
 
-.PHONY: demo test docs check check-vulkan check-cuda check-arm64 clean llama
+.PHONY: demo test docs wheel check check-vulkan check-cuda check-arm64 clean llama
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -17,6 +17,9 @@ test: llama
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --config-file tools/pages/mkdocs.yml
 	@echo "open build/site/index.html, or serve it, so that its search works: python3 -m http.server -b 127.0.0.1 -d build/site"
+
+wheel: $(READY)
+	$(VENV)/bin/python tools/release/wheels.py
 
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh

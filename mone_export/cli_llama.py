@@ -23,6 +23,10 @@ _EPILOG = """examples:
 The cache is $MONE_CACHE, else $XDG_CACHE_HOME/mone_export, else ~/.cache/mone_export."""
 
 _SHOWN = 5  # failed cases of a device
+_GAIN = (
+    "the wheel mone_llama runs on this CPU without a build; where both were measured, it was {prompt:.2f} "
+    "times as fast as a build for the CPU in prompts, {generation:.2f} times in generation"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +92,8 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
+    if args.backend in (None, "cpu") and runtime.source(patched=not args.stock).packaged:
+        print(f"mone-llama: {_GAIN.format(**runtime.WHEEL_SPEED)}", file=sys.stderr)
     with closing(ProgressLine()) as show:
         found = runtime.build(
             args.backend or "cpu",

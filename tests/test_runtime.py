@@ -110,6 +110,26 @@ def write_script(file: Path, text: str) -> None:
     file.chmod(0o755)
 
 
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that Python imports from, as one that a wheel was unpacked in."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def write_wheel(site: Path, state: str) -> Path:
+    """Unpack a wheel `mone_llama` of this state of the source; returns its folder of programs."""
+    folder = site / "mone_llama" / state
+    (folder / "source" / "vendor" / "llama.cpp" / "conversion").mkdir(parents=True)
+    (site / "mone_llama" / "__init__.py").touch()
+    (folder / "cpu" / "bin").mkdir(parents=True)
+    made = runtime.Build(folder / "cpu", "cpu", True, "1", ("llama-cli",), (), "any")
+    made.save(made.bin)
+    return made.bin
+
+
 def n_call(tools: Path) -> int:
     calls = tools / "calls"
     return len(calls.read_text().splitlines()) if calls.exists() else 0
@@ -279,6 +299,41 @@ def test_missing_tools_are_all_named_at_once(release: Path, tools: Path) -> None
     assert "needs cmake, a C++ compiler, ninja or make, not found" in str(caught.value)
     assert str(caught.value).endswith("apt install cmake g++ ninja-build")
     assert not runtime.source().folder.exists()
+
+
+def test_wheel_serves_without_a_build(
+    release: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is fetched, unpacked or patched; there is no program to do it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state = runtime.source().folder
+    programs = write_wheel(site, state.name)
+    assert runtime.path() == runtime.path("cpu") == programs
+    assert runtime.tree() == runtime.info().tree == programs.parents[1] / "source" / "vendor" / "llama.cpp"
+    assert [build.bin for build in runtime.info().builds] == [programs]
+    assert not state.exists()
+
+
+def test_own_build_comes_before_the_wheel(
+    release: Path, tools: Path, site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs = write_wheel(site, runtime.source().folder.name)
+    assert cli_llama.main(["build", "--no-python"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(runtime.path()) != str(programs)
+    gain = runtime.WHEEL_SPEED
+    assert f"it was {gain['prompt']:.2f} times as fast as a build for the CPU in prompts" in err
+    assert [build.bin for build in runtime.info().builds] == [runtime.path(), programs]
+    assert (runtime.tree() / "greeting.txt").read_text().startswith("hello, expert")
+
+
+def test_wheel_of_other_patches_does_not_serve(release: Path, tools: Path, site: Path) -> None:
+    write_wheel(site, f"{runtime.source().folder.name}-no-more")
+    with pytest.raises(MoneError, match=r", and .*mone_llama is of other patches: run `mone-llama build`$"):
+        runtime.path()
+    with pytest.raises(MoneError, match=r"no llama.cpp 1-stock-\w+ for this CPU in [^,]*: run"):
+        runtime.path(patched=False)
+    assert (runtime.tree() / "greeting.txt").is_file()
 
 
 def test_missing_vulkan_compiler_is_named(release: Path, tools: Path) -> None:

@@ -10,6 +10,7 @@
     python tools/measure.py roads        from a checkpoint or from a GGUF: KL divergence, speed
     python tools/measure.py memory       peak memory of the writing stage
     python tools/measure.py server       resident memory of llama-server
+    python tools/measure.py wheel        llama.cpp for any x86-64 CPU against that for this one
     python tools/measure.py large        a 6 GB model in less memory than that; estimates
 
 Competitors take turns inside every round, and ratios are taken round by round: neighbours on the machine slow
@@ -37,6 +38,7 @@ from measuring.quality import measure_quality  # noqa: E402
 from measuring.roads import measure_roads  # noqa: E402
 from measuring.server import measure_server  # noqa: E402
 from measuring.speed import add_options as add_speed_options  # noqa: E402
+from measuring.wheel import add_options as add_wheel_options  # noqa: E402
 from models.random_gguf import BLOCK_TYPES, SHAPES  # noqa: E402
 from pages import readme_tables  # noqa: E402
 
@@ -155,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
 
     server = commands.add_parser("server", parents=[common], help="resident memory of llama-server")
     server.set_defaults(measure=measure_server)
+
+    wheel = commands.add_parser(
+        "wheel", parents=[common], help="the wheel's llama.cpp against the native one"
+    )
+    add_wheel_options(wheel)
 
     large = commands.add_parser("large", parents=[common], help="a model larger than the memory")
     large.add_argument(

@@ -9,11 +9,12 @@ one cache:
       llama.cpp/<version>-<key>/source/       unpacked and patched; key: sdist and patches
       llama.cpp/<version>-<key>/<build>/bin/  programs and libraries; build: backend, options, compiler, CPU
 
-`source/` and `bin/` appear by a rename when they are complete, so what is there is finished.
+`source/` and `bin/` appear by a rename when they are complete, so what is there is finished. The wheel
+mone_llama (`make wheel`) brings a `<version>-<key>/` of its own, which serves where nothing was built.
 """
 
 from mone_export.runtime.binding import install_python_binding, linked_build
-from mone_export.runtime.builds import Build, BuildError, RuntimeInfo, build, info, path
+from mone_export.runtime.builds import WHEEL_SPEED, Build, BuildError, RuntimeInfo, build, info, path
 from mone_export.runtime.proofs import DeviceCheck, check, proved, switch_on
 from mone_export.runtime.toolchain import BACKENDS, Backend, library, program
 from mone_export.runtime.upstream import (
@@ -29,6 +30,7 @@ from mone_export.runtime.upstream import (
 
 __all__ = [
     "BACKENDS",
+    "WHEEL_SPEED",
     "Backend",
     "Build",
     "BuildError",

@@ -29,6 +29,7 @@ from mone_export.runtime.upstream import (
     prepare,
     quiet,
     source,
+    wheel_folder,
 )
 
 TOOLS = (
@@ -43,6 +44,8 @@ TOOLS = (
     "ggml-rpc-server",
 )
 LIBRARIES = ("llama", "mtmd")  # what llama-cpp-python loads, besides ggml
+# times as fast as a build for one's own CPU, in the least of the cases of docs/measurements/wheel.json
+WHEEL_SPEED = {"prompt": 1.06, "generation": 1.03}
 
 _BACKEND_ARGS: dict[Backend, tuple[str, ...]] = {
     "cpu": (),
@@ -164,15 +167,21 @@ def path(backend: Backend | None = None, *, patched: bool = True) -> Path:
     fitting = [item for item in usable if backend in (None, item.backend)]
     if not fitting:
         options = (f" --backend {backend}" if backend else "") + ("" if patched else " --stock")
-        command = f"mone-llama build{options}"
-        raise MoneError(f"no llama.cpp {state.folder.name} for this CPU in {cache_dir()}: run `{command}`")
+        wheel = wheel_folder() if patched and not state.packaged else None
+        of_others = f", and {wheel} is of other patches" if wheel else ""
+        raise MoneError(
+            f"no llama.cpp {state.folder.name} for this CPU in {cache_dir()}{of_others}: "
+            f"run `mone-llama build{options}`"
+        )
     return fitting[0].bin
 
 
 def finished(state: Source) -> tuple[Build, ...]:
-    """The finished builds of a source that run on this CPU, newest first."""
+    """The finished builds of a source that run on this CPU, newest first, that of a wheel last."""
     stamps = list(state.folder.glob("*/bin/build.json"))
     stamps.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    if wheel := state.packaged:
+        stamps += wheel.glob("*/bin/build.json")
     found = (Build.load(stamp.parents[1]) for stamp in stamps)
     return tuple(item for item in found if item and item.cpu in ("any", cpu_identity(item.cmake_args)))
 
@@ -185,7 +194,7 @@ def info() -> RuntimeInfo:
         patches_dir=patches_dir(),
         patches=tuple(patch.stem for patch in patched.patches),
         cache=cache_dir(),
-        tree=patched.tree if patched.tree.is_dir() else None,
+        tree=patched.unpacked,
         builds=finished(patched) + finished(stock),
     )
 

@@ -103,6 +103,20 @@ class Source:
         """The llama.cpp tree inside it."""
         return self.package / self.upstream.tree
 
+    @property
+    def packaged(self) -> Path | None:
+        """What the installed wheel has of this state, laid out as `folder` is; None if it is of another."""
+        wheel = wheel_folder()
+        folder = wheel / self.folder.name if wheel else None
+        return folder if folder and folder.is_dir() else None
+
+    @property
+    def unpacked(self) -> Path | None:
+        """The llama.cpp tree, if it is there: `tree`, or of the wheel the part that the converter reads."""
+        if self.package.is_dir():
+            return self.tree
+        return self.packaged / "source" / self.upstream.tree if self.packaged else None
+
 
 def cache_dir() -> Path:
     """The cache folder: $MONE_CACHE, else $XDG_CACHE_HOME/mone_export, else ~/.cache/mone_export."""
@@ -110,6 +124,12 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mone_export"
+
+
+def wheel_folder() -> Path | None:
+    """The folder of the installed wheel `mone_llama`, of whatever patches; None without one."""
+    spec = importlib.util.find_spec("mone_llama")
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def patches_dir() -> Path:
@@ -141,9 +161,10 @@ def read_series(folder: Path) -> tuple[Path, ...]:
 def tree(*, patched: bool = True, progress: Progress = quiet) -> Path:
     """The llama.cpp source tree (`conversion/`, `gguf-py`), fetched, unpacked and patched if need be."""
     state = source(patched=patched)
-    if not state.package.is_dir():  # what is there is complete: no need to wait for a build in progress
-        with locked(state.folder, progress):
-            prepare(state, progress)
+    if found := state.unpacked:  # what is there is complete: no need to wait for a build in progress
+        return found
+    with locked(state.folder, progress):
+        prepare(state, progress)
     return state.tree
 
 

@@ -686,6 +686,32 @@ def server_note(data: Json) -> str:
     )
 
 
+def wheel_table(data: Json) -> Iterable[Row]:
+    """Yield CPU times per token of both builds, and how many times as fast the wheel's is."""
+    yield (
+        "type",
+        *(f"{test}, {name}" for test in SPEED_TESTS for name in ("native", "wheel", "times as fast")),
+    )
+    for case in data["cases"]:
+        cells = []
+        for test in SPEED_TESTS:
+            found = case["summary"][test]
+            times = (found["cpu_ms"][name]["median"] for name in ("native", "wheel"))
+            cells += [*(f"{time:.2f} ms" for time in times), spread_of(found["speed_ratio"])]
+        yield case["weights"], *cells
+
+
+def wheel_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    return (
+        f"CPU time per token, {settings['threads']} thread; random weights of two layers in the shape of "
+        f"{settings['shape']}, {settings['ratio']:.0%} of the experts novices; prompts of "
+        f"{settings['n_prompt']} tokens, {settings['n_gen']} generated; the builds in turns, "
+        f"{settings['rounds']} rounds: median of the ratios (smallest to largest)."
+    )
+
+
 def large_table(data: Json) -> Iterable[Row]:
     """Yield what the 6 GB model took, streamed and not."""
     yield (
@@ -781,6 +807,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "memory": memory_table,
     "roads": roads_table,
     "server": server_table,
+    "wheel": wheel_table,
     "large": large_table,
     "large/estimates": large_estimates,
 }
@@ -800,6 +827,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "memory": memory_note,
     "roads": roads_note,
     "server": server_note,
+    "wheel": wheel_note,
     "large": large_note,
 }
 # the README's tables: where the rest is takes the place of how they were measured
