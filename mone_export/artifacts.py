@@ -497,13 +497,15 @@ class LayerPlan:
 class Plan:
     """The whole decision: per layer, which experts stay, and the recipe that led to it.
 
-    `protected` are those that had to stay for a text of their own.
+    `protected` are those that had to stay for a text of their own. By method `narrow` all that stay have
+    `width` channels; 0: their own.
     """
 
     spec: MoeSpec
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
     protected: tuple[Protected, ...] = ()
+    width: int = 0
 
     @property
     def n_kept(self) -> dict[int, int]:
@@ -515,6 +517,8 @@ class Plan:
         """The share of experts replaced, over all mixture-of-experts layers; of a thin one, the part gone."""
         size = self.spec.expert_size
         thinned = sum((1 - tier.width / size) * len(tier.experts) for at in self.layers for tier in at.tiers)
+        if self.width:
+            thinned += (1 - self.width / size) * sum(len(layer.kept) for layer in self.layers)
         gone = thinned + sum(len(layer.pruned) for layer in self.layers)
         return gone / (len(self.layers) * self.spec.n_expert)
 
@@ -526,7 +530,9 @@ class Plan:
     @property
     def has_thin(self) -> bool:
         """Whether some experts are thin."""
-        return any(tier.width < self.spec.expert_size for layer in self.layers for tier in layer.tiers)
+        return self.width > 0 or any(
+            tier.width < self.spec.expert_size for layer in self.layers for tier in layer.tiers
+        )
 
     @property
     def fates(self) -> dict[int, dict[str, int]]:
@@ -540,8 +546,8 @@ class Plan:
 
     def _fates(self, layer: LayerPlan) -> dict[str, int]:
         size = self.spec.expert_size
-        tiers = (Tier(size, layer.kept, layer.kind), *layer.tiers, Tier(0, layer.pruned))
-        names = {size: "whole", 0: "constant"}
+        tiers = (Tier(self.width or size, layer.kept, layer.kind), *layer.tiers, Tier(0, layer.pruned))
+        names = {size: "whole", 0: "gone" if self.width else "constant"}
         return {
             f"{names.get(tier.width, f'{tier.width} channels')} {tier.kind}".rstrip(): len(tier.experts)
             for tier in tiers

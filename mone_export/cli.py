@@ -128,12 +128,10 @@ def _rare_collections() -> Iterator[None]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; `--stock` decides the method where none is named."""
+    """Read the command line."""
     parser = make_parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(["mone-export", *(sys.argv[1:] if argv is None else argv)])
-    if args.stock and args.method == "mone":
-        parser.error("--stock with --method mone: novices need the patched llama.cpp; leave one of them out")
     if args.made_by:
         return args
     if args.model is None:
@@ -149,7 +147,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--scope {args.scope} with --allocate {args.allocation}: leave one of them out")
         args.allocation = "model" if args.scope == "model" else None
         print(f"mone-export: --scope {args.scope} is now {_SCOPES[args.scope]}", file=sys.stderr)
-    args.method = args.method or ("drop" if args.stock else None)
     args.quiet |= os.environ.get("RANK", "0") != "0"  # of torchrun's processes the first one speaks
     return args
 
@@ -279,12 +276,13 @@ def _add_pruning_options(group: _Group) -> None:
     group.add(
         "--stock",
         action="store_true",
-        help="write a file that unpatched llama.cpp runs: --method drop, unless another is named",
+        help="write a file that unpatched llama.cpp runs: --method narrow where possible, else drop",
     )
     group.add_rare(
         "--method",
         choices=METHODS,
-        help="mone: novices stand in (default); drop: the router loses them, too; dern: others absorb parts",
+        help="mone: novices stand in (default); drop: the router loses them, too; dern: others absorb parts; "
+        "narrow: few go, and all others have fewer channels, fitted again",
     )
     group.add_rare(
         "--score",

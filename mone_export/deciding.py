@@ -21,18 +21,19 @@ from mone_export.fitting import judge
 from mone_export.lazily import Tensor
 from mone_export.output.checkpoints import checkpoint_size
 from mone_export.output.thin_experts import Thinner
-from mone_export.output.writing import measure, packed_together
+from mone_export.output.writing import measure, ordinary_widths, packed_together
 from mone_export.paths import check_temporary
 from mone_export.pruning.allocation import Counts, allocate, possible
-from mone_export.pruning.fates import plan_fates
+from mone_export.pruning.fates import plan_fates, plan_narrow
 from mone_export.pruning.novices import joint_novices, novices
-from mone_export.pruning.planning import plan
+from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.protecting import protect, with_count
 from mone_export.pruning.scoring import random_scores, score, score_weights
-from mone_export.pruning.thinning import channel_bytes, down_projections, thin, widths_of
+from mone_export.pruning.thinning import channel_bytes, down_projections, narrow_widths, thin, widths_of
 from mone_export.recipe import Recipe
 from mone_export.request import Job, check_thin
 from mone_export.runtime import Progress
+from mone_export.source import Source
 from mone_export.spending import Spending, missing_without_channels
 
 if TYPE_CHECKING:
@@ -140,15 +141,25 @@ def budgeted(
     block = packed_together(job.source, job.outtype, mixed=mixed)
     widths: tuple[int, ...] = (0, job.source.spec.expert_size)
     thinner = None
+    narrow = job.recipe.method == "narrow"
     if job.recipe.novice == "thin":
+        possible_widths = _widths(job.source, block, job.recipe)
         asked = {tier.width for layer in job.plan.layers for tier in layer.tiers} if job.plan else set[int]()
-        widths = tuple(sorted({*widths_of(job.source.spec, block), *asked}))
+        asked |= {job.plan.width} if job.plan else set()
+        widths = tuple(sorted({*possible_widths, *asked}))
         thinner = fitted(
-            job.engine(), _corpus(job, calibration), widths, folder=job.request.channels, progress=progress
+            job.engine(),
+            _corpus(job, calibration),
+            widths,
+            folder=job.request.channels,
+            centred=not narrow,
+            progress=progress,
         )
     missing = thinner.errors if thinner else missing_without_channels(scores)
     if job.plan:
         return job, job.plan, thinner
+    if narrow:
+        return job, plan_narrow(scores, missing, widths, job.recipe), thinner
     spending = Spending(job.source, scores, job.recipe, widths, missing)
     if job.candidates:
         job, chosen = spent(job, spending, progress=progress)
@@ -243,16 +254,26 @@ def plan_thin(
     """Return a plan with thin experts for a file of a type, and what `write` makes them of (its `novices`).
 
     The corpus, which the scores' calibration is of, runs through the model once more. `choices` are those of
-    `Recipe.of`. Raises `MoneError` for a model that cannot have thin experts.
+    `Recipe.of`, such as the method `narrow`. Raises `MoneError` for a model that cannot have thin experts.
     """
     from mone_export.calibration.engines import engine_of
 
     engine = engine_of(model)
     check_thin(engine.source)
-    recipe = Recipe.of(ratio, novice="thin", score=scores.score, **choices)
-    widths = widths_of(scores.spec, packed_together(engine.source, outtype))
-    thinner = fitted(engine, corpus, widths, progress=progress)
-    return plan_fates(scores, thinner.errors, widths, recipe), thinner
+    narrow = choices.get("method") == "narrow"
+    recipe = Recipe.of(ratio, novice=None if narrow else "thin", score=scores.score, **choices)
+    block = packed_together(engine.source, outtype)
+    widths = _widths(engine.source, block, recipe)
+    thinner = fitted(engine, corpus, widths, centred=not narrow, progress=progress)
+    return (plan_narrow if narrow else plan_fates)(scores, thinner.errors, widths, recipe), thinner
+
+
+def _widths(source: Source, block: int, recipe: Recipe) -> tuple[int, ...]:
+    """Return the widths that experts may have, from 0 to their own."""
+    if recipe.method != "narrow":
+        return widths_of(source.spec, block)
+    none, *inner, whole = narrow_widths(source.spec, block)
+    return (none, *ordinary_widths(source, plan_without_scores(source.spec, recipe), inner), whole)
 
 
 def fitted(
@@ -261,9 +282,10 @@ def fitted(
     widths: Sequence[int],
     *,
     folder: Path | None = None,
+    centred: bool = True,
     progress: Progress | None = None,
 ) -> Thinner:
-    """Run the text once more, and fit experts of each of `widths` channels (`widths_of`).
+    """Run the text once more, and fit experts of each of `widths` channels, with a constant if `centred`.
 
     What the text showed is left in a folder, where a later call finds it and does not run the text, or in a
     temporary one, as long as there is what makes thin experts of it.
@@ -288,10 +310,10 @@ def fitted(
     found = {}
     for number, (layer, experts) in enumerate(engine.experts(), start=1):
         stats, bias = ChannelStats.load(folder, layer), getattr(experts, "down_proj_bias", None)
-        found[layer] = thin(stats, down_projections(experts), widths, bias)
+        found[layer] = thin(stats, down_projections(experts), widths, bias, centred=centred)
         if progress:
             progress(number, len(spec.moe_layers), "fitting thin experts (layers)")
-    return Thinner(found, temporary or folder)
+    return Thinner(found, temporary or folder, centred=centred)
 
 
 def file_size(job: Job, chosen: Plan) -> int:

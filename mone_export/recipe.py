@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args
 
 from mone_export.errors import MoneError
 
-Method = Literal["mone", "drop", "dern"]
+Method = Literal["mone", "drop", "dern", "narrow"]
 ScoreName = Literal[
     "mone",
     "mone-paper",
@@ -36,7 +36,7 @@ DEFAULT_NOVICE: NoviceName = "least-squares"  # of what has no thin experts
 AUTO = "auto"  # for a novice: `thin` where it is possible
 
 # the papers' own of `drop` and `dern`, the best in docs/methods.md of `mone`
-OWN_SCORE: Mapping[Method, ScoreName] = {"mone": "error", "drop": "reap", "dern": "gate"}
+OWN_SCORE: Mapping[Method, ScoreName] = {"mone": "error", "drop": "reap", "dern": "gate", "narrow": "error"}
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -99,7 +99,9 @@ class Recipe:
             "allocation": "sensitivity" if with_novices else "even",
             "mtp": "keep" if with_novices else "drop",
         }
-        if given.get("novice") == "thin":
+        if method == "narrow":  # what stays is thin, and shares a budget of channels
+            own["novice"] = "thin"
+        if given.get("novice", own["novice"]) == "thin":
             own["allocation"] = "budget"
         recipe = cls(ratio=ratio, **{**own, **given})
         _check(recipe)
@@ -112,7 +114,7 @@ class Recipe:
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         own |= {name: value for name, value in choices.items() if value is not None}
         ratio, novice = own.pop("ratio"), own.pop("novice")
-        return Recipe.of(ratio, novice=None if novice == "none" else novice, **own)
+        return Recipe.of(ratio, novice=novice if self.method == "mone" else None, **own)
 
     @property
     def known_novice(self) -> NoviceName:
@@ -158,7 +160,7 @@ def _check(recipe: Recipe) -> None:
         raise MoneError(f"--min-kept {recipe.min_kept} is out of range: every layer keeps at least 1 expert")
     if not 0 <= recipe.seed < 2**32:
         raise MoneError(f"--seed {recipe.seed} is out of range: pass 0 to 4294967295")
-    if recipe.method != "mone" and recipe.allocation != "even":
+    if recipe.method != "mone" and recipe.allocation != ("budget" if recipe.method == "narrow" else "even"):
         raise MoneError(
             f"--method {recipe.method} keeps the same number of experts in every layer, --allocate "
             f"{recipe.allocation} does not: leave one of them out"

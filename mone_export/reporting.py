@@ -95,6 +95,14 @@ def _lost(calibration: Calibration, chosen: Plan) -> Iterator[str]:
     """Say what giving up novices costs."""
     if chosen.recipe.method == "mone":
         return
+    if chosen.width:
+        spec = chosen.spec
+        yield (
+            f"every expert that stays has {chosen.width} of its {spec.expert_size} channels, its down "
+            "projection fitted again: none is as it was, byte for byte"
+        )
+        if not any(layer.pruned for layer in chosen.layers):
+            return
     lost = mean_relative_error(calibration, chosen, "zero")
     left = mean_relative_error(calibration, chosen, "least-squares")
     yield (

@@ -34,7 +34,7 @@ from mone_export.output.provenance import Keys
 from mone_export.output.quantizing import IMATRIX_TYPES
 from mone_export.output.redoing import stated
 from mone_export.output.splitting import LEAST as LEAST_SPLIT
-from mone_export.output.writing import OUTTYPES, layouts, measure, packed_together
+from mone_export.output.writing import OUTTYPES, layouts, measure, ordinary_widths, packed_together
 from mone_export.paths import (
     check_card,
     check_folder,
@@ -47,7 +47,7 @@ from mone_export.paths import (
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
 from mone_export.pruning.planning import plan_without_scores
-from mone_export.pruning.thinning import channel_bytes, widths_of
+from mone_export.pruning.thinning import channel_bytes, narrow_widths, widths_of
 from mone_export.recipe import AUTO, DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.room import room
 from mone_export.runtime import Progress
@@ -77,8 +77,9 @@ class Request:
 
     `model` is a folder, a Hugging Face id or `demo`; of `ratio` and `fit` at least one is given, the latter a
     size in bytes or what `room.room` takes. `outfile` may be a folder: then the file is named after model,
-    ratio and type. `method`, `score`,
-    `novice`, `allocation`, `min_kept`, `guarded`, `seed` and `mtp` are those of `Recipe.of`. `files`,
+    ratio and type. `method`, `score`, `novice`, `allocation`, `min_kept`, `guarded`, `seed` and `mtp` are
+    those of `Recipe.of`; with `stock` the method, unless given, is the best whose file unpatched llama.cpp
+    runs. `files`,
     `datasets`, `field`, `seed`, `n_row` and `seq_len` say what to calibrate on, as in `read_corpus`; of the
     last two, None is the paper's 100 rows of 2048 tokens (64 of 512 for the demo). `stats` names a file to
     keep the calibration in, or to take it from when it exists: it must be of the text given, or no text be
@@ -97,6 +98,7 @@ class Request:
     ratio: float | None = None
     fit: int | str | None = None
     outtype: str = "auto"
+    stock: bool = False
     method: str | None = None
     score: str | None = None
     novice: str | None = None
@@ -140,7 +142,7 @@ class Request:
             return load_recipe(self.plan).changed(method=self.method, novice=self._novice, mtp=self.mtp)
         return Recipe.of(
             self.ratio or 0.0,
-            method=self.method,
+            method=self.method or ("drop" if self.stock else None),
             score=self.score,
             novice=self._novice,
             allocation=self.allocation,
@@ -457,6 +459,10 @@ def _check_together(request: Request, recipe: Recipe) -> None:
     asked = (request.ratio, request.fit, request.plan)
     if asked == (None, None, None) and not has_novices(request.model):
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
+    if request.stock and request.method == "mone":
+        raise MoneError(
+            "--stock with --method mone: novices need the patched llama.cpp; leave one of them out"
+        )
     if request.sequential and (recipe.method != "mone" or recipe.score in ("aimer", "random")):
         raise MoneError(
             "--sequential decides layer after layer from the statistics: leave out --method and "
@@ -531,6 +537,9 @@ def _check_known_thin(request: Request) -> None:
         raise MoneError(
             f"--sequential does not know thin experts: leave it out, or pass --novice {DEFAULT_NOVICE}"
         )
+    if request.method == "narrow" and (request.fit is not None or request.protect):
+        option = "--protect" if request.protect else "--fit"
+        raise MoneError(f"{option} is about whole experts, --method narrow leaves none: use --method drop")
     if request.fit is not None and request.ratio is not None:
         raise MoneError("--fit shares out thin experts by itself: leave out --ratio, or --novice thin")
 
@@ -555,12 +564,14 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
         raise MoneError(f"{source.name} has thin experts: prune the file that it was made from")
     if outtype not in OUTTYPES:
         raise MoneError(f"unknown --outtype {outtype}: choose from {', '.join(OUTTYPES)}")
+    if recipe.method == "narrow" and (reason := not_narrow(source, recipe, outtype)):
+        raise MoneError(f"--method narrow: {reason}: use --method drop")
     if recipe.novice == "joint" and weights_inputs(source.spec.arch):
         raise MoneError(
             f"--novice joint fits novices to the weights of experts' outputs, but {source.spec.arch} weights "
             "their inputs: use --novice mean"
         )
-    if recipe.novice == "thin":
+    if recipe.novice == "thin" and recipe.method == "mone":
         check_thin(source)
     even_counts(source.spec, recipe)
     if source.spec.kept_before and recipe.method != "mone":
@@ -573,9 +584,11 @@ def _check_for_model(recipe: Recipe, outtype: str, source: Source) -> None:
 def _with_thin(request: Request, recipe: Recipe, source: Source, saved: Calibration | None) -> Recipe:
     """Return the recipe with thin experts where the user left it open and they are possible.
 
-    Where they are not, one line says why pruned experts become constants.
+    Where they are not, one line says why pruned experts become constants, or go.
     """
     left_open = not (request._novice or request.allocation or request.score or request.plan)
+    if request.stock and request.method is None and left_open and recipe.ratio:
+        return _narrow(request, recipe, source, saved)
     fits = request.fit is not None and request.ratio is None and not request.sequential
     if not left_open or recipe.method != "mone" or recipe.score in ("aimer", "random"):
         return recipe
@@ -585,6 +598,39 @@ def _with_thin(request: Request, recipe: Recipe, source: Source, saved: Calibrat
         log.info("pruned experts become constants, none is thin: %s", reason)
         return recipe.changed(allocation="budget") if fits else recipe
     return recipe.changed(novice="thin", allocation="budget")
+
+
+def _narrow(request: Request, recipe: Recipe, source: Source, saved: Calibration | None) -> Recipe:
+    """Return the recipe of an ordinary file, whose experts have fewer channels where that is possible."""
+    narrow = Recipe.of(
+        recipe.ratio,
+        method="narrow",
+        min_kept=recipe.min_kept,
+        guarded=recipe.guarded,
+        seed=recipe.seed,
+        mtp=recipe.mtp,
+    )
+    reason = "--fit and --protect are about whole ones" if request.fit or request.protect else ""
+    if (
+        reason := reason
+        or _why_constants(request, source, saved)
+        or not_narrow(source, narrow, request.outtype)
+    ):
+        log.info("the experts that stay keep all their channels: %s", reason)
+        return recipe
+    return narrow
+
+
+def not_narrow(source: Source, recipe: Recipe, outtype: str = "auto") -> str:
+    """Return why a file cannot have narrower experts, all as wide, empty where it can."""
+    if reason := _not_thin(source):
+        return reason
+    inner = narrow_widths(source.spec, packed_together(source, outtype))[1:-1]
+    try:
+        possible = ordinary_widths(source, plan_without_scores(source.spec, recipe), inner)
+    except MoneError as error:
+        return str(error)
+    return "" if possible else "no narrower width is one that the file can state"
 
 
 def _why_constants(request: Request, source: Source, saved: Calibration | None) -> str:

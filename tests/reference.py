@@ -170,3 +170,13 @@ def set_experts(module: Any, experts: Sequence[Tensor]) -> None:
     for expert, segments in enumerate(experts):
         module.gate_up_proj.data[expert] = torch.cat([segments[:, 0], segments[:, 1]])
         module.down_proj.data[expert] = segments[:, 2].T
+
+
+def set_narrow(module: Any, down: Tensor, channels: Sequence[Tensor]) -> None:
+    """Leave a stack's experts their channels alone, with the columns of `down` [n_expert, d, w]."""
+    for expert, own in enumerate(channels):
+        columns = torch.zeros_like(
+            module.down_proj[expert].T if module.is_transposed else module.down_proj[expert]
+        )
+        columns[:, own] = down[expert]
+        module.down_proj.data[expert] = columns.T if module.is_transposed else columns

@@ -39,12 +39,13 @@ class Experts:
                 sums.add(expert, hidden, gates)
         return sums.stats()
 
-    def fitted(self, expert: int, channels: Tensor) -> tuple[Tensor, Tensor, float]:
+    def fitted(self, expert: int, channels: Tensor, *, centred: bool = True) -> tuple[Tensor, Tensor, float]:
         """Return (projection [WIDTH, n], constant [WIDTH], squared error) by least squares."""
         hidden, gates = self.hidden[expert], self.gates[expert][:, None]
-        inputs = torch.cat([hidden[:, channels], torch.ones(len(hidden), 1, dtype=torch.float64)], 1)
+        ones = torch.full((len(hidden), 1), float(centred), dtype=torch.float64)
+        inputs = torch.cat([hidden[:, channels], ones], 1)
         outputs = hidden @ self.down[expert].T
-        found = torch.linalg.lstsq(inputs * gates, outputs * gates).solution
+        found = torch.linalg.lstsq(inputs * gates, outputs * gates, driver="gelsd").solution
         error = ((outputs - inputs @ found) * gates).square().sum()
         return found[:-1].T, found[-1], float(error)
 
@@ -55,18 +56,19 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_every_width_is_the_least_squares_solution() -> None:
+@pytest.mark.parametrize("centred", [True, False], ids=["with a constant", "without"])
+def test_every_width_is_the_least_squares_solution(centred: bool) -> None:
     experts = Experts(400, 300, 60)
     stats = experts.stats()
-    found = thin(stats, experts.down, WIDTHS)
+    found = thin(stats, experts.down, WIDTHS, centred=centred)
     for expert in range(N_EXPERT):
         for place, width in enumerate(WIDTHS):
             channels = found.channels(expert, width)
-            down, constant, error = experts.fitted(expert, channels)
+            down, constant, error = experts.fitted(expert, channels, centred=centred)
             assert found.errors[expert, place].item() == pytest.approx(error, rel=1e-6, abs=1e-9)
             torch.testing.assert_close(found.constant(expert, width).double(), constant, rtol=1e-5, atol=1e-5)
             if width:
-                own = experts.down[expert] @ refit(stats, expert, channels)
+                own = experts.down[expert] @ refit(stats, expert, channels, centred=centred)
                 torch.testing.assert_close(own, down, rtol=1e-6, atol=1e-7)
 
 

@@ -92,16 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument(
         "--add", type=Path, metavar="JSON", help="keep this file's runs of other models and ratios"
     )
-    methods.add_argument(
-        "--kinds", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of variants, besides a few"
-    )
+    methods.add_argument("--kinds", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="of variants")
     methods.add_argument("--samples", type=int, default=5, help="calibration samples")
     methods.add_argument(
         "--rows",
         type=int,
         nargs="+",
         default=[16, 32],
-        help="rows of 512 tokens to calibrate on; with fewer than the most, only a few variants",
+        help="rows of 512 tokens to calibrate on; with fewer than the most, only those of `always`",
     )
     methods.add_argument("--eval-rows", type=int, default=8, help="rows of 512 tokens of each text")
     methods.add_argument(

@@ -50,7 +50,8 @@ def of_plan(path: Path) -> Anatomy:
     try:
         n_expert = int(found["n_expert"])
         for number, layer in found["layers"].items():
-            fates = {f"whole {layer.get('kind', '')}".rstrip(): len(layer["kept"])}
+            width = f"{found['width']} channels" if found.get("width") else "whole"
+            fates = {f"{width} {layer.get('kind', '')}".rstrip(): len(layer["kept"])}
             for tier in layer.get("tiers", ()):
                 fate = f"{tier['width']} channels {tier['kind']}".rstrip()
                 fates[fate] = fates.get(fate, 0) + len(tier["experts"])

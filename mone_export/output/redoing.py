@@ -127,8 +127,10 @@ def _of_recipe(values: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     """Yield the options of a recipe: with a ratio what became of them, else what was said."""
     said = {name: values[name] for name in _RECIPE}
     said["novice"] = None if said["novice"] == "auto" else said["novice"]
+    if values["stock"]:  # what that means depends on more than the options
+        said["method"] = recipe.method
     if said["ratio"] is not None and said["fit"] is None and recipe.ratio:
-        novice = None if recipe.novice == "none" else recipe.novice
+        novice = recipe.novice if recipe.method == "mone" else None
         usual = Recipe.of(recipe.ratio, method=recipe.method, novice=novice)
         for name in ("method", "score", "allocation", "min_kept", "mtp"):
             value = getattr(recipe, name)

@@ -21,9 +21,11 @@ class Thinner:
     The sums of one layer are in memory at a time.
     """
 
-    def __init__(self, layers: Mapping[int, Thinning], folder: Path | TemporaryDirectory[str]) -> None:
+    def __init__(
+        self, layers: Mapping[int, Thinning], folder: Path | TemporaryDirectory[str], *, centred: bool = True
+    ) -> None:
         """Take each layer's costs, and the folder of its `ChannelStats`; a temporary one lasts so long."""
-        self._layers, self._kept = layers, folder
+        self._layers, self._kept, self._centred = layers, folder, centred
         self._folder = folder if isinstance(folder, Path) else Path(folder.name)
         self._loaded: tuple[int, ChannelStats] | None = None
 
@@ -44,7 +46,8 @@ class Thinner:
         """Return the down projection float64 [d, width] of a thin expert from the whole one's, [d, I]."""
         if self._loaded is None or self._loaded[0] != layer:
             self._loaded = layer, ChannelStats.load(self._folder, layer)
-        share = refit(self._loaded[1], expert, self.channels(layer, expert, width))
+        channels = self.channels(layer, expert, width)
+        share = refit(self._loaded[1], expert, channels, centred=self._centred)
         fitted: Tensor = whole.double() @ share
         return fitted
 
@@ -87,9 +90,9 @@ def tier_of(
 ) -> Derived:
     """Return the tensor of a tier's experts that is made of the tensor `name` of a shape.
 
-    `place` is the layer, the tier's number from 1, the tier; `scale` gives what the runtime multiplies an
-    expert's output by, which one of a tier contains. Without a `thinner` name and shape of thin ones are
-    known, and no more.
+    `place` is the layer, the tier's number from 1 (0: the tensor itself), the tier; `scale` gives what the
+    runtime multiplies an expert's output by, which one of a tier contains. Without a `thinner` name and shape
+    of thin ones are known, and no more.
     """
     layer, number, tier = place
     matrix, (_, n_out, n_in) = matrix_of(name), shape
@@ -110,7 +113,7 @@ def tier_of(
         return (thinner.down(layer, expert, tier.width, whole) * scale(expert)).to(whole.dtype)
 
     return Derived(
-        tier_tensor(name, number),
+        tier_tensor(name, number) if number else name,
         tier.experts,
         (n_row, n_column),
         rows=None if matrix == "down" else rows,

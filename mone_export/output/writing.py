@@ -11,7 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mone_export.artifacts import Calibration, MoeSpec, Plan
+from mone_export.artifacts import Calibration, MoeSpec, Plan, Tier
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
 from mone_export.output.importance import Rounding, any_imatrix, importance_matrix
@@ -47,11 +47,15 @@ from mone_export.runtime import Progress
 from mone_export.source import GgufFile, Rewriting, Source, open_source
 from mone_export.source.gguf_format import (
     COUNT_KEY,
+    EXPERT_WIDTH_KEY,
     GGUF_ALIGNMENT,
     GROUP_COUNT_KEY,
     KEPT_COUNT_KEY,
+    SHARED_COUNT_KEY,
+    SHARED_WIDTH_KEY,
     TIER_COUNT_KEY,
     TIER_SIZES_KEY,
+    WIDTH_KEY,
     holds_ids,
     matrix_of,
     novice_tensor,
@@ -66,6 +70,8 @@ from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
+# their graphs take shared experts to be as wide as `expert_shared_count` of the others together
+_SHARED_BY_COUNT = ("afmoe", "deepseek2", "deepseek32", "dots1", "glm-dsa", "glm4moe")
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
 
 
@@ -258,6 +264,22 @@ def layouts(
     return found
 
 
+def ordinary_widths(source: Source, plan: Plan, widths: Sequence[int]) -> tuple[int, ...]:
+    """Return those of `widths` that all experts of a model may have in a file without tiers.
+
+    Raises `MoneError` where none can.
+    """
+    one = replace(plan, width=1)
+    conversion = Edits(one, {}, {}).apply(source, outtype="auto")
+    conversion.close()
+    possible = []
+    for width in widths:
+        with suppress(MoneError):
+            _width_keys(conversion, replace(plan, width=width))
+            possible.append(width)
+    return tuple(possible)
+
+
 def _direct_types(source: Source, plan: Plan) -> Collection[str]:
     """Return the types that are written without llama-quantize."""
     return ("auto",) if plan.mixes_types else source.direct_types
@@ -325,7 +347,7 @@ class Edits:
         """
         self.plan = plan
         self._thinner = thinner
-        self._pruned = {layer.layer: layer for layer in plan.layers if layer.replaced}
+        self._pruned = {layer.layer: layer for layer in plan.layers if layer.replaced or plan.width}
         with_novices = plan.recipe.method == "mone"
         self._novices = {layer: stored[layer] for layer in self._pruned} if with_novices else {}
         self.added: list[str] = []  # tensors that are not the model's own
@@ -361,7 +383,9 @@ class Edits:
         layer, part = part_of(name) or (-1, None)
         if part != "experts":
             return None
-        return self._pruned[layer].kept if layer in self._pruned else range(self.plan.spec.n_expert)
+        if layer not in self._pruned:
+            return range(self.plan.spec.n_expert)
+        return () if self.plan.width else self._pruned[layer].kept  # narrow ones are `derived`
 
     def derived(self, name: str, shape: Sequence[int]) -> Sequence[Derived]:
         """Return the tensors of the layer's tiers that are made of a tensor of experts."""
@@ -369,6 +393,9 @@ class Edits:
         if part != "experts" or layer not in self._pruned:
             return ()
         tiers = enumerate(self._pruned[layer].tiers, start=1)
+        if self.plan.width:
+            place = (layer, 0, Tier(self.plan.width, self._pruned[layer].kept))
+            return [tier_of(name, shape, place, self._thinner, lambda _: 1.0)]
         scale = partial(self._scale_of, layer)
         made = [tier_of(name, shape, (layer, *numbered), self._thinner, scale) for numbered in tiers]
         self.added += [each.name for each in made]
@@ -382,6 +409,11 @@ class Edits:
         if self._recombination and part != "router":
             raise MoneError(f"{name}: --method dern cannot merge experts with a {part}: use --method drop")
         layer = self._pruned[number]
+        if self.plan.width and part == "bias":
+            tier = Tier(self.plan.width, layer.kept)
+            inside = replace(layer, tiers=(tier,))
+            none = np.zeros((len(layer.kept), tier.width), np.float32)
+            return Rows((), none, own_channels(inside, self._thinner, shape[-1]))
         if number not in self._novices:
             return Rows(layer.kept)
         if part == "router":
@@ -402,10 +434,13 @@ class Edits:
         rows = self.rows(name, tensor.shape)
         if rows is None:
             return tensor
-        own = _pick(tensor, rows.own, self.plan.spec.n_expert)
         lazy: Any = type(tensor)
         others = rows.filled(lambda: lazy.to_eager(tensor).float().numpy())
-        return own if others is None else torch.cat([own, lazy.from_eager(torch.from_numpy(others))])
+        own = _pick(tensor, rows.own, self.plan.spec.n_expert)
+        if others is None:
+            return own
+        added = lazy.from_eager(torch.from_numpy(others))
+        return torch.cat([own, added]) if rows.own else added
 
     def rewrite(self, name: str, read: Read) -> Sequence[Callable[[], Tensor]]:
         """Return what makes each expert of a tensor."""
@@ -570,6 +605,8 @@ def _check_complete(conversion: Rewriting, plan: Plan) -> None:
             )
     if plan.recipe.method != "mone":
         _check_one_count(conversion, plan)
+    if plan.width:
+        _width_keys(conversion, plan)
 
 
 def _check_one_count(conversion: Rewriting, plan: Plan) -> None:
@@ -584,13 +621,39 @@ def _check_one_count(conversion: Rewriting, plan: Plan) -> None:
             )
 
 
+def _width_keys(conversion: Rewriting, plan: Plan) -> dict[str, int]:
+    """Return what says how wide experts are, by key; `MoneError` where others go by it, or nothing does."""
+    size = plan.spec.expert_size
+    stated = {key: conversion.key(key) for key in (EXPERT_WIDTH_KEY, WIDTH_KEY, SHARED_WIDTH_KEY)}
+    names = [name.partition(".ffn_")[2] for name in conversion.shapes]
+    shared = {}
+    if any("_shexp." in name for name in names) and not stated[SHARED_WIDTH_KEY]:
+        together = (conversion.key(SHARED_COUNT_KEY) or 0) * size
+        if conversion.arch not in _SHARED_BY_COUNT or together % plan.width:
+            raise MoneError(
+                f"llama.cpp takes the width of the shared experts from that of the others in "
+                f"{conversion.arch}"
+            )
+        shared = {SHARED_COUNT_KEY: together // plan.width}
+    dense = any(name in ("gate.weight", "up.weight", "down.weight") for name in names)
+    asked = [EXPERT_WIDTH_KEY] if stated[EXPERT_WIDTH_KEY] else [WIDTH_KEY]
+    if asked == [EXPERT_WIDTH_KEY] and not dense and stated[WIDTH_KEY] == stated[EXPERT_WIDTH_KEY]:
+        asked.append(WIDTH_KEY)
+    if any(stated[key] != size for key in asked) or (dense and WIDTH_KEY in asked):
+        raise MoneError(f"no key of {conversion.arch} states the width of its experts alone")
+    values = dict.fromkeys(asked, plan.width) | shared
+    return {key.format(arch=conversion.arch): value for key, value in values.items()}
+
+
 def _loading_keys(conversion: Rewriting, plan: Plan, source: Source) -> Keys:
     """Return the keys that change how the file loads, and the order: none when nothing is pruned."""
-    pruned = [layer for layer in plan.layers if layer.replaced]
+    pruned = [layer for layer in plan.layers if layer.replaced or plan.width]
     if not pruned:
         return {}
     if plan.recipe.method != "mone":
-        return {COUNT_KEY.format(arch=conversion.arch): ("UINT32", len(pruned[0].kept))}
+        values = {COUNT_KEY.format(arch=conversion.arch): len(pruned[0].kept)}
+        values |= _width_keys(conversion, plan) if plan.width else {}
+        return {key: ("UINT32", value) for key, value in values.items()}
     counts = [0] * conversion.block_count
     for layer in pruned:
         counts[layer.layer] = len(layer.kept)

@@ -17,7 +17,8 @@ import numpy as np
 
 from mone_export.artifacts import Calibration, LayerPlan, Plan, Scores, Tier
 from mone_export.errors import MoneError
-from mone_export.pruning.allocation import even_counts, least_kept, ranking
+from mone_export.lazily import torch
+from mone_export.pruning.allocation import even_counts, kept_per_layer, least_kept, ranking
 from mone_export.pruning.uncertainty import possible_use
 from mone_export.recipe import Recipe
 
@@ -125,6 +126,36 @@ def plan_fates(
     spec = scores.spec
     budget = sum(even_counts(spec, recipe).values()) * spec.expert_size
     return plan_within(scores, errors, [Option(width, width) for width in widths], budget, recipe)
+
+
+def plan_narrow(
+    scores: Scores, errors: Mapping[int, np.ndarray], widths: Sequence[int], recipe: Recipe
+) -> Plan:
+    """Return the plan of an ordinary file: as many experts in every layer, all of one width.
+
+    For each of `widths` as many experts stay as a recipe's budget of channels pays for, those whose channels
+    save most; the width that leaves the least error over all layers is taken. `errors` float64 [M, n_width]
+    are `Thinning.errors` with nothing added, so that those of width 0 are what the experts give the layer.
+    Experts that score infinity stay.
+    """
+    spec, calibration = scores.spec, scores.calibration
+    assert calibration is not None, "what becomes of an expert follows from a text"
+    budget = kept_per_layer(spec, recipe) * spec.expert_size
+    costs = [_costs(calibration, layer, errors[layer]) for layer in spec.moe_layers]
+    found: list[tuple[float, Plan]] = []
+    for place, width in enumerate(widths[1:], start=1):
+        n_kept, layers, total = min(spec.n_expert, budget // width), [], 0.0
+        if n_kept < least_kept(spec, recipe.min_kept):
+            continue
+        for number, values, own in zip(spec.moe_layers, scores.values, costs, strict=True):
+            saved = torch.from_numpy(own[:, 0] - own[:, place])
+            order = ranking(spec, torch.where(values.isposinf(), values, saved), n_kept)
+            kept, gone = sorted(order[:n_kept]), sorted(order[n_kept:])
+            layers.append(LayerPlan(number, tuple(kept), tuple(gone)))
+            total += float(own[kept, place].sum() + own[gone, 0].sum())
+        thin = width if width < spec.expert_size else 0
+        found.append((total, Plan(spec, recipe, tuple(layers), scores.protected, thin)))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def plan_within(

@@ -5,7 +5,7 @@ JSON: `mone_plan` (version), `source` (name, SHA-256), `calibration` (text's SHA
 (one per expert, larger = keep; null is minus infinity, "guarded" infinity: super experts, and protected ones,
 which `protected` lists by text as `Protected` has them). Version 2 has tiers: each layer has the `kind` of
 its kept experts' matrices (a type such as `q4_k`; "": the file's) and `tiers`, each of a `width` (channels),
-a `kind` and `experts`.
+a `kind` and `experts`; `width`, where there is one, is that of all experts that are kept.
 """
 
 import json
@@ -28,7 +28,7 @@ _VERSION, _WITH_TIERS = 1, 2
 def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str, str]) -> None:
     """Write a plan; `source` names the model: `name` and `sha256`. Raises `MoneError` where it cannot."""
     path, text = Path(path), scores.calibration
-    new = plan.n_tier > 0 or plan.mixes_types
+    new = plan.n_tier > 0 or plan.mixes_types or plan.width > 0
     rows = dict(zip(scores.spec.moe_layers, scores.values.tolist(), strict=True))
     value = {
         "mone_plan": _WITH_TIERS if new else _VERSION,
@@ -36,6 +36,7 @@ def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str,
         "calibration": text and {"sha256": text.corpus_sha256, "tokens": text.n_token},
         "recipe": asdict(plan.recipe),
         "n_expert": plan.spec.n_expert,
+        **({"width": plan.width} if plan.width else {}),
         **({"protected": [asdict(text) for text in plan.protected]} if plan.protected else {}),
         "layers": {
             str(layer.layer): {
@@ -84,7 +85,7 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
             )
             for number, layer in found["layers"].items()
         )
-        n_expert = int(found["n_expert"])
+        n_expert, width = int(found["n_expert"]), int(found.get("width", 0))
         protected = tuple(
             Protected(
                 **text | {"experts": {int(layer): tuple(ids) for layer, ids in text["experts"].items()}}
@@ -107,7 +108,9 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
         distinct = len(fates) == 1 + len(layer.tiers) <= 1 + MOST_TIERS
         if not distinct or not all(0 < width <= spec.expert_size for _, width in fates):
             raise MoneError(f"{path}: layer {layer.layer} has tiers that a layer cannot have")
-    thin = any(tier.width < spec.expert_size for layer in layers for tier in layer.tiers)
+    if not 0 <= width < spec.expert_size or (width and recipe.method != "narrow"):
+        raise MoneError(f"{path} has experts of {width} channels, this model or method cannot: leave it out")
+    thin = width or any(tier.width < spec.expert_size for layer in layers for tier in layer.tiers)
     if thin and recipe.novice != "thin":
         raise MoneError(f"{path} has thin experts, --novice {recipe.novice} has none: leave it out")
     if recipe.method != "mone" and len({len(layer.kept) for layer in layers}) > 1:
@@ -116,7 +119,7 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
             "--allocate even, or use --method mone"
         )
     check_protected(protected, layers)
-    return Plan(spec, recipe, layers, protected)
+    return Plan(spec, recipe, layers, protected, width)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -16,6 +16,9 @@ costs tr(D_B P_BB^-1 D_B'), ||D_j||^2 / P_jj for one channel, and the rest follo
 D_C - D_B P_BB^-1 P_BC, P_CC - P_CB P_BB^-1 P_BC. So one elimination gives the channels, and the errors, of
 every width. Source: the Optimal Brain Surgeon (Hassibi and Stork, 1993), for columns.
 
+Where a file has no place for a constant (method `narrow`), N is 0 and D the same with S about zero, the
+second moment that is not centred: without any channel the error is all that the expert gives the layer.
+
 Few tokens fit anything. S is shrunk towards its own diagonal by `PRIOR` pseudo-tokens: channels that
 look related in a hundred tokens may not be so in the next hundred. Errors are those of the shrunk S.
 """
@@ -65,20 +68,37 @@ def widths_of(spec: MoeSpec, block: int) -> tuple[int, ...]:
     Where the model's own width is none, its matrices have a type of smaller blocks. What is not packed has
     widths of multiples of 32, which kernels like, or 8 for very narrow experts.
     """
-    size = spec.expert_size
-    steps = [step for step in (block, 32) if step > 1 and size % step == 0] if block > 1 else [32, 8]
-    step = next((step for step in steps if size >= _LEAST_STEPS * step or block > 1), 1)
+    size, step = spec.expert_size, _step(spec, block)
     inner = {round(size * share / step) * step for share in _SHARES}
     return (0, *sorted(inner - {0, size}), size)
 
 
+def narrow_widths(spec: MoeSpec, block: int) -> tuple[int, ...]:
+    """Return the widths that all experts together may have: as `widths_of`, half the steps if not packed."""
+    size, step = spec.expert_size, _step(spec, block)
+    step = max(1, step // 2) if block == 1 else step
+    return (0, *(width for width in range(step, size, step) if 8 * width >= size), size)
+
+
+def _step(spec: MoeSpec, block: int) -> int:
+    size = spec.expert_size
+    steps = [step for step in (block, 32) if step > 1 and size % step == 0] if block > 1 else [32, 8]
+    return next((step for step in steps if size >= _LEAST_STEPS * step or block > 1), 1)
+
+
 def thin(
-    stats: ChannelStats, down: Sequence[Tensor], widths: Sequence[int], bias: Tensor | None = None
+    stats: ChannelStats,
+    down: Sequence[Tensor],
+    widths: Sequence[int],
+    bias: Tensor | None = None,
+    *,
+    centred: bool = True,
 ) -> Thinning:
     """Return what a layer's experts cost at each width.
 
     `down` gives each expert's down projection [d, I], `bias` [M, d] what the model adds to it. An expert
-    never seen costs nothing, and its constant is the bias: what stands in for it is not decided here.
+    never seen costs nothing, and its constant is the bias: what stands in for it is not decided here. Unless
+    `centred`, nothing is added to the channels' output.
     """
     n_expert, size = stats.first.shape
     n_out = len(down[0])
@@ -89,7 +109,7 @@ def thin(
     for first in range(0, n_expert, at_once):
         own = range(first, min(first + at_once, n_expert))
         weights = torch.stack([down[expert].to("cpu", torch.float64) for expert in own])
-        second, mean = _shrunk(stats, own)
+        second, mean = _shrunk(stats, own, centred=centred)
         part = slice(own.start, own.stop)
         order[part] = _eliminate(second, weights, mean, widths, errors[part], constants[part])
     unseen = stats.count == 0
@@ -110,18 +130,21 @@ def down_projections(experts: Any) -> list[Tensor]:
     return [matrix.T if getattr(experts, "is_transposed", False) else matrix for matrix in stack]
 
 
-def refit(stats: ChannelStats, expert: int, channels: Tensor) -> Tensor:
+def refit(stats: ChannelStats, expert: int, channels: Tensor, *, centred: bool = True) -> Tensor:
     """Return A float64 [I, len(channels)]: with the down projection W, W A is that of the thin expert."""
-    second, _ = _shrunk(stats, range(expert, expert + 1))
+    second, _ = _shrunk(stats, range(expert, expert + 1), centred=centred)
     own = second[0][:, channels]  # [I, w]
     solution: Tensor = torch.linalg.solve(own[channels], own.T).T
     return solution
 
 
-def _shrunk(stats: ChannelStats, experts: range) -> tuple[Tensor, Tensor]:
-    """Return (S [n, I, I], shrunk, mu [n, I]) of some experts, float64; S is the identity if unseen."""
+def _shrunk(stats: ChannelStats, experts: range, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return (S [n, I, I], shrunk, mu [n, I]) of some experts, float64; S is the identity if unseen.
+
+    Unless `centred`, mu is 0.
+    """
     part = slice(experts.start, experts.stop)
-    weight, first = stats.weight[part, None], stats.first[part].double()
+    weight, first = stats.weight[part, None], stats.first[part].double() * centred
     mean = first / torch.where(weight > 0, weight, 1.0)
     second = stats.second[part].double() - mean[:, :, None] * first[:, None, :]
     diagonal = second.diagonal(dim1=1, dim2=2).clamp(min=0)

@@ -109,7 +109,8 @@ def _layer(
 def _fate_of_each(layer: LayerPlan, chosen: Plan) -> list[str]:
     """Return the fate of each expert by original id, named as in `Plan.fates`."""
     size = chosen.spec.expert_size
-    fates = dict.fromkeys(layer.kept, f"whole {layer.kind}".rstrip())
+    whole = f"{chosen.width} channels" if chosen.width else f"whole {layer.kind}".rstrip()
+    fates = dict.fromkeys(layer.kept, whole)
     for tier in layer.tiers:
         name = "whole" if tier.width == size else f"{tier.width} channels"
         fates |= dict.fromkeys(tier.experts, f"{name} {tier.kind}".rstrip())

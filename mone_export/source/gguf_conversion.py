@@ -267,7 +267,8 @@ def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: np.ndarray | 
     if others is not None:
         pieces.append(others.tobytes())
         n_row += len(others)
-    return _Written((*info.shape[:axis], n_row, *info.shape[axis + 1 :]), info.kind, pieces)
+    inner = info.shape[:axis] if own or others is None else others.shape[:0:-1]
+    return _Written((*inner, n_row, *info.shape[axis + 1 :]), info.kind, pieces)
 
 
 def _copied(piece: Slice | Made | bytes, file: FileIO, sources: _Sources) -> Iterator[int]:

@@ -13,7 +13,8 @@ ascending order of the original ids (the layer's `order`).
     everything else, and every layer with R = M    untouched
 
 With the methods that take experts out of the router no novice exists and no such key is written: the file is
-an ordinary one of R experts, with R rows of the router, that any llama.cpp runs.
+an ordinary one of R experts, with R rows of the router, that any llama.cpp runs. By method `narrow` they have
+fewer channels, all as many: `{arch}.expert_feed_forward_length` says so, or `{arch}.feed_forward_length`.
 
 Where a token first chooses groups of experts, an expert's number says which group it is in. There router and
 selection bias stay as they were, and `ffn_exps_slot` maps the number of an expert to its place in `order`,
@@ -48,6 +49,10 @@ MOST_TIERS = 7  # of a layer
 TIER_COUNT_KEY = "{arch}.expert_tier_count"
 TIER_SIZES_KEY = "{arch}.expert_tier_sizes"
 COUNT_KEY = "{arch}.expert_count"
+WIDTH_KEY = "{arch}.feed_forward_length"  # of experts, too, where no key is theirs alone
+EXPERT_WIDTH_KEY = "{arch}.expert_feed_forward_length"
+SHARED_WIDTH_KEY = "{arch}.expert_shared_feed_forward_length"
+SHARED_COUNT_KEY = "{arch}.expert_shared_count"
 GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
 OPTIONS_KEY, INPUTS_KEY, MEASURED_KEY = "mone.options", "mone.inputs", "mone.calibration.measured"
 

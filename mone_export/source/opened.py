@@ -62,7 +62,10 @@ class Edits(Protocol):
         """Whether the selected experts are made by `rewrite`, not copied."""
 
     def select(self, name: str) -> Sequence[int] | None:
-        """Return the experts to keep of a tensor of matrices, None for any other tensor."""
+        """Return the experts to keep of a tensor of matrices, None for any other tensor.
+
+        Where there are none, one that is `derived` has the tensor's name.
+        """
 
     def derived(self, name: str, shape: Sequence[int]) -> Sequence[Derived]:
         """Return the tensors to add that are made of a tensor of matrices, of a shape [n_expert, out, in]."""
@@ -126,7 +129,11 @@ class Opened:
                 yield new_name, self.edits.edit(new_name, tensor)
                 continue
             one = self._one_by_one(data, tensor, (name, bid, position))
-            yield new_name, self._chunked(new_name, tensor, one, experts) if one else tensor[list(experts)]
+            if experts:
+                yield (
+                    new_name,
+                    self._chunked(new_name, tensor, one, experts) if one else tensor[list(experts)],
+                )
             for new in self.edits.derived(new_name, tensor.shape):
                 self._edited.add(new.name)
                 yield new.name, self._derived(new, tensor, one or tensor.__getitem__)

@@ -43,7 +43,7 @@ class Variant(NamedTuple):
 
 
 PAPER = Variant("mone", "mone", "mean")
-# measured always, and after every length of calibration: the default, and what must not be better elsewhere
+# measured after every length of calibration: the default, and what must not be better elsewhere
 ALWAYS = (
     PAPER,
     Variant("mone", "error", "least-squares", "sensitivity"),
@@ -82,7 +82,24 @@ WAYS = (
 )
 # what a choice must beat by far: the same widths for the experts that need them least, or for any
 CONTROLS = (Variant("mone", "error", "thin", "inverted"), Variant("mone", "error", "thin", "shuffled"))
-VARIANTS = {"contenders": CONTENDERS, "others": OTHERS, "ways": WAYS, "controls": CONTROLS}
+# what unpatched llama.cpp runs, and what was tried for it (`ordinary.py`)
+STOCK = (
+    *(variant for variant in ALWAYS if variant.method == "drop" or variant.novice == "thin"),
+    Variant("narrow", "error"),
+    Variant("drop", "error"),
+    *(Variant("drop", score, way=way) for score in ("reap", "error") for way in ("scale", "gains")),
+    *(Variant("narrow", "error", way=way) for way in ("scale", "gains")),
+    Variant("dern", "gate"),
+    Variant("merge", "frequency"),
+)
+VARIANTS = {
+    "always": ALWAYS,
+    "contenders": CONTENDERS,
+    "others": OTHERS,
+    "ways": WAYS,
+    "controls": CONTROLS,
+    "stock": STOCK,
+}
 
 
 def measure_methods(args: argparse.Namespace) -> Json:
@@ -120,8 +137,8 @@ def _kept(args: argparse.Namespace, settings: Json) -> list[Json]:
 
 def _variants(args: argparse.Namespace, n_row: int) -> Sequence[Variant]:
     """Return what to measure after a calibration of `n_row` rows: all that is asked for after the longest."""
-    kinds = args.kinds if n_row == max(args.rows) else ()
-    return tuple(dict.fromkeys((*ALWAYS, *(variant for kind in kinds for variant in VARIANTS[kind]))))
+    kinds = args.kinds if n_row == max(args.rows) else [kind for kind in args.kinds if kind == "always"]
+    return tuple(dict.fromkeys(variant for kind in kinds for variant in VARIANTS[kind]))
 
 
 def variant_of(run: Json) -> Variant:
@@ -221,6 +238,9 @@ def pruned(
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
 
+    if variant.method in ("merge", "narrow") or variant.way in ("scale", "gains"):
+        yield _ordinary(model, calibration, corpus, variant, ratio)
+        return
     recipe = recipe_of(variant, ratio, seed=seed)
     if variant.novice == "thin":
         with with_thin_experts(model, calibration, corpus, recipe, control=variant.way) as module:
@@ -254,6 +274,49 @@ def pruned(
         vectors = {layer: novices(stats, variant.novice) for layer, stats in calibration.layers.items()}
     with masked(model.module, {layer.layer: layer.pruned for layer in chosen.layers}, vectors):
         yield model.module
+
+
+def _ordinary(model: Any, calibration: Any, corpus: Any, variant: Variant, ratio: float) -> Any:
+    """Return the model of an ordinary file: narrower, merged, or mended experts."""
+    from measuring.ordinary import mended, merged
+    from mone_export.pruning.planning import plan
+    from mone_export.pruning.scoring import score
+
+    if variant.method == "merge":
+        return merged(model, corpus, calibration, round((1 - ratio) * model.spec.n_expert))
+    if variant.method == "narrow":
+        smaller = with_narrow_experts(model, calibration, corpus, ratio)
+    else:
+        recipe = recipe_of(variant._replace(way=""), ratio, seed=0)
+        chosen = plan(score(calibration, variant.score, guarded=False), recipe=recipe)
+        smaller = with_fewer_experts(model.module, calibration, chosen)
+    return mended(smaller, model, corpus, variant.way) if variant.way else smaller
+
+
+def with_narrow_experts(model: Any, calibration: Any, corpus: Any, ratio: float) -> Any:
+    """Return a model of fewer and narrower experts: zeros where channels went."""
+    from mone_export.calibration.engines import engine_of
+    from mone_export.deciding import fitted
+    from mone_export.pruning.fates import plan_narrow
+    from mone_export.pruning.scoring import score
+    from mone_export.pruning.thinning import narrow_widths
+    from mone_export.recipe import Recipe
+    from mone_export.source.shape import expert_modules
+
+    scores, widths = score(calibration, "error", guarded=False), narrow_widths(model.spec, 1)
+    thinner = fitted(engine_of(model), corpus, widths, centred=False)
+    recipe = Recipe.of(ratio, method="narrow", guarded=False)
+    chosen = plan_narrow(scores, thinner.errors, widths, recipe)
+    smaller = with_fewer_experts(model.module, calibration, chosen)
+    before, after = (dict(expert_modules(each)) for each in (model.module, smaller))
+    for layer in chosen.layers if chosen.width else ():
+        for slot, expert in enumerate(layer.kept):
+            down = thinner.down(
+                layer.layer, expert, chosen.width, before[layer.layer].down_proj[expert].detach()
+            )
+            own = after[layer.layer].down_proj.data[slot].zero_()
+            own[:, thinner.channels(layer.layer, expert, chosen.width)] = down.float()
+    return smaller
 
 
 @contextmanager

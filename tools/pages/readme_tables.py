@@ -279,7 +279,7 @@ SHORT = {
     ("mone", "error", "joint", "sensitivity"): "--novice joint",
     ("mone", "error", "least-squares", "sequential"): "--sequential",
     ("mone", "error", "least-squares", "search"): "--allocate search",
-    ("drop", "reap", "none", ""): "REAP (--stock)",
+    ("drop", "reap", "none", ""): "REAP (--method drop)",
     ("dern", "gate", "none", ""): "DERN",
 }
 
@@ -319,7 +319,7 @@ def methods_against(data: Json) -> Iterable[Row]:
 THIRD = {
     ("mone", "reap", "least-squares", "sensitivity"): "--score reap",
     ("mone", "reap", "least-squares", ""): "--score reap --allocate even",
-    ("drop", "reap", "none", ""): "REAP (--stock)",
+    ("drop", "reap", "none", ""): "REAP (--method drop)",
 }
 
 
@@ -396,6 +396,50 @@ def methods_thin_half(data: Json) -> Iterable[Row]:
     )
 
 
+REAP = ("drop", "reap", "none", "")
+STOCK = {
+    ("narrow", "error", "none", ""): "**narrow**",
+    ("drop", "error", "none", ""): "dropped by error",
+    ("dern", "gate", "none", ""): "DERN",
+    ("merge", "frequency", "none", ""): "MC-SMoE",
+    THIN: "thin, patched runtime",
+}
+MENDED = {
+    "REAP": REAP,
+    "dropped by error": ("drop", "error", "none", ""),
+    "narrow": ("narrow", "error", "none", ""),
+}
+
+
+def methods_stock(data: Json) -> Iterable[Row]:
+    """Yield REAP's divergence in an ordinary file, and how many times as far others of its size stray."""
+    yield "model", "experts' bytes gone", "text", "REAP", *STOCK.values()
+    by_way = _by_way(data)
+    for model, ratio, text in _stock_cells(data):
+        own = [run[text]["kl"] for run in by_way[model, ratio, REAP].values()]
+        cells = (_times(by_way, model, ratio, text, way, digits=3, base=REAP) for way in STOCK)
+        yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
+
+
+def methods_mended(data: Json) -> Iterable[Row]:
+    """Yield what a gain for each expert, and one for each layer, does to ordinary files: times as far."""
+    names = (f"{name}, {way}" for name in MENDED for way in ("one scale a layer", "a gain for each expert"))
+    yield "model", "experts' bytes gone", "text", *names
+    by_way = _by_way(data)
+    for model, ratio, text in _stock_cells(data):
+        cells = (
+            _times(by_way, model, ratio, text, (*base[:3], way), base=base)
+            for base in MENDED.values()
+            for way in ("scale", "gains")
+        )
+        yield model, f"{ratio:.0%}", text, *cells
+
+
+def _stock_cells(data: Json) -> Iterable[tuple[str, float, str]]:
+    ratios = sorted({run["ratio"] for run in runs_after(data)})
+    return product(data["settings"]["models"], ratios, ("like", "unlike", "rare"))
+
+
 def runs_after(data: Json, n_token: int | None = None) -> list[Json]:
     """Return the runs with pruned experts after a calibration of so many tokens (default: the longest)."""
     n_token = n_token or _lengths(data)[-1]
@@ -422,9 +466,11 @@ def _mean(by_way: ByWay, model: str, ratio: float, text: str) -> str:
     return f"{statistics.mean(run[text]['kl'] for run in by_way[model, ratio, DEFAULT].values()):.4f}"
 
 
-def _times(by_way: ByWay, model: str, ratio: float, text: str, way: Row, digits: int = 2) -> str:
+def _times(
+    by_way: ByWay, model: str, ratio: float, text: str, way: Row, digits: int = 2, base: Row = DEFAULT
+) -> str:
     """Format a way's divergence as a multiple of the default's on the same sample: median and range."""
-    own, default = by_way.get((model, ratio, way), {}), by_way[model, ratio, DEFAULT]
+    own, default = by_way.get((model, ratio, way), {}), by_way[model, ratio, base]
     times = [run[text]["kl"] / default[sample][text]["kl"] for sample, run in own.items()]
     low, middle, high = (f"{f(times):.{digits}f}" for f in (min, statistics.median, max)) if times else "---"
     return f"x {middle} ({low} to {high})" if times else "-"
@@ -798,6 +844,8 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "protect": protect_table,
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
+    "methods/stock": methods_stock,
+    "methods/mended": methods_mended,
     "methods/thinshort": methods_thin_short,
     "methods/thinhalf": methods_thin_half,
     "gpu": gpu_table,
@@ -820,7 +868,10 @@ NOTES: dict[str, Callable[[Json], str]] = {
         (f"methods/{view}" for view in ("short", "against", "third", "thirdshort")), methods_note
     ),
     "protect": protect_note,
-    **dict.fromkeys(("methods/thin", "methods/thinshort", "methods/controls"), methods_thin_note),
+    **dict.fromkeys(
+        (f"methods/{view}" for view in ("thin", "thinshort", "controls", "stock", "mended")),
+        methods_thin_note,
+    ),
     "speed/thin": speed_thin_note,
     "gpu": gpu_note,
     **dict.fromkeys(("bytes", "bytes/short"), bytes_note),
