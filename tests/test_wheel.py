@@ -1,7 +1,6 @@
 """The wheels of `make wheel`, where PATH leads to Python alone: no compiler, cmake or git."""
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from programs import PROMPT, complete
+from programs import run as everything_of
 
 from mone_export import runtime
 from mone_export.runtime.builds import TOOLS
@@ -112,24 +113,24 @@ def test_nothing_else_is_in_reach(installed: Environment) -> None:
 def test_file_is_made_and_run_without_a_compiler(installed: Environment, novice_file: Path) -> None:
     programs = Path(installed.run("mone-llama", "path").strip())
     assert programs.is_relative_to(installed.site)
-    options = ("-m", novice_file, "-n", 24, "--temp", 0, "-no-cnv", "--no-display-prompt", "-t", 1)
-    prompt = "def read_file(path):"
-    said = installed.run(programs / "llama-completion", *options, "-p", prompt)
+    said = complete(programs, novice_file).text
     code = (
         "import sys; from llama_cpp import Llama\n"
         "model = Llama(sys.argv[1], n_threads=1, verbose=False)\n"
-        "print(model(sys.argv[2], max_tokens=24, temperature=0)['choices'][0]['text'])"
+        "print(model(sys.argv[2], max_tokens=24, temperature=0)['choices'][0]['text'], end='')"
     )
-    assert said.strip() and said.strip() == installed.run("python", "-c", code, novice_file, prompt).strip()
-    assert said.strip() == run(runtime.path("cpu") / "llama-completion", *options, "-p", prompt).strip()
+    begun = installed.run("python", "-c", code, novice_file, PROMPT)
+    assert begun.strip() and said.startswith(begun)
+    assert said == complete(runtime.path("cpu"), novice_file).text
 
 
 def perplexity(programs: Path, model: Path, text: Path) -> float:
-    options = ("-m", model, "-f", text, "-c", 64, "--chunks", 2, "-t", 1)
-    done = subprocess.run(
-        [programs / "llama-perplexity", *map(str, options)], capture_output=True, text=True, check=True
-    )
-    return float(re.findall(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)[0])
+    """What llama-perplexity prints, which may end without the last lines: they are not waited for."""
+    for _ in range(20):
+        options = ("-m", model, "-f", text, "-c", 64, "--chunks", 2, "-t", 1)
+        if found := re.search(r"\[2\]([\d.]+)", everything_of(programs / "llama-perplexity", *options)):
+            return float(found[1])
+    raise AssertionError("llama-perplexity gave no result")
 
 
 @pytest.mark.parametrize("kind", ["x64", "sse42", "haswell", "skylakex", "zen4"])
@@ -161,9 +162,9 @@ def test_every_program_starts(installed: Environment) -> None:
 
 def test_gguf_is_observed_and_pruned_without_a_compiler(installed: Environment, demo_gguf: Path) -> None:
     """Through llama_cpp, llama-quantize and llama-imatrix; the converter's templates are there, too."""
-    options = ("--ratio", "0.5", "--chunks", 2, "-c", 64, "--outtype", "q4_k_m", "-o", "y.gguf", "--json")
-    report = json.loads(installed.run("mone-export", demo_gguf, *options))
-    assert Path(report["outfile"]).name == "y.gguf"
+    options = ("--ratio", "0.5", "--chunks", 2, "-c", 64, "--outtype", "q4_k_m", "-o", "y.gguf")
+    installed.run("mone-export", demo_gguf, *options)
+    assert (installed.folder / "y.gguf").stat().st_size < demo_gguf.stat().st_size / 4
     tree = "from mone_export import runtime; print(runtime.tree())"
     folder = Path(installed.run("python", "-c", tree).strip())
     assert folder.is_relative_to(installed.site) and list((folder / "models" / "templates").glob("*.jinja"))
