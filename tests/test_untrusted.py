@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_names_in_statistics_are_only_names(command: Command, stats: Path, tmp_p
     before = names(tmp_path)
     command("--stats", stats, "-o", tmp_path / "x.gguf", text="").is_fine()
     assert names(tmp_path) == sorted([*before, "x.gguf"])
+
+
+def test_a_files_own_words_do_nothing_to_a_terminal(command: Command, tmp_path: Path) -> None:
+    file, name = tmp_path / "model.gguf", b"\x1b[2J\nmone-export: all is well\n"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
+    file.write_bytes(head + struct.pack("<Q", len(name)) + name + struct.pack("<I", 9) + bytes(200))
+    done = command("-o", tmp_path / "x.gguf", model=file)
+    done.is_one_line("is broken: .*all is well. has 9 dimensions")
+    assert "\x1b" not in done.err
 
 
 ODD = [None, "x", -1, 10**30, [], {}, ["x"], [[0]], {"0": None}, 1.5, True]

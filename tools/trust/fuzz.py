@@ -101,8 +101,8 @@ def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
                 read(broken)
                 counts["read"] += 1
             except MoneError as error:
-                counts["refused"] += 1
-                failure = "a message of several lines" if len(str(error).splitlines()) > 1 else ""
+                failure = "" if len(str(error).splitlines()) == 1 else "a message of several lines"
+                counts["refused"] += not failure
             except (Exception, RecursionError) as error:
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 failure = f"{type(error).__name__} in {Path(at.filename).name}:{at.lineno}: {error}"[:160]
