@@ -6,7 +6,7 @@ BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
 
-.PHONY: demo test docs wheel check check-vulkan check-cuda check-arm64 clean llama
+.PHONY: demo test docs wheel check trust-fuzz trust-faults check-vulkan check-cuda check-arm64 clean llama
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -23,6 +23,13 @@ wheel: $(READY)
 
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
+
+# SECONDS_EACH=1200 make trust-fuzz   TRIALS=300 make trust-faults
+trust-fuzz: $(READY)
+	$(VENV)/bin/python tools/trust/fuzz.py --seconds $(or $(SECONDS_EACH),60) $(TRUST_ARGS)
+
+trust-faults: llama
+	$(VENV)/bin/python tools/trust/faults.py --trials $(or $(TRIALS),60) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null

@@ -332,6 +332,7 @@ class Calibration:
         try:
             lists = {key: tuple(value) for key, value in header["spec"].items() if isinstance(value, list)}
             spec = MoeSpec(**header["spec"] | lists)
+            _check_shapes(spec, layers)
             return cls(
                 spec=spec,
                 model_sha256=header["model_sha256"],
@@ -344,7 +345,7 @@ class Calibration:
                 parts=tuple(Part(**part) for part in header["parts"]),
                 sensitivity={int(layer): value for layer, value in header.get("sensitivity", {}).items()},
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _not_ours(path, error) from None
 
 
@@ -400,9 +401,21 @@ def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
                 )
                 for layer, n_token in header["layer_n_token"].items()
             }
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(path, error) from None
     return header, layers
+
+
+def _check_shapes(spec: MoeSpec, layers: Mapping[int, ExpertStats]) -> None:
+    """Raise `ValueError` unless every tensor is as large as the shape says, and tokens are numbers."""
+    wide = {"out_mean", "gated_out_sum", "gated2_out_sum"}
+    for layer, stats in layers.items():
+        for name in _STAT_TENSORS:
+            wanted = (spec.n_expert, spec.hidden_size) if name in wide else (spec.n_expert,)
+            if tuple(getattr(stats, name).shape) != wanted:
+                raise ValueError(f"layer {layer}: {name} is not of {spec.n_expert} experts")
+        if not isinstance(stats.n_token, int):
+            raise ValueError(f"layer {layer}: {stats.n_token} tokens".splitlines()[0][:80])
 
 
 def read_layers_head(path: Path) -> dict[str, Any]:
@@ -422,7 +435,9 @@ def read_layers_head(path: Path) -> dict[str, Any]:
 
 
 def _not_ours(path: Path, error: Exception) -> MoneError:
-    return MoneError(f"{path} is not a statistics file of mone-export ({error}): choose another file")
+    return MoneError(
+        f"{path} is not a statistics file of mone-export ({first_line(error)}): choose another file"
+    )
 
 
 @dataclass(frozen=True, slots=True)

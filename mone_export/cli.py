@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             if isinstance(display, JsonEvents):
                 display.event("error", message=message, status=status)
-            print(f"mone-export: {message}", file=sys.stderr)
+            print(f"mone-export: {_printable(message)}", file=sys.stderr)
     return status
 
 

@@ -246,7 +246,12 @@ THEIRS = (
     "llama-imatrix",
     "llama-gguf-split",
 )
-FILES = ("tools/pages/readme_tables.py", "tests/conftest.py", "tests/parallel_clients.py")
+FILES = (
+    "tools/pages/readme_tables.py",
+    "tools/trust/faults.py",
+    "tests/conftest.py",
+    "tests/parallel_clients.py",
+)
 ELSEWHERE = {"--nproc-per-node"}  # torchrun's
 
 

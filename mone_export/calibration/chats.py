@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mone_export.errors import MoneError, first_line
+from mone_export.source.sandbox import StoppedError
 from mone_export.source.tokenizing import TextReader
 
 DATE = datetime.datetime(2025, 1, 1, 12)  # what strftime_now of a template shows
@@ -119,6 +120,8 @@ class Template:
             try:
                 told = _mapped(variant, lambda text: self._marked(text, mark))
                 marked = self._reader.render(told.messages, told.tools, _FIXED_DATE, asking=asking)
+            except StoppedError:
+                raise
             except Exception as error:  # a template is a program: it may fail in any way
                 refusal = refusal or first_line(error)
                 continue

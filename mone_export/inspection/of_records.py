@@ -53,15 +53,14 @@ def of_plan(path: Path) -> Anatomy:
             width = f"{found['width']} channels" if found.get("width") else "whole"
             fates = {f"{width} {layer.get('kind', '')}".rstrip(): len(layer["kept"])}
             for tier in layer.get("tiers", ()):
-                fate = f"{tier['width']} channels {tier['kind']}".rstrip()
+                fate = f"{int(tier['width'])} channels {tier['kind']}".rstrip()
                 fates[fate] = fates.get(fate, 0) + len(tier["experts"])
             fates |= {"constant": len(layer["pruned"])} if layer["pruned"] else {}
             layers.append(LayerAnatomy(int(number), fates))
         made = {**found["recipe"], **{f"source_{key}": value for key, value in found["source"].items()}}
-        calibration = found["calibration"] or {}
+        made |= {f"calibration_{key}": value for key, value in (found["calibration"] or {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoneError(f"{path} is no plan of mone-export ({first_line(error)})") from None
-    made |= {f"calibration_{key}": value for key, value in calibration.items()}
     shape = {"n_expert": n_expert, "n_layer": len(layers)}
     return Anatomy(**_shape(path, "plan", shape), layers=tuple(layers), made=made)
 

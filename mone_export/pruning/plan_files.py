@@ -11,7 +11,7 @@ a `kind` and `experts`; `width`, where there is one, is that of all experts that
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,14 @@ def save_plan(path: str | Path, plan: Plan, scores: Scores, source: Mapping[str,
 def load_recipe(path: str | Path) -> Recipe:
     """Return the recipe that a plan file was made by; raises `MoneError` for what is no such file."""
     try:
-        return Recipe(**read_plan(Path(path))["recipe"])
-    except TypeError as error:
+        found = Recipe(**read_plan(Path(path))["recipe"])
+        for each in fields(Recipe):
+            usual, own = getattr(Recipe(ratio=0.0), each.name), getattr(found, each.name)
+            kinds = {float: (float, int), type(None): (int, type(None))}.get(type(usual), type(usual))
+            if not isinstance(own, kinds):
+                raise TypeError(f"its {each.name} is {str(own)[:40]}")
+        return found
+    except (KeyError, TypeError) as error:
         raise _not_ours(Path(path), error) from None
 
 
@@ -75,24 +81,25 @@ def load_plan(path: str | Path, spec: MoeSpec, recipe: Recipe) -> Plan:
         layers = tuple(
             LayerPlan(
                 int(number),
-                tuple(layer["kept"]),
-                tuple(layer["pruned"]),
+                _ids(layer["kept"]),
+                _ids(layer["pruned"]),
                 tuple(
-                    Tier(int(tier["width"]), tuple(tier["experts"]), tier["kind"])
+                    Tier(int(tier["width"]), _ids(tier["experts"]), _text(tier["kind"]))
                     for tier in layer.get("tiers", ())
                 ),
-                layer.get("kind", ""),
+                _text(layer.get("kind", "")),
             )
             for number, layer in found["layers"].items()
         )
         n_expert, width = int(found["n_expert"]), int(found.get("width", 0))
         protected = tuple(
-            Protected(
-                **text | {"experts": {int(layer): tuple(ids) for layer, ids in text["experts"].items()}}
-            )
+            Protected(**text | {"experts": {int(layer): _ids(ids) for layer, ids in text["experts"].items()}})
             for text in found.get("protected", ())
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        for text in protected:
+            if text.experts.keys() != {layer.layer for layer in layers}:
+                raise ValueError("what it protects is not of its layers")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _not_ours(path, error) from None
     if n_expert != spec.n_expert or tuple(layer.layer for layer in layers) != spec.moe_layers:
         raise MoneError(
@@ -131,6 +138,19 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _not_ours(path, error) from None
     return dict(found)
+
+
+def _ids(found: Any) -> tuple[int, ...]:
+    """Return experts' numbers; raises `TypeError` for what is none."""
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        raise TypeError("experts are named by numbers, in lists")
+    return tuple(found)
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise TypeError(f"a type is called {str(found)[:40]}")
+    return found
 
 
 def _stated(score: float) -> float | str | None:

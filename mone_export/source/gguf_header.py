@@ -295,4 +295,5 @@ def _text_of(raw: bytes, at: int) -> tuple[str, int]:
 
 
 def _broken(path: Path, what: str) -> MoneError:
-    return MoneError(f"{path} is broken: {what}; get it again")
+    told = "".join(letter if letter.isprintable() else "?" for letter in what)  # names are the file's own
+    return MoneError(f"{path} is broken: {told}; get it again")

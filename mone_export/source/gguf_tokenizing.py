@@ -1,12 +1,10 @@
 """A GGUF's own tokenizer and chat template: what llama.cpp's tools make of a text, without transformers.
 
-The tokenizer is llama.cpp's, of the model loaded without its weights. The template is rendered by Jinja with
-the settings, functions and names that transformers gives a template.
+The tokenizer is llama.cpp's, of the model loaded without its weights; a `Sandbox` renders the template.
 """
 
 import ctypes
 import functools
-import json
 import logging
 import re
 import threading
@@ -16,14 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
 from mone_export.errors import MoneError
+from mone_export.source.sandbox import Sandbox
 from mone_export.source.tokenizing import ControlToken, around
 
 log = logging.getLogger(__name__)
@@ -61,6 +53,7 @@ class GgufReader:
         self._template, self._with_tools = self._value(template), self._value(f"{template}.tool_use")
         ids = {name: self._value(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
         self._special = {name: self._name(int(found)) for name, found in ids.items() if found}
+        self._sandbox = Sandbox()
 
     @property
     def has_template(self) -> bool:
@@ -80,10 +73,8 @@ class GgufReader:
         nothing but plain values.
         """
         template = self._with_tools if tools and self._with_tools else self._template
-        plain = json.dumps([messages, tools], default=lambda value: f"<{type(value).__name__}>")
-        messages, tools = json.loads(plain)
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": asking}
-        return _compiled(prefix + template).render(self._special | given)
+        return self._sandbox.render(prefix + template, self._special | given)
 
     def _tokens(self, text: str, *, add_special: bool = False) -> list[int]:
         content = text.encode()
@@ -166,55 +157,3 @@ def _listener() -> tuple[Any, list[str]]:
             errors.append(line)
 
     return llama.llama_log_callback(listen), errors
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks what the assistant says, is no more than its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-class _Names(Namespace):
-    """A template's `namespace`, which keeps no name that Python gives a meaning to."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace keeps no name like {name}")
-        super().__setitem__(name, value)
-
-
-def _namespace(*given: Any, **values: Any) -> _Names:
-    names = _Names()
-    for name, value in dict(*given, **values).items():
-        names[name] = value
-    return names
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled(source: str) -> Template:
-    """Return a template that sees no more of Python than a chat template needs."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "namespace": _namespace}
-    return environment.from_string(source)

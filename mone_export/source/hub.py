@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
         return (SINGLE,)
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not files or any(Path(name).name != name for name in files):
+        if not files or any(Path(name).name != name or name in ("", "..") for name in files):
             raise ValueError("it names no files of its own folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MoneError(f"cannot read {index}: {first_line(error)}; get the model again") from None

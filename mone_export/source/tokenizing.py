@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from mone_export.errors import MoneError, first_line
+from mone_export.source.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -121,6 +122,7 @@ class TransformersReader:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Copy the tokenizer's rules; its settings for padding and truncation stay its own."""
         self._tokenizer = tokenizer
+        self._sandbox = Sandbox()
         self._plain = _plain_backend(tokenizer) if tokenizer.is_fast else None
         bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False) for added in (False, True))
         self.before, self.after = around(bare["input_ids"], whole["input_ids"])
@@ -148,11 +150,8 @@ class TransformersReader:
     ) -> str:
         """Return what the chat template, with `prefix` put before it, makes of messages and tools."""
         template = prefix + self._tokenizer.get_chat_template(None, tools=tools)
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=asking
-            )
-        )
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": asking}
+        return self._sandbox.render(template, self._tokenizer.special_tokens_map | given)
 
 
 def as_reader(tokenizer: "TextReader | PreTrainedTokenizerBase") -> TextReader:
