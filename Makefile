@@ -1,4 +1,4 @@
-# make demo | test | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
 # saves the download of the CUDA libraries.
 PYTHON  ?= python3
@@ -6,7 +6,8 @@ BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
 
-.PHONY: demo test docs wheel check trust-fuzz trust-faults check-vulkan check-cuda check-arm64 clean llama
+.PHONY: demo test docs wheel check clean llama
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -43,6 +44,9 @@ check-arm64: $(READY)
 		{ echo "needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	$(VENV)/bin/mone-llama build > /dev/null
 	CHECK_ARM64=1 $(VENV)/bin/python -m pytest -s tests/test_arm64.py $(PYTEST_ARGS)
+
+check-windows: llama
+	nice $(VENV)/bin/python tools/release/windows.py
 
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
