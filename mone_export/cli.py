@@ -90,6 +90,8 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
         return 130, "interrupted; nothing was written"
     except _Terminated:
         return 143, "terminated; nothing was written"
+    except MemoryError:
+        return 1, "out of memory: free some, pass --stream on, or shorter rows with --ctx-size"
     except Exception as error:  # a user gets one line of it all the same
         if args.verbose:
             traceback.print_exc()

@@ -1,6 +1,7 @@
 """Files of strangers: nothing in them is run, and no path in them leads out of their folder."""
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import Command, names
 from safetensors.numpy import load_file, save_file
@@ -15,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from mone_export import cli_inspect
 from mone_export.artifacts import Calibration
 from mone_export.errors import MoneError
+from mone_export.pipeline import export
 from mone_export.pruning.plan_files import load_plan, load_recipe
+from mone_export.source.gguf_header import read_header
 from mone_export.source.weights import weight_files
 
 
@@ -93,6 +97,22 @@ def test_a_files_own_words_do_nothing_to_a_terminal(command: Command, tmp_path: 
     done = command("-o", tmp_path / "x.gguf", model=file)
     done.is_one_line("is broken: .*all is well. has 9 dimensions")
     assert "\x1b" not in done.err
+
+
+def test_a_tensor_whose_file_became_shorter_is_one_line(small: Path, tmp_path: Path) -> None:
+    export(small, ratio=0, outfile=tmp_path / "model.gguf")
+    last = list(read_header(tmp_path / "model.gguf").tensors.values())[-1]
+    os.truncate(last.file, last.offset + last.size // 2)
+    with pytest.raises(MoneError, match="became shorter while it was read"):
+        last.values(np.float32)
+
+
+def test_no_memory_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("mone_export.pipeline.collect", fail)
+    command("-o", tmp_path / "x.gguf").is_one_line("out of memory: free some")
 
 
 ODD = [None, "x", -1, 10**30, [], {}, ["x"], [[0]], {"0": None}, 1.5, True]

@@ -127,9 +127,7 @@ class GgufFile:
         for info in some:
             n_row = max(1, n_weight // len(some) // info.shape[0])
             size = info.size // math.prod(info.shape[1:]) * min(n_row, info.shape[1])
-            with info.file.open("rb") as file:
-                file.seek(info.offset)
-                packed = np.frombuffer(file.read(size), np.uint8)
+            packed = np.frombuffer(info.read(size), np.uint8)
             yield dequantize(packed.reshape(min(n_row, info.shape[1]), -1), info.kind)
 
     def experts(self) -> Iterator[tuple[int, Any]]:
@@ -214,9 +212,7 @@ def _unpacked(info: TensorInfo) -> "Tensor":
     """Return the weights of a stack of matrices, float32 [n_expert, n_out, n_in]."""
     import torch
 
-    with info.file.open("rb") as file:
-        file.seek(info.offset)
-        packed = np.frombuffer(file.read(info.size), np.uint8)
+    packed = np.frombuffer(info.read(info.size), np.uint8)
     *outer, _ = info.shape[::-1]
     return torch.from_numpy(dequantize(packed.reshape(*outer, -1), info.kind).copy())
 

@@ -51,9 +51,19 @@ class TensorInfo:
 
     def values(self, dtype: type) -> np.ndarray:
         """Read the values of a tensor that is not packed, the outermost dimension first."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return np.frombuffer(file.read(self.size), dtype).reshape(self.shape[::-1])
+        return np.frombuffer(self.read(self.size), dtype).reshape(self.shape[::-1])
+
+    def read(self, n_byte: int) -> bytes:
+        """Read the first bytes of its data; raises `MoneError` where the file has lost them since."""
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                found = file.read(n_byte)
+        except OSError as error:
+            raise MoneError(f"cannot read {self.file}: {error.strerror}") from None
+        if len(found) < n_byte:
+            raise MoneError(f"{self.file} became shorter while it was read: get it again")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
