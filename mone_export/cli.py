@@ -90,12 +90,20 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
         return 130, "interrupted; nothing was written"
     except _Terminated:
         return 143, "terminated; nothing was written"
-    except MemoryError:
-        return 1, "out of memory: free some, pass --stream on, or shorter rows with --ctx-size"
     except Exception as error:  # a user gets one line of it all the same
+        if _is_no_memory(error):
+            return 1, "out of memory: free some, pass --stream on, or shorter rows with --ctx-size"
         if args.verbose:
             traceback.print_exc()
         return 1, f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
+
+
+def _is_no_memory(error: Exception) -> bool:
+    """Say whether memory ran out: Python's threads and PyTorch's allocator have other words for it."""
+    words = ("can't start new thread", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
 
 
 @contextmanager

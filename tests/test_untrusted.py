@@ -107,9 +107,22 @@ def test_a_tensor_whose_file_became_shorter_is_one_line(small: Path, tmp_path: P
         last.values(np.float32)
 
 
-def test_no_memory_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+    ],
+    ids=["python", "thread", "torch"],
+)
+def test_no_memory_is_one_line(
+    error: Exception, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("mone_export.pipeline.collect", fail)
     command("-o", tmp_path / "x.gguf").is_one_line("out of memory: free some")
