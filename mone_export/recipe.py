@@ -114,7 +114,9 @@ class Recipe:
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         own |= {name: value for name, value in choices.items() if value is not None}
         ratio, novice = own.pop("ratio"), own.pop("novice")
-        return Recipe.of(ratio, novice=novice if self.method == "mone" else None, **own)
+        if self.method != "mone":  # it has none, and refuses to be asked for one
+            novice = choices.get("novice")
+        return Recipe.of(ratio, novice=novice, **own)
 
     @property
     def known_novice(self) -> NoviceName:

@@ -139,7 +139,9 @@ class Request:
     def recipe(self) -> Recipe:
         """How to prune; with `fit` alone the ratio is not known yet, and 0 here. A plan brings its own."""
         if self.plan is not None:
-            return load_recipe(self.plan).changed(method=self.method, novice=self._novice, mtp=self.mtp)
+            planned = load_recipe(self.plan)
+            method = self.method or ("drop" if self.stock and planned.method == "mone" else None)
+            return planned.changed(method=method, novice=self._novice, mtp=self.mtp)
         return Recipe.of(
             self.ratio or 0.0,
             method=self.method or ("drop" if self.stock else None),
@@ -338,7 +340,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         check_expressible(source, chosen or plan_without_scores(source.spec, recipe))
     keys = _stated(request, source, recipe, saved)
     job = replace(_sized(request, source, recipe, keys, progress), saved=saved, plan=chosen)
-    if chosen and (chosen.n_tier or chosen.mixes_types or source.substituted):
+    if chosen and (chosen.n_tier or chosen.mixes_types or chosen.width or source.substituted):
         size, between = measure(source, chosen, outtype=Rounding(job.outtype, stated=keys))
         job = replace(job, size=size, size_between=between)
     if not dry:
@@ -523,6 +525,7 @@ def _check_substituted(request: Request, recipe: Recipe, source: Source) -> None
         "--fit": request.fit,
         "--plan": request.plan,
         "--method": request.method,
+        "--stock": request.stock,
     }
     for option in [option for option, value in given.items() if value and value != "mone"]:
         raise MoneError(

@@ -8,16 +8,15 @@ on every device for buffers.
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from mone_export.errors import MoneError
 from mone_export.inspection.cache_memory import memory
 from mone_export.memory import free_memory
-from mone_export.output.writing import Edits
+from mone_export.output.writing import Edits, temporary_folder
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe
 from mone_export.runtime import path as find_programs
+from mone_export.runtime import program
 from mone_export.source import Source
 from mone_export.source.gguf_header import read_header
 from mone_export.terminal import as_size
@@ -38,7 +37,7 @@ class Room:
     @property
     def size(self) -> int:
         """The largest size of a file."""
-        return max(0, sum(free - MARGIN for free in self.devices.values()) - self.cache)
+        return max(0, sum(max(0, free - MARGIN) for free in self.devices.values()) - self.cache)
 
     def __str__(self) -> str:
         """Return the sum in words."""
@@ -54,9 +53,12 @@ def room(source: Source, asked: str) -> Room:
 
     Raises `MoneError` for anything else, and for a machine without room.
     """
-    match = re.fullmatch(r"auto(?::(\d+))?", asked)
+    match = re.fullmatch(r"auto(?::(\d{1,9}))?", asked)
     if not match:
-        raise MoneError(f"--fit {asked}: pass a size such as 16GiB, auto, or auto:32768 for texts that long")
+        raise MoneError(
+            f"--fit {asked}: pass a size (16GiB; from Python a number of bytes), auto, or auto:32768 for "
+            "texts that long"
+        )
     window = source.limits[1]
     n_ctx = int(match[1] or min(N_CTX, window or N_CTX))
     found = Room(gpus() or {"main memory": free_memory()}, n_ctx, _cache(source, n_ctx))
@@ -68,25 +70,27 @@ def room(source: Source, asked: str) -> Room:
 def gpus() -> dict[str, int]:
     """Return the free bytes of each GPU that the newest build sees, by its name; empty without a build."""
     try:
-        program = find_programs() / "llama-bench"
-        listed = subprocess.run(
-            [program, "--list-devices"], capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [str(program(find_programs(), "llama-bench")), "--list-devices"]
+        listed = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
     except (MoneError, OSError, subprocess.TimeoutExpired):
         return {}
     return devices(listed.stdout)
 
 
 def devices(listed: str) -> dict[str, int]:
-    """Return the free bytes of each device that llama.cpp's `--list-devices` prints, by its name."""
-    return {f"{name} ({what})": int(free) * 2**20 for name, what, _, free in _DEVICE.findall(listed)}
+    """Return the free bytes of each device that llama.cpp's `--list-devices` prints, by its name.
+
+    Those without memory of their own (BLAS) are libraries for the CPU.
+    """
+    found = _DEVICE.findall(listed)
+    return {f"{name} ({what})": int(free) * 2**20 for name, what, total, free in found if int(total)}
 
 
 def _cache(source: Source, n_ctx: int) -> int:
     """Return the bytes of a cache of `n_ctx` tokens, from the head of the unpruned file."""
     plan = plan_without_scores(source.spec, Recipe.of(0.0))
-    with TemporaryDirectory(prefix="mone-export-") as folder:
-        head = Path(folder) / "head.gguf"
+    with temporary_folder() as folder:
+        head = folder / "head.gguf"
         conversion = Edits(plan, {}, {}).apply(source, outtype="auto")
         size = conversion.write_head(head, {})
         conversion.close()

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mone_export as mone
-from mone_export.artifacts import Calibration, Corpus, LayerPlan, MoeSpec, Scores
+from mone_export.artifacts import Calibration, ChannelStats, Corpus, LayerPlan, MoeSpec, Scores
 from mone_export.calibration.engines import InTorch
 from mone_export.calibration.loading import Model
 from mone_export.calibration.sums import expert_stats
@@ -34,8 +34,9 @@ from mone_export.pipeline import export
 from mone_export.pruning.fates import plan_narrow
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.pruning.thinning import narrow_widths, thin
 from mone_export.recipe import Recipe
-from mone_export.request import not_narrow
+from mone_export.request import Request, not_narrow, prepare
 from mone_export.source import llamacpp, open_source
 from mone_export.source.shape import expert_modules
 
@@ -228,6 +229,50 @@ def test_stock_makes_the_file_and_its_plan_makes_it_again(text: Path, tmp_path: 
     arguments = redo(first).arguments
     assert arguments[arguments.index("--method") + 1] == "narrow"
     assert "--novice" not in arguments
+
+
+@pytest.mark.upstream
+def test_stock_is_never_ignored(small: Path, text: Path, tmp_path: Path) -> None:
+    """With a plan of novices it means the same experts dropped; what has them already is refused."""
+    plan_file = tmp_path / "plan.json"
+    options: dict[str, Any] = {"ratio": 0.5, "novice": "zero", "score": "random", "allocation": "even"}
+    options |= {"files": [text], "seq_len": 32, "n_row": 2}
+    folder = tmp_path / "half"
+    export(small, hf_out=folder, plan_out=plan_file, **options)
+    assert Request(model=small, plan=plan_file).recipe.method == "mone"
+    assert Request(model=small, plan=plan_file, stock=True).recipe.method == "drop"
+    with pytest.raises(MoneError, match="has constants in the place of experts already.*leave out --stock"):
+        prepare(Request(model=folder, stock=True, outfile=tmp_path / "x.gguf"))
+    with pytest.raises(MoneError, match="pass --method drop, or -o FILE without it"):
+        prepare(Request(model=small, ratio=0.5, method="narrow", hf_out=tmp_path / "narrow"))
+
+
+@pytest.mark.upstream
+def test_a_plan_without_novices_takes_none(small: Path, tmp_path: Path) -> None:
+    plan_file = tmp_path / "plan.json"
+    options: dict[str, Any] = {"ratio": 0.5, "method": "drop", "score": "random"}
+    export(small, outfile=tmp_path / "x.gguf", plan_out=plan_file, **options)
+    with pytest.raises(MoneError, match="--novice mean with --method drop, which has no novices"):
+        _ = Request(model=small, plan=plan_file, novice="mean").recipe
+
+
+def test_there_are_few_widths_and_no_constants(small: Path) -> None:
+    """Of 14,336 channels, say; constants that nothing reads would take gigabytes."""
+    spec = replace(open_source(small).spec, expert_size=14336)
+    widths = narrow_widths(spec, 1)
+    assert len(widths) <= 66 and all(width % 16 == 0 for width in widths)
+    size, n_out = 6, 4
+    hidden = torch.randn(40, size, generator=torch.manual_seed(1), dtype=torch.float64)
+    stats = ChannelStats(
+        count=torch.tensor([40]),
+        weight=torch.tensor([40.0], dtype=torch.float64),
+        first=hidden.sum(0)[None].float(),
+        second=(hidden.T @ hidden)[None].float(),
+    )
+    down = [torch.randn(n_out, size, generator=torch.manual_seed(2))]
+    found = thin(stats, down, (0, 3, 6), centred=False)
+    assert not found.constants.numel()
+    assert found.errors.shape == (1, 3) and found.errors[0, 0] > found.errors[0, 1] > found.errors[0, 2] == 0
 
 
 @pytest.mark.slow

@@ -118,10 +118,11 @@ def check_expressible(source: Source, plan: Plan) -> Checkpoint:
         raise MoneError(
             f"{source.name} is a pruned checkpoint already: pass -o FILE for its GGUF, without --hf-out"
         )
-    if plan.n_tier or plan.mixes_types or plan.recipe.novice == "thin":
+    if plan.n_tier or plan.mixes_types or plan.recipe.novice == "thin" or method == "narrow":
+        remedy = "--method drop" if method == "narrow" else "--novice least-squares"
         raise MoneError(
-            "--hf-out has no place for thin experts, nor for experts of types of their own: pass --novice "
-            "least-squares, or -o FILE without it"
+            "--hf-out has no place for thin experts, nor for experts of types of their own: pass "
+            f"{remedy}, or -o FILE without it"
         )
     if found := packing(source.config):
         raise MoneError(

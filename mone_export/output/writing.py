@@ -233,7 +233,7 @@ def layouts(
     direct = _direct_types(source, plan)
     base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
-        with _temporary_folder() as folder:
+        with temporary_folder() as folder:
             head = folder / "head.gguf"
             edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
             conversion = edits.apply(source, outtype=base_type)
@@ -319,7 +319,7 @@ def _value_bytes(value: str | int) -> int:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     """Make a folder for the block; `MoneError` where the block cannot write to it."""
     try:
         with tempfile.TemporaryDirectory(prefix="mone-export-") as folder:

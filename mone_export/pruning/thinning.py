@@ -43,7 +43,8 @@ class Thinning:
 
     `order` int64 [M, I] has each expert's channels, the first to stay first; `errors` float64 [M, n_width]
     is the squared error left in the layer's output over all its tokens, sum_t g^2 ||f - f'||^2; `constants`
-    float32 [M, n_width, d] what is added to the channels' output. Those of all channels are 0.
+    float32 [M, n_width, d] what is added to the channels' output, [M, 0, d] where nothing is. Those of all
+    channels are 0.
     """
 
     widths: tuple[int, ...]
@@ -74,9 +75,14 @@ def widths_of(spec: MoeSpec, block: int) -> tuple[int, ...]:
 
 
 def narrow_widths(spec: MoeSpec, block: int) -> tuple[int, ...]:
-    """Return the widths that all experts together may have: as `widths_of`, half the steps if not packed."""
+    """Return the widths that all experts together may have: as `widths_of`, half the steps if not packed.
+
+    There are `_ROUNDS` at most, as an elimination takes a round for each.
+    """
     size, step = spec.expert_size, _step(spec, block)
     step = max(1, step // 2) if block == 1 else step
+    while size > _ROUNDS * step:
+        step *= 2
     return (0, *(width for width in range(step, size, step) if 8 * width >= size), size)
 
 
@@ -104,7 +110,7 @@ def thin(
     n_out = len(down[0])
     order = torch.empty(n_expert, size, dtype=torch.int64)
     errors = torch.zeros(n_expert, len(widths), dtype=torch.float64)
-    constants = torch.zeros(n_expert, len(widths), n_out)
+    constants = torch.zeros(n_expert, len(widths) if centred else 0, n_out)
     at_once = max(1, _ROOM // (8 * size * (size + n_out)))
     for first in range(0, n_expert, at_once):
         own = range(first, min(first + at_once, n_expert))
@@ -167,7 +173,7 @@ def _eliminate(
         mean: [n, I], the channels' means.
         widths: ascending, the last is I.
         errors: [n, n_width], takes the errors.
-        constants: [n, n_width, d], takes the constants.
+        constants: [n, n_width, d], takes the constants; [n, 0, d] for none.
     """
     n, size = mean.shape
     block = max(1, size // _ROUNDS)
@@ -197,5 +203,6 @@ def _eliminate(
             )
             left = left.gather(1, stay)
         errors[:, place] = lost
-        constants[:, place] = total - torch.einsum("ndc,nc->nd", fitted, mean.gather(1, left))
+        if constants.shape[1]:
+            constants[:, place] = total - torch.einsum("ndc,nc->nd", fitted, mean.gather(1, left))
     return order
