@@ -1,6 +1,7 @@
 """The `mone-export` command: options, progress, exit codes."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -91,19 +92,24 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
     except _Terminated:
         return 143, "terminated; nothing was written"
     except Exception as error:  # a user gets one line of it all the same
-        if _is_no_memory(error):
-            return 1, "out of memory: free some, pass --stream on, or shorter rows with --ctx-size"
         if args.verbose:
             traceback.print_exc()
-        return 1, f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
+        known = _known(error)
+        return 1, known or f"unexpected {type(error).__name__}: {first_line(error)} (-v shows where)"
 
 
-def _is_no_memory(error: Exception) -> bool:
-    """Say whether memory ran out: Python's threads and PyTorch's allocator have other words for it."""
+def _known(error: Exception) -> str:
+    """Return what to do about an error that may come from anywhere: no memory, no space, files that change."""
+    # Python's threads and PyTorch's allocator have their own words for it
     words = ("can't start new thread", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )
+    without_memory = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    if without_memory or isinstance(error, MemoryError):
+        return "out of memory: free some, pass --stream on, or shorter rows with --ctx-size"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return f"cannot write any more ({error.strerror}): free some space where outputs and $TMPDIR are"
+    if type(error).__name__ == "SafetensorError":
+        return f"a safetensors file cannot be read any more ({first_line(error)}): get it anew"
+    return ""
 
 
 @contextmanager

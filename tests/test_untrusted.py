@@ -1,5 +1,6 @@
 """Files of strangers: nothing in them is run, and no path in them leads out of their folder."""
 
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import Command, names
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mone_export import cli_inspect
@@ -108,24 +110,30 @@ def test_a_tensor_whose_file_became_shorter_is_one_line(small: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "line"),
     [
-        MemoryError(),
-        RuntimeError("can't start new thread"),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"
+        (MemoryError(), "out of memory: free some"),
+        (RuntimeError("can't start new thread"), "out of memory: free some"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory",
+        ),
+        (OSError(errno.EFBIG, "File too large"), "cannot write any more (File too large): free some space"),
+        (
+            SafetensorError("failed to fill whole buffer"),
+            "a safetensors file cannot be read any more (failed to",
         ),
     ],
-    ids=["python", "thread", "torch"],
+    ids=["python", "thread", "torch", "disk", "truncated"],
 )
-def test_no_memory_is_one_line(
-    error: Exception, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_may_end_it_anywhere_is_one_line(
+    error: Exception, line: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("mone_export.pipeline.collect", fail)
-    command("-o", tmp_path / "x.gguf").is_one_line("out of memory: free some")
+    command("-o", tmp_path / "x.gguf").is_one_line(line)
 
 
 ODD = [None, "x", -1, 10**30, [], {}, ["x"], [[0]], {"0": None}, 1.5, True]
