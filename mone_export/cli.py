@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
 
 
 def _known(error: Exception) -> str:
-    """Return what to do about an error that may come from anywhere: no memory, no space, files that change."""
+    """Return what to do about an error that may come from anywhere: no memory, no space, a changing file."""
     # Python's threads and PyTorch's allocator have their own words for it
     words = ("can't start new thread", "can't allocate memory", "not enough memory")
     without_memory = isinstance(error, RuntimeError) and any(each in str(error) for each in words)

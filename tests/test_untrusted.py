@@ -114,15 +114,9 @@ def test_a_tensor_whose_file_became_shorter_is_one_line(small: Path, tmp_path: P
     [
         (MemoryError(), "out of memory: free some"),
         (RuntimeError("can't start new thread"), "out of memory: free some"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-            "out of memory",
-        ),
-        (OSError(errno.EFBIG, "File too large"), "cannot write any more (File too large): free some space"),
-        (
-            SafetensorError("failed to fill whole buffer"),
-            "a safetensors file cannot be read any more (failed to",
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (OSError(errno.EFBIG, "File too large"), r"cannot write any more \(File too large\): free some"),
+        (SafetensorError("failed to fill"), r"a safetensors file cannot be read any more \(failed to fill\)"),
     ],
     ids=["python", "thread", "torch", "disk", "truncated"],
 )

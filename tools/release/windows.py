@@ -106,7 +106,7 @@ def run(archive: Path) -> int:
         export("demo", ratio=0.5, outfile=half, outtype="q8_0", n_row=16, seq_len=256)
         wrong = sum(not same_text(half, prompt, folder / "programs", env) for prompt in PROMPTS)
         wrong += not same_bytes(half, folder, env)
-        said(["wineserver", "--kill"], env=env)
+        subprocess.run(["wineserver", "--kill"], env=env, check=False)  # 1: it is gone already
     return 1 if wrong else 0
 
 
