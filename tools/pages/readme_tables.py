@@ -548,6 +548,17 @@ def protect_table(data: Json) -> Iterable[Row]:
             yield model, way, f"{kind}, {length} tokens", text, mean, *cells
 
 
+def protect_short(data: Json) -> Iterable[Row]:
+    """Yield the longest protected text's rows, of what happens on such text."""
+    header, *rows = protect_table(data)
+    longest = f" {max(data['settings']['protected_tokens'])} tokens"
+    yield (*header[:3], *header[4:])
+    for row in rows:
+        kind, _, length = str(row[2]).partition(",")
+        if length == longest and row[3] == kind:
+            yield (*row[:3], *row[4:])
+
+
 def _ratio_to(base: dict[int, Json], runs: dict[int, Json], text: str) -> str:
     """Format divergences as multiples of others, sample by sample: median and range."""
     times = [runs[sample][text]["kl"] / run[text]["kl"] for sample, run in base.items()]
@@ -881,6 +892,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/third": methods_third,
     "methods/thirdshort": methods_third_short,
     "protect": protect_table,
+    "protect/short": protect_short,
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
     "methods/stock": methods_stock,
