@@ -8,6 +8,7 @@ import torch
 from command import Command
 from tiny import save_small
 
+from mone_export import runtime
 from mone_export.pipeline import export
 
 # the models are so small that threads would mostly wait for each other
@@ -65,3 +66,9 @@ def stats(command: Command, tmp_path: Path) -> Path:
     path.parent.mkdir()
     command("--stats", path, "-o", path.with_name("first.gguf"), "--allocate", "sensitivity").is_fine()
     return path
+
+
+@pytest.fixture(scope="session")
+def stock_libraries() -> Path:
+    """The folder of llama.cpp's libraries without the patches."""
+    return runtime.build(patched=False, targets=("llama",)).bin

@@ -12,7 +12,6 @@ from tiny import TINY, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mone_export import runtime
 from mone_export.artifacts import Calibration
 from mone_export.pipeline import export
 from mone_export.pruning.dern import recombine
@@ -64,11 +63,6 @@ def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp
         nmse = nmse_per_position(torch.from_numpy(logits(outfile, tokens.tolist(), n_batch=n_batch)), wanted)
         print(f"{folder.name} ratio {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")
         assert nmse.max() < LIMIT
-
-
-@pytest.fixture(scope="module")
-def stock_libraries() -> Path:
-    return runtime.build(patched=False, targets=("llama",)).bin
 
 
 @pytest.mark.parametrize(("method", "ratio"), [("drop", 0.25), ("drop", 0.5), ("dern", 0.5)])

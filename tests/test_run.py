@@ -39,11 +39,6 @@ def ordinary_file(folder: Path, text: Path) -> Path:
     return outfile
 
 
-@pytest.fixture(scope="module")
-def stock_libraries() -> Path:
-    return runtime.build(patched=False, targets=("llama",)).bin
-
-
 @pytest.fixture
 def server(novice_file: Path) -> Iterator[str]:
     with running_server(runtime.path(), "-m", novice_file, "-c", 512) as found:
