@@ -2,9 +2,12 @@
 
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from mone_export import runtime
@@ -12,6 +15,10 @@ from mone_export import runtime
 ROOT = Path(__file__).parents[1]
 CONTAINER = ROOT / "tools" / "release" / "Containerfile"
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
+
+
+def wheels() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools" / "release" / "wheels.py"))
 
 
 def steps() -> list[tuple[str, str]]:
@@ -61,3 +68,16 @@ def test_workflow_calls_the_targets_of_the_makefile() -> None:
             subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode
             == 0
         )
+
+
+def test_wheels_replace_their_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("thesis.txt", "mone_export-0-py3-none-any.whl", "mone_export-0.tar.gz", "SHA256SUMS"):
+        (tmp_path / name).write_text("old")
+    main = wheels()["main"]
+    for name in ("compiled", "stage", "packed"):
+        monkeypatch.setitem(main.__globals__, name, lambda *_: None)
+    new = "mone_export-1-py3-none-any.whl"
+    monkeypatch.setitem(main.__globals__, "run", lambda *_, **__: (tmp_path / new).write_text("new"))
+    assert main(["--out", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"thesis.txt", "SHA256SUMS", new}
+    assert [line.split()[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()] == [new]

@@ -38,6 +38,7 @@ CMAKE_ARGS = (
     "-DGGML_OPENMP=OFF",  # else a second libgomp in one process with PyTorch's; ggml has threads of its own
     "-DLLAMA_OPENSSL=OFF",  # whose version differs from system to system
 )
+MADE = ("mone_export-*.whl", "mone_llama-*.whl", "mone_export-*.tar.gz")
 SOURCES = ("conversion", "gguf-py/gguf", "models/templates")  # folders that the converter reads
 LICENSES = ("LICENSE", "licenses/*", "vendor/*/LICENSE*", "vendor/*/*/LICENSE*")
 # With the AMX kernels that are never compiled it would be zen4's twin (builds.py says why there are none).
@@ -74,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the files (default: dist)")
     out: Path = parser.parse_args(argv).out.absolute()
     try:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in made(out):
+            file.unlink()
         run("-m", "hatchling", "build", "-d", out, cwd=ROOT)
         with tempfile.TemporaryDirectory() as name:
             stage(compiled(), Path(name) / "stage")
@@ -86,11 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoneError as error:
         print(f"wheels.py: {error}", file=sys.stderr)
         return 1
-    files = sorted(out.iterdir())
+    files = made(out)
     (out / "SHA256SUMS").write_text("".join(f"{sha256_of(file)}  {file.name}\n" for file in files))
     for file in files:
         print(f"{file.stat().st_size / 1e6:6.1f} MB  {file.name}")
     return 0
+
+
+def made(out: Path) -> list[Path]:
+    """Return what a run makes in `out`, whatever else lies there."""
+    return sorted(file for pattern in MADE for file in out.glob(pattern))
 
 
 def compiled() -> runtime.Build:
