@@ -327,6 +327,12 @@ def test_own_build_comes_before_the_wheel(
     assert (runtime.tree() / "greeting.txt").read_text().startswith("hello, expert")
 
 
+def test_wheel_has_a_part_of_the_tree(release: Path, site: Path) -> None:
+    write_wheel(site, runtime.source().folder.name)
+    assert runtime.tree().is_relative_to(site)
+    assert (runtime.tree(whole=True) / "greeting.txt").is_file()
+
+
 def test_wheel_of_other_patches_does_not_serve(release: Path, tools: Path, site: Path) -> None:
     write_wheel(site, f"{runtime.source().folder.name}-no-more")
     with pytest.raises(MoneError, match=r", and .*mone_llama is of other patches: run `mone-llama build`$"):
