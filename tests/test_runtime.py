@@ -505,6 +505,26 @@ def test_binding_points_at_the_build(
     assert not runtime.install_python_binding(built)
 
 
+def test_linked_build_comes_before_the_wheel_if_it_is_of_the_same_source(
+    release: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
+    monkeypatch.setattr(binding, "_package_folder", lambda _name: site / "llama_cpp")
+    lib = site / "llama_cpp" / "lib"
+    assert runtime.linked_build() == lib, "no wheel"
+    state = runtime.source().folder
+    programs = write_wheel(site, state.name)
+    assert runtime.linked_build() == programs
+    for built, expected in (("1-mone-old", programs), (state.name, tmp_path / state.name / "cuda" / "bin")):
+        folder = tmp_path / built / "cuda" / "bin"
+        folder.mkdir(parents=True)
+        (folder / runtime.library("llama")).touch()
+        lib.mkdir(parents=True, exist_ok=True)
+        (lib / runtime.library("llama")).unlink(missing_ok=True)
+        (lib / runtime.library("llama")).symlink_to(folder / runtime.library("llama"))
+        assert runtime.linked_build() == expected
+
+
 def test_binding_of_another_commit_is_replaced(
     release: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
