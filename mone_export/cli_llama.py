@@ -154,8 +154,9 @@ def _show_check(found: Sequence[runtime.DeviceCheck], variables: Mapping[str, st
             print(f"{item.device}: {len(item.failed) - _SHOWN} more, see --json")
         if item.verdict == "not declared":
             print(f"{item.device}: layers with novices run on the CPU")
-    for name, value in variables.items():
+    if variables:
         print("switched on for what mone_export starts; for programs that you start yourself:")
+    for name, value in variables.items():
         print(f"{'set' if sys.platform == 'win32' else 'export'} {name}={value}")
 
 

@@ -237,9 +237,10 @@ def _sweep(target: Path) -> None:
             with tried(folder / "lock") as taken:
                 if taken:
                     _remove(folder, target)
-            with suppress(OSError):  # Windows removes no open file: the lock, and with it the folder
-                (folder / "lock").unlink()
-                folder.rmdir()
+            if taken:
+                with suppress(OSError):  # Windows removes no open file: the lock, and with it the folder
+                    (folder / "lock").unlink()
+                    folder.rmdir()
 
 
 def _remove(folder: Path, target: Path) -> None:

@@ -80,7 +80,7 @@ def prompts() -> list[list[int]]:
 
 def compiled(compiler: str, libraries: Path, program: Path) -> Path:
     """Compile `greedy.cpp` against the libraries of a build."""
-    tree = runtime.tree()
+    tree = runtime.tree(whole=True)
     include = [f"-I{tree / part / 'include'}" for part in (".", "ggml")]
     link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu"]
     source = Path(__file__).with_name("greedy.cpp")

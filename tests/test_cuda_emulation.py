@@ -79,7 +79,7 @@ def run(program: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 def build(folder: Path, bin_folder: Path, *patch_options: str) -> Path:
     """Translate and compile the CUDA sources; with "--reverse", as they were before the patch."""
-    tree = runtime.tree()
+    tree = runtime.tree(whole=True)
     sources = folder / "ggml" / "src" / "ggml-cuda"
     shutil.copytree(
         tree / "ggml" / "src" / "ggml-cuda", sources, ignore=shutil.ignore_patterns("template-instances")

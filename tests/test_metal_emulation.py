@@ -49,7 +49,7 @@ def build(folder: Path, *patch_options: str) -> Path:
     """Cut the kernels out of the .metal files and compile them; with "--reverse", as they were."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    shutil.copytree(runtime.tree() / FOLDER, folder / FOLDER)
+    shutil.copytree(runtime.tree(whole=True) / FOLDER, folder / FOLDER)
     if patch_options:
         patch = runtime.patches_dir() / PATCH
         subprocess.run(

@@ -251,14 +251,16 @@ def test_a_folder_comes_back_from_a_run_killed_between_two_renames(tmp_path: Pat
     assert (target / "weights").read_text() == "before" and list(tmp_path.iterdir()) == [target]
 
 
-def test_two_runs_of_one_output_do_not_share_a_file(tmp_path: Path) -> None:
+def test_runs_of_one_output_do_not_share_a_file(tmp_path: Path) -> None:
     target = tmp_path / "x.gguf"
     with replacing(target) as first:
         written(first, "first")
-        with replacing(target) as second:
-            written(second, "second")
-        assert target.read_text() == "second"
-        assert first.read_text() == "first", "the second has not taken the first's for a left-over"
+        for name in ("second", "third"):
+            with replacing(target) as part:
+                written(part, name)
+            assert target.read_text() == name
+            assert first.read_text() == "first", f"the {name} has not taken the first's for a left-over"
+            assert (first.parent / "lock").exists()
     assert target.read_text() == "first" and list(tmp_path.iterdir()) == [target]
 
 

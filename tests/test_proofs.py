@@ -11,18 +11,20 @@ import pytest
 
 from mone_export import cli_llama, runtime
 from mone_export.errors import MoneError
+from mone_export.evaluation import speed
+from mone_export.llama_options import LlamaOptions
 from mone_export.runtime.proofs import VARIABLES
 from mone_export.runtime.toolchain import library, program
 
 VARIABLE = re.compile(r'"(GGML_MUL_MAT_ID_SKIP_\w*)"')
 METAL = "GGML_MUL_MAT_ID_SKIP_METAL"
 
-# devices: one that computes on the CPU, one without these operations, one that is off unless proved, and
+# DEVICES: one that computes on the CPU, one without these operations, one that is off unless proved, and
 # Vulkan; DEVICE does OUTCOME after its first case
 BACKEND_OPS = """\
 #!/bin/sh
 number=0
-for device in CPU BLAS MTL0 Vulkan0; do
+for device in DEVICES; do
     number=$((number + 1))
     echo "Backend $number/4: $device"
     [ "$3" = "$device" ] || { echo "  Skipping"; continue; }
@@ -43,9 +45,12 @@ FAILS = (
 DIES = "{ echo 'ggml-vulkan: device lost' >&2; exit 134; }"
 
 
-def made_up(folder: Path, outcome: str = FINE, device: str = "Vulkan0") -> Path:
+def made_up(
+    folder: Path, outcome: str = FINE, device: str = "Vulkan0", devices: str = "CPU BLAS MTL0 Vulkan0"
+) -> Path:
     """Return a folder of stand-ins for a build's programs and libraries; `device` has the outcome."""
-    scripts = {"test-backend-ops": BACKEND_OPS.replace("DEVICE", device).replace("OUTCOME", outcome)}
+    script = BACKEND_OPS.replace("DEVICES", devices).replace("DEVICE", device).replace("OUTCOME", outcome)
+    scripts = {"test-backend-ops": script}
     scripts["test-mul-mat-id-skip"] = "#!/bin/sh\necho 'CPU f32: 12/12 ok'\necho '0 failed'\n"
     for name, text in scripts.items():
         program(folder, name).write_text(text)
@@ -75,6 +80,7 @@ def test_each_device_is_tested_and_what_passed_is_remembered(tmp_path: Path, uns
     assert found["MTL0"].description == "made up: MTL0"
     assert METAL not in os.environ
     assert runtime.proved(folder) == {METAL: "1"}
+    assert runtime.environment(folder)[METAL] == "1" and METAL not in os.environ
     runtime.switch_on(folder)
     assert os.environ[METAL] == "1"
 
@@ -86,7 +92,7 @@ def test_the_users_variable_has_the_last_word(
     runtime.check(folder)
     monkeypatch.setenv(METAL, "0")
     runtime.switch_on(folder)
-    assert os.environ[METAL] == "0"
+    assert os.environ[METAL] == runtime.environment(folder)[METAL] == "0"
 
 
 def test_a_proof_is_of_one_build(tmp_path: Path, unset: None) -> None:
@@ -107,6 +113,37 @@ def test_a_device_that_fails_later_is_off_again(tmp_path: Path, unset: None) -> 
     made_up(folder, FAILS, "MTL0")
     assert [item.verdict for item in runtime.check(folder)][2] == "failed"
     assert runtime.proved(folder) == {}
+
+
+def test_one_device_that_fails_keeps_its_backend_off(tmp_path: Path, unset: None) -> None:
+    """The variable is the whole backend's."""
+    folder = made_up(tmp_path, FAILS, "MTL1", devices="MTL0 MTL1 ROCm0")
+    assert [item.verdict for item in runtime.check(folder)] == ["passed", "failed", "passed"]
+    assert runtime.proved(folder) == {"GGML_MUL_MAT_ID_SKIP_ROCm": "1"}
+
+
+def test_programs_get_what_is_proved_and_this_process_does_not(
+    tmp_path: Path, unset: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own libraries may be of another build."""
+    folder = made_up(tmp_path)
+    program(folder, "said").write_text(f'#!/bin/sh\necho "${METAL}"\n')
+    program(folder, "said").chmod(0o755)
+    runtime.check(folder)
+    monkeypatch.setattr(speed, "path", lambda: folder)
+    assert speed.run_program("said", tmp_path, LlamaOptions())[0] == "1\n"
+    assert METAL not in os.environ
+
+
+def test_variables_are_announced_once(
+    tmp_path: Path, unset: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made_up(tmp_path, devices="MTL0 ROCm0")
+    monkeypatch.setattr(cli_llama.runtime, "path", lambda _backend: folder)
+    assert cli_llama.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("switched on") and len(lines) == 1 + 2 + 3
+    assert all(line.endswith("=1") for line in lines[-2:])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,16 @@
 """What a release says and does, as far as it can be read here: container and workflow were never run."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import yaml
 
 from mone_export import runtime
@@ -12,6 +18,10 @@ from mone_export import runtime
 ROOT = Path(__file__).parents[1]
 CONTAINER = ROOT / "tools" / "release" / "Containerfile"
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
+
+
+def wheels() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "tools" / "release" / "wheels.py"))
 
 
 def steps() -> list[tuple[str, str]]:
@@ -61,3 +71,54 @@ def test_workflow_calls_the_targets_of_the_makefile() -> None:
             subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode
             == 0
         )
+
+
+def test_wheels_replace_their_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("thesis.txt", "mone_export-0-py3-none-any.whl", "mone_export-0.tar.gz", "SHA256SUMS"):
+        (tmp_path / name).write_text("old")
+    main = wheels()["main"]
+    for name in ("compiled", "stage", "packed"):
+        monkeypatch.setitem(main.__globals__, name, lambda *_: None)
+    new = "mone_export-1-py3-none-any.whl"
+    monkeypatch.setitem(main.__globals__, "run", lambda *_, **__: (tmp_path / new).write_text("new"))
+    assert main(["--out", str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"thesis.txt", "SHA256SUMS", new}
+    assert [line.split()[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()] == [new]
+
+
+@pytest.mark.parametrize(
+    ("built", "loaded"),
+    [
+        (None, "mone_llama/1-mone-new/cpu/bin"),
+        ("1-mone-old", "mone_llama/1-mone-new/cpu/bin"),
+        ("1-mone-new",) * 2,
+    ],
+    ids=["no build", "of other patches", "of the same source"],
+)
+def test_wheel_leaves_a_linked_build_in_use(built: str | None, loaded: str, tmp_path: Path) -> None:
+    made = wheels()
+    folder = tmp_path / "package" / "llama_cpp"
+    folder.mkdir(parents=True)
+    text = f"import os\nimport pathlib\nprint(str({made['FOLDER']}))\n"
+    for name in ("llama_cpp.py", "_ggml.py", "mtmd_cpp.py"):
+        (folder / name).write_text(text)
+    (folder / "__init__.py").write_text("from . import llama_cpp, _ggml, mtmd_cpp\n")
+    state = SimpleNamespace(package=tmp_path / "package", folder=Path("1-mone-new"))
+    site = tmp_path / "site"
+    (site / "mone_llama").mkdir(parents=True)
+    made["stage_python"](state, site)
+    if built:
+        (tmp_path / built).mkdir()
+        (tmp_path / built / "libllama.so").touch()
+        (site / "llama_cpp" / "lib").mkdir()
+        (site / "llama_cpp" / "lib" / "libllama.so").symlink_to(tmp_path / built / "libllama.so")
+    code = "import ctypes; from unittest.mock import MagicMock; ctypes.CDLL = MagicMock(); import llama_cpp; "
+    code += "print(ctypes.CDLL.call_args.args[0])"
+    env = {name: value for name, value in os.environ.items() if name != "LLAMA_CPP_LIB_PATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=env | {"PYTHONPATH": str(site)}, cwd=site, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = (tmp_path if built == loaded else site) / loaded
+    assert done.stdout.split() == [*[str(expected)] * 3, str(expected / "libggml.so")]

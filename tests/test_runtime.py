@@ -327,6 +327,12 @@ def test_own_build_comes_before_the_wheel(
     assert (runtime.tree() / "greeting.txt").read_text().startswith("hello, expert")
 
 
+def test_wheel_has_a_part_of_the_tree(release: Path, site: Path) -> None:
+    write_wheel(site, runtime.source().folder.name)
+    assert runtime.tree().is_relative_to(site)
+    assert (runtime.tree(whole=True) / "greeting.txt").is_file()
+
+
 def test_wheel_of_other_patches_does_not_serve(release: Path, tools: Path, site: Path) -> None:
     write_wheel(site, f"{runtime.source().folder.name}-no-more")
     with pytest.raises(MoneError, match=r", and .*mone_llama is of other patches: run `mone-llama build`$"):
@@ -497,6 +503,26 @@ def test_binding_points_at_the_build(
     assert runtime.install_python_binding(built)
     assert (site / "llama_cpp" / "lib" / "libllama.so.0").samefile(built.bin / "libllama.so.0")
     assert not runtime.install_python_binding(built)
+
+
+def test_linked_build_comes_before_the_wheel_if_it_is_of_the_same_source(
+    release: Path, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP_LIB_PATH", raising=False)
+    monkeypatch.setattr(binding, "_package_folder", lambda _name: site / "llama_cpp")
+    lib = site / "llama_cpp" / "lib"
+    assert runtime.linked_build() == lib, "no wheel"
+    state = runtime.source().folder
+    programs = write_wheel(site, state.name)
+    assert runtime.linked_build() == programs
+    for built, expected in (("1-mone-old", programs), (state.name, tmp_path / state.name / "cuda" / "bin")):
+        folder = tmp_path / built / "cuda" / "bin"
+        folder.mkdir(parents=True)
+        (folder / runtime.library("llama")).touch()
+        lib.mkdir(parents=True, exist_ok=True)
+        (lib / runtime.library("llama")).unlink(missing_ok=True)
+        (lib / runtime.library("llama")).symlink_to(folder / runtime.library("llama"))
+        assert runtime.linked_build() == expected
 
 
 def test_binding_of_another_commit_is_replaced(

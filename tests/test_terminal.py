@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -280,7 +281,7 @@ class Unwritable(io.StringIO):
 def test_a_reader_that_went_away_is_no_error(
     platform: str, number: int, fine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("mone_export.terminal.sys", SimpleNamespace(platform=platform))
     output = Output(Unwritable(number))
     output.write("lost")
     with nullcontext() if fine else pytest.raises(MoneError, match="cannot print the result"):

@@ -117,7 +117,7 @@ def random_model(
 @functools.cache
 def _tokenizer() -> Any:
     # a vocabulary the converter recognises, from the pinned tree
-    return AutoTokenizer.from_pretrained(tree() / "models", gguf_file="ggml-vocab-gpt-2.gguf")
+    return AutoTokenizer.from_pretrained(tree(whole=True) / "models", gguf_file="ggml-vocab-gpt-2.gguf")
 
 
 @functools.cache

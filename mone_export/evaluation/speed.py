@@ -14,7 +14,7 @@ import psutil
 from mone_export.errors import MoneError
 from mone_export.evaluation.results import Measured
 from mone_export.llama_options import LlamaOptions
-from mone_export.runtime import Progress, path, program, switch_on
+from mone_export.runtime import Progress, environment, path, program
 
 N_PROMPT, N_NEW, N_ROUND = 512, 64, 3  # tokens, and how often both are measured
 _BETWEEN = 0.02  # seconds between two looks at the memory
@@ -60,11 +60,11 @@ def run_program(
     fails.
     """
     folder = path()
-    switch_on(folder)
     command = [str(program(folder, name)), "-m", str(file), *_words(options), *map(str, arguments)]
     try:
         process = subprocess.Popen(
             command,
+            env=environment(folder),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",

@@ -15,7 +15,7 @@ mone_llama (`make wheel`) brings a `<version>-<key>/` of its own, which serves w
 
 from mone_export.runtime.binding import install_python_binding, linked_build
 from mone_export.runtime.builds import WHEEL_SPEED, Build, BuildError, RuntimeInfo, build, info, path
-from mone_export.runtime.proofs import DeviceCheck, check, proved, switch_on
+from mone_export.runtime.proofs import DeviceCheck, check, environment, proved, switch_on
 from mone_export.runtime.toolchain import BACKENDS, Backend, library, program
 from mone_export.runtime.upstream import (
     Progress,
@@ -42,6 +42,7 @@ __all__ = [
     "build",
     "cache_dir",
     "check",
+    "environment",
     "fetch",
     "info",
     "install_python_binding",

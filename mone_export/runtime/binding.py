@@ -50,8 +50,12 @@ def linked_build() -> Path | None:
     folder = _package_folder("llama_cpp")
     if folder is None:
         return None
-    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
-    return ((Path(chosen) if chosen else folder / "lib") / library("llama")).resolve().parent
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return (Path(chosen) / library("llama")).resolve().parent
+    file, state = (folder / "lib" / library("llama")).resolve(), source()
+    if state.packaged and not (file.exists() and state.folder.name in file.parts):
+        return state.packaged / "cpu" / "bin"  # as the wheel's own llama_cpp chooses
+    return file.parent
 
 
 def _is_installed(state: Source) -> bool:

@@ -3,8 +3,8 @@
 A backend that was run by whoever wrote the patches declares `ggml_backend_mul_mat_id_skip`. Others have the
 code, but declare nothing unless a variable is 1 (`VARIABLES`): a device that computes something else would
 spoil every text without a word. `check` runs the tests on the user's own devices, with the variables set, and
-writes what passed into a file beside the libraries; `switch_on` sets the variables of proved devices for this
-process and the programs that it starts.
+writes what passed into a file beside the libraries; `environment` has the variables of what is proved for a
+program of the build, `switch_on` sets them for this process.
 """
 
 import hashlib
@@ -76,24 +76,28 @@ def check(bin_folder: Path, *, progress: Progress = quiet) -> tuple[DeviceCheck,
 
 
 def proved(bin_folder: Path) -> dict[str, str]:
-    """Return the variables that switch on what was proved for these very libraries."""
+    """Return the variables of backends of which a device passed and none failed, with these libraries."""
     try:
         kept = json.loads((bin_folder / _FILE).read_text(encoding="utf-8"))
-        passed = [item["device"] for item in kept["devices"] if item["verdict"] == "passed"]
+        verdicts = [(item["device"], item["verdict"]) for item in kept["devices"]]
         same = kept["build"] == build_key(bin_folder)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {
-        variable: "1"
+    found = {
+        variable: {verdict for name, verdict in verdicts if name.startswith(start)}
         for start, variable in VARIABLES.items()
-        if same and any(name.startswith(start) for name in passed)
     }
+    return {name: "1" for name, said in found.items() if same and "passed" in said and "failed" not in said}
+
+
+def environment(bin_folder: Path) -> dict[str, str]:
+    """Return the environment for a program of this build; what the user has set stays as it is."""
+    return os.environ | _unset(bin_folder)
 
 
 def switch_on(bin_folder: Path) -> None:
     """Set the variables of proved devices for this process, except those that the user has set."""
-    for name, value in proved(bin_folder).items():
-        os.environ.setdefault(name, value)
+    os.environ.update(_unset(bin_folder))
 
 
 def build_key(bin_folder: Path) -> str:
@@ -101,6 +105,10 @@ def build_key(bin_folder: Path) -> str:
     files = sorted(file for file in bin_folder.iterdir() if is_library(file))
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+
+
+def _unset(bin_folder: Path) -> dict[str, str]:
+    return {name: value for name, value in proved(bin_folder).items() if name not in os.environ}
 
 
 def _check_device(bin_folder: Path, name: str) -> DeviceCheck:

@@ -158,10 +158,14 @@ def read_series(folder: Path) -> tuple[Path, ...]:
     return patches
 
 
-def tree(*, patched: bool = True, progress: Progress = quiet) -> Path:
-    """The llama.cpp source tree (`conversion/`, `gguf-py`), fetched, unpacked and patched if need be."""
+def tree(*, patched: bool = True, whole: bool = False, progress: Progress = quiet) -> Path:
+    """The llama.cpp source tree, fetched, unpacked and patched if need be.
+
+    Unless `whole`, the wheel's part will do: what the converter reads (`conversion/`, `gguf-py`).
+    """
     state = source(patched=patched)
-    if found := state.unpacked:  # what is there is complete: no need to wait for a build in progress
+    found = state.unpacked  # what is there is complete: no need to wait for a build in progress
+    if found and (found == state.tree or not whole):
         return found
     with locked(state.folder, progress):
         prepare(state, progress)

@@ -42,7 +42,8 @@ def save_random_model(folder: Path, sizes: dict[str, int], *, fused: bool = Fals
 
     folder.mkdir()
     # a vocabulary that the converter recognises
-    tokenizer = AutoTokenizer.from_pretrained(runtime.tree() / "models", gguf_file="ggml-vocab-gpt-2.gguf")
+    models = runtime.tree(whole=True) / "models"
+    tokenizer = AutoTokenizer.from_pretrained(models, gguf_file="ggml-vocab-gpt-2.gguf")
     tokenizer.save_pretrained(folder)
     hidden = sizes["hidden"]
     config = Qwen3MoeConfig(

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         nvcc = Toolchain.find("cuda").nvcc or ""
         headers = cublas_headers(nvcc)
-        tree = runtime.tree()
+        tree = runtime.tree(whole=True)
         files = [tree / FOLDER / name for name in args.files] or changed_files(tree)
         failed = compile_all(nvcc, headers, tree, files, args.arch or ARCHITECTURES)
         return compare_all(nvcc, headers, files, args.arch or REGISTERS_OF) or failed
@@ -92,7 +92,7 @@ def compile_all(
 
 def compare_all(nvcc: str, headers: Path, files: Sequence[Path], architectures: Sequence[str]) -> int:
     """Print how the kernels' registers differ from stock's; 1 if unflagged nodes get more."""
-    trees = [runtime.tree(patched=False), runtime.tree()]
+    trees = [runtime.tree(patched=False), runtime.tree(whole=True)]
     names = [
         file.name for file in files if "__global__" in (trees[0] / FOLDER / file.name).read_text("utf-8")
     ]

@@ -38,18 +38,29 @@ CMAKE_ARGS = (
     "-DGGML_OPENMP=OFF",  # else a second libgomp in one process with PyTorch's; ggml has threads of its own
     "-DLLAMA_OPENSSL=OFF",  # whose version differs from system to system
 )
+MADE = ("mone_export-*.whl", "mone_llama-*.whl", "mone_export-*.tar.gz")
 SOURCES = ("conversion", "gguf-py/gguf", "models/templates")  # folders that the converter reads
 LICENSES = ("LICENSE", "licenses/*", "vendor/*/LICENSE*", "vendor/*/*/LICENSE*")
 # With the AMX kernels that are never compiled it would be zen4's twin (builds.py says why there are none).
 LEFT_OUT = "libggml-cpu-sapphirerapids.so"
 FOLDER = 'pathlib.Path(os.path.abspath(os.path.dirname(__file__))) / "lib"'  # in llama_cpp/*.py
-PROGRAMS = 'pathlib.Path(os.path.abspath(os.path.dirname(__file__))).parent / "mone_llama/{state}/cpu/bin"'
-MODULE = '"""The llama.cpp of mone-export for any x86-64 CPU: mone_export finds it, llama_cpp loads it."""\n'
+LIBRARIES_FOLDER = '__import__("mone_llama").libraries(__file__)'
+MODULE = '''\
+"""The llama.cpp of mone-export for any x86-64 CPU: mone_export finds it, llama_cpp loads it."""
+
+from pathlib import Path
+
+
+def libraries(module: str) -> Path:
+    """What llama_cpp loads: the build that is linked to it, if of the same source, else the wheel's."""
+    file = (Path(module).absolute().parent / "lib" / "libllama.so").resolve()
+    linked = file.exists() and "{state}" in file.parts
+    return file.parent if linked else Path(__file__).absolute().parent / "{state}" / "cpu" / "bin"
+'''
 # The libraries for the kinds of CPUs are linked to nothing: somebody has to load the right one.
 LOADING = """\
 import ctypes
 import os
-import pathlib
 
 _folder = os.environ.get("LLAMA_CPP_LIB_PATH") or str({folder})
 ctypes.CDLL(os.path.join(_folder, "libggml.so")).ggml_backend_load_all_from_path(os.fsencode(_folder))
@@ -74,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the files (default: dist)")
     out: Path = parser.parse_args(argv).out.absolute()
     try:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in made(out):
+            file.unlink()
         run("-m", "hatchling", "build", "-d", out, cwd=ROOT)
         with tempfile.TemporaryDirectory() as name:
             stage(compiled(), Path(name) / "stage")
@@ -86,11 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoneError as error:
         print(f"wheels.py: {error}", file=sys.stderr)
         return 1
-    files = sorted(out.iterdir())
+    files = made(out)
     (out / "SHA256SUMS").write_text("".join(f"{sha256_of(file)}  {file.name}\n" for file in files))
     for file in files:
         print(f"{file.stat().st_size / 1e6:6.1f} MB  {file.name}")
     return 0
+
+
+def made(out: Path) -> list[Path]:
+    """Return what a run makes in `out`, whatever else lies there."""
+    return sorted(file for pattern in MADE for file in out.glob(pattern))
 
 
 def compiled() -> runtime.Build:
@@ -123,24 +140,24 @@ def stage(build: runtime.Build, folder: Path) -> None:
     for name in SOURCES:
         shutil.copytree(state.tree / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(state.tree / "convert_hf_to_gguf.py", tree)
-    (folder / "mone_llama" / "__init__.py").write_text(MODULE)
-    stage_binding(state, folder / "llama_cpp")
+    stage_python(state, folder)
     stage_metadata(state, folder)
 
 
-def stage_binding(state: runtime.Source, folder: Path) -> None:
-    """Copy llama-cpp-python's package, with the libraries of the wheel in place of its own."""
+def stage_python(state: runtime.Source, folder: Path) -> None:
+    """Write `mone_llama`, and copy llama-cpp-python's package, which asks it for the libraries' folder."""
+    (folder / "mone_llama" / "__init__.py").write_text(MODULE.format(state=state.folder.name))
+    folder = folder / "llama_cpp"
     ignored = shutil.ignore_patterns("__pycache__", "lib")
     shutil.copytree(state.package / "llama_cpp", folder, ignore=ignored)
-    programs = PROGRAMS.format(state=state.folder.name)
     texts = {file: file.read_text() for file in folder.glob("*.py")}
     loading = {file.name for file, text in texts.items() if FOLDER in text}
     if not {"llama_cpp.py", "_ggml.py", "mtmd_cpp.py"} <= loading:
         raise MoneError(f"llama_cpp finds its libraries in another way than {FOLDER}")
     for file, text in texts.items():
-        file.write_text(text.replace(FOLDER, programs))
+        file.write_text(text.replace(FOLDER, LIBRARIES_FOLDER))
     package = folder / "__init__.py"
-    package.write_text(LOADING.format(folder=programs) + package.read_text())
+    package.write_text(LOADING.format(folder=LIBRARIES_FOLDER) + package.read_text())
 
 
 def stage_metadata(state: runtime.Source, folder: Path) -> None:

@@ -90,7 +90,7 @@ def packed(built: runtime.Build) -> Path:
             stripped = Path(folder, file.name)
             said([f"{MACHINE}-strip", "--strip-unneeded", "-o", str(stripped), str(file)])
             pack.write(stripped, file.name)
-        pack.write(runtime.tree() / "LICENSE", "LICENSE-llama.cpp")
+        pack.write(runtime.tree(whole=True) / "LICENSE", "LICENSE-llama.cpp")
     part.replace(archive)
     return archive
 
