@@ -14,7 +14,7 @@ from command import Command
 from mone_export import cli, cli_inspect
 from mone_export.errors import MoneError
 from mone_export.output.redoing import redo
-from mone_export.pipeline import export
+from mone_export.pipeline import export, rehearse
 from mone_export.source.gguf_header import read_header
 
 Moved = Callable[..., Path]
@@ -140,6 +140,31 @@ def test_a_plan_a_protected_text_and_a_method(
         again(file, folder, capsys)
     run([small, "--plan", plan, "-f", text, "--chunks", 2, "-c", 32, "-o", planned])
     again(planned, folder, capsys)
+
+
+GIVEN = {  # as it is given -> as it is stated
+    "./calib.txt": "calib.txt",
+    "sub//a.txt": "a.txt",
+    "sub/../calib.txt=2": "calib.txt=2",
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_file_is_stated_by_its_name(
+    given: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("calib.txt", "sub/a.txt"):
+        shutil.copyfile(text, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert options_of("demo", files=[given])[-2:] == ["-f", GIVEN[given]]
+
+
+def options_of(model: str, **options: Any) -> list[str]:
+    """The options that an export would state."""
+    job, _ = rehearse(model, **{"ratio": 0.5, "novice": "mean"} | options)
+    told: list[str] = json.loads(job.stated["mone.options"][1])
+    return told
 
 
 def test_the_inspector_shows_it(

@@ -146,8 +146,8 @@ def _of_recipe(values: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
 def _files(values: Mapping[str, Any], stats: Path | None) -> Iterator[tuple[str, str, Path]]:
     """Yield each file that is given: its option, what is stated of it, its path."""
     for given in values["files"]:
-        path = Path(_path_of(given))
-        yield "-f", path.name + str(given)[len(str(path)) :], path
+        raw = _path_of(given)
+        yield "-f", Path(raw).name + str(given)[len(raw) :], Path(raw)
     for given in values["protect"]:
         name, n = given.rpartition("=")[::2] if isinstance(given, str) else given
         yield "--protect", f"{Path(name).name}={n}", Path(name)
@@ -158,9 +158,9 @@ def _files(values: Mapping[str, Any], stats: Path | None) -> Iterator[tuple[str,
 
 def _path_of(given: object) -> str:
     """Return the path in `PATH=WEIGHT`, or all of it."""
-    path = Path(str(given))
-    head, equals, _ = str(path).rpartition("=")
-    return head if equals and not path.exists() else str(path)
+    text = str(given)
+    head, equals, _ = text.rpartition("=")
+    return head if equals and not Path(text).exists() else text
 
 
 def _sha256(path: Path) -> str:
