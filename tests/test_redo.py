@@ -167,6 +167,32 @@ def options_of(model: str, **options: Any) -> list[str]:
     return told
 
 
+HONEST: dict[str, list[str]] = {
+    "a negative number": ["demo", "--ratio", "0.5", "-ngl", "-1"],
+    "a file without a suffix": ["./model", "--ratio", "0.5"],
+    "two points in a model": ["some..model.gguf", "--ratio", "0.5"],
+    "two points in a text": ["demo", "--ratio", "0.5", "-f", "notes..txt=2"],
+    "a text like an option": ["demo", "--ratio", "0.5", "-f", "./-notes.txt"],
+}
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_an_odd_command_is_printed_as_it_was(case: str, tmp_path: Path) -> None:
+    assert list(redo(forged(tmp_path, HONEST[case])).arguments[:-2]) == HONEST[case]
+
+
+@pytest.mark.parametrize("name", ["model", "Model.GGUF", "-model.gguf", "a..gguf"])
+def test_odd_names_are_stated_so_that_they_pass(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export("demo", ratio=0, outfile=tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").rename(tmp_path / name)
+    shutil.copyfile(text, tmp_path / "-notes.txt")
+    monkeypatch.chdir(tmp_path)
+    told = options_of(f"./{name}", ratio=0, novice=None) + options_of("demo", files=["-notes.txt"])[1:]
+    assert list(redo(forged(tmp_path, told)).arguments[:-2]) == told and told[-1] == "./-notes.txt"
+
+
 def test_the_inspector_shows_it(
     command: Command, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

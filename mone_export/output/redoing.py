@@ -53,7 +53,9 @@ _RECIPE = {
 _LLAMA = {"n_gpu_layers": "-ngl", "n_cpu_moe": "--n-cpu-moe", "n_batch": "-b", "n_ubatch": "-ub"}
 _FILES = ("-f", "--protect", "--plan", "--stats", "--imatrix")
 _TAKE_ONE = {*_VALUES.values(), *_RECIPE.values(), *_LLAMA.values(), *_FILES, "--dataset"}
-_MODEL = re.compile(r"demo|\./[^/]+|[^/]+\.gguf|[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_GGUF = re.compile(r"[^-/\\][^/\\]*\.gguf")
+_MODEL = re.compile(rf"demo|\./[^/\\]+|{_GGUF.pattern}|\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+_FILE = re.compile(r"(\./)?[^/\\]+")
 _MOST, _LONGEST = 500, 500  # arguments, characters of one
 
 
@@ -92,7 +94,7 @@ def stated(
     for name in values["datasets"]:
         arguments += ["--dataset", f"./{Path(name).name}" if Path(_path_of(name)).exists() else name]
     if values["imatrix"] is not None:
-        arguments += ["--imatrix", Path(values["imatrix"]).name]
+        arguments += ["--imatrix", _bare(values["imatrix"])]
     hashed = [[path.name, _sha256(path)] for _, _, path in given if path.is_file()]
     return {
         OPTIONS_KEY: ("STRING", json.dumps(arguments)),
@@ -147,13 +149,19 @@ def _files(values: Mapping[str, Any], stats: Path | None) -> Iterator[tuple[str,
     """Yield each file that is given: its option, what is stated of it, its path."""
     for given in values["files"]:
         raw = _path_of(given)
-        yield "-f", Path(raw).name + str(given)[len(raw) :], Path(raw)
+        yield "-f", _bare(raw) + str(given)[len(raw) :], Path(raw)
     for given in values["protect"]:
         name, n = given.rpartition("=")[::2] if isinstance(given, str) else given
-        yield "--protect", f"{Path(name).name}={n}", Path(name)
+        yield "--protect", f"{_bare(name)}={n}", Path(name)
     for option, value in (("--plan", values["plan"]), ("--stats", stats)):
         if value is not None:
-            yield option, Path(value).name, Path(value)
+            yield option, _bare(value), Path(value)
+
+
+def _bare(path: str | Path) -> str:
+    """Return a file's name without its folder, never one that looks like an option."""
+    name = Path(path).name
+    return f"./{name}" if name.startswith("-") else name
 
 
 def _path_of(given: object) -> str:
@@ -172,7 +180,8 @@ def _model(given: object, source: Source) -> str:
     if source.id:
         return f"{source.id}@{source.revision}" if source.revision else source.id
     if isinstance(source, GgufFile):
-        return source.files[0].name
+        name = source.files[0].name
+        return name if _GGUF.fullmatch(name) else f"./{name}"
     return str(given) if given == "demo" else f"./{source.name}"
 
 
@@ -194,7 +203,7 @@ def _passed(arguments: list[Any]) -> list[str]:
     if not all(isinstance(each, str) and each.isprintable() and len(each) <= _LONGEST for each in arguments):
         return []
     model, *rest = arguments or [""]
-    if not _MODEL.fullmatch(model) or model.startswith("-") or ".." in model:
+    if not _MODEL.fullmatch(model) or _leaves(model):
         return []
     found, left = [model], iter(rest)
     for option in left:
@@ -202,12 +211,17 @@ def _passed(arguments: list[Any]) -> list[str]:
             found += [option] if option != _CODE else []
             continue
         value = next(left, "")
-        if option not in _TAKE_ONE or not value or value.startswith("-"):
+        if option not in _TAKE_ONE or not re.fullmatch(r"-\d+|[^-].*", value):
             return []
-        if option in _FILES and ("/" in value or "\\" in value or ".." in value):
+        if option in _FILES and (not _FILE.fullmatch(value) or _leaves(value)):
             return []
         found += [option, value]
     return found
+
+
+def _leaves(name: str) -> bool:
+    """Return whether a part of a name leads out of its folder."""
+    return ".." in re.split("[/@=:]", name)
 
 
 def _notes(header: Header, hashed: list[Any]) -> Iterator[str]:
