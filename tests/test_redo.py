@@ -160,6 +160,16 @@ def test_a_file_is_stated_by_its_name(
     assert options_of("demo", files=[given])[-2:] == ["-f", GIVEN[given]]
 
 
+@pytest.mark.parametrize("after", ["", "=2", ":train", ":default:train=2"])
+def test_a_dataset_is_stated_without_its_folder(after: str, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    shutil.copyfile(text, folder / "train.txt")
+    told = options_of("demo", datasets=[f"{folder}{after}"])
+    assert told[-2:] == ["--dataset", f"./sub{after}"]
+    assert list(redo(forged(tmp_path, told)).arguments[:-2]) == told
+
+
 def options_of(model: str, **options: Any) -> list[str]:
     """The options that an export would state."""
     job, _ = rehearse(model, **{"ratio": 0.5, "novice": "mean"} | options)

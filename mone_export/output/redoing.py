@@ -92,7 +92,7 @@ def stated(
     given = list(_files(values, stats))
     arguments += [part for option, name, _ in given for part in (option, name)]
     for name in values["datasets"]:
-        arguments += ["--dataset", f"./{Path(name).name}" if Path(_path_of(name)).exists() else name]
+        arguments += ["--dataset", _dataset(name)]
     if values["imatrix"] is not None:
         arguments += ["--imatrix", _bare(values["imatrix"])]
     hashed = [[path.name, _sha256(path)] for _, _, path in given if path.is_file()]
@@ -162,6 +162,14 @@ def _bare(path: str | Path) -> str:
     """Return a file's name without its folder, never one that looks like an option."""
     name = Path(path).name
     return f"./{name}" if name.startswith("-") else name
+
+
+def _dataset(given: str) -> str:
+    """Return what names a dataset: its id, or a folder without those it lies in, and what follows them."""
+    for raw in (_path_of(given), given.partition(":")[0]):
+        if Path(raw).exists():
+            return f"./{Path(raw).absolute().name}{given[len(raw) :]}"
+    return given
 
 
 def _path_of(given: object) -> str:
