@@ -247,6 +247,10 @@ HOSTILE: dict[str, Any] = {
     "a file elsewhere": ["demo", "--ratio", "0.5", "-f", "../../secret"],
     "an absolute file": ["demo", "--ratio", "0.5", "--stats", "/etc/passwd"],
     "a model elsewhere": ["../model", "--ratio", "0.5"],
+    "a model of a share": ["\\\\evil\\share\\m.gguf", "--ratio", "0.5"],
+    "an absolute dataset": ["demo", "--ratio", "0.5", "--dataset", "/home/u/.ssh"],
+    "a dataset elsewhere": ["demo", "--ratio", "0.5", "--dataset", "../secret:train"],
+    "a dataset of a share": ["demo", "--ratio", "0.5", "--dataset", "\\\\evil\\s"],
     "an option as a value": ["demo", "--ratio", "--trust-remote-code"],
     "a terminal's language": ["demo", "--ratio", "0.5", "--field", "\u001b[2J"],
     "no list": {"demo": "--ratio with a long value that fills the room"},
@@ -265,6 +269,16 @@ def test_a_command_that_is_not_ours_is_not_printed(
     assert cli.main(["--from", str(file)]) == 1
     done = capsys.readouterr()
     assert not done.out and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("a\u001b[2J.gguf", "a_[2J-again.gguf"), ("-x.gguf", "./-x-again.gguf")]
+)
+def test_a_files_own_name_is_neither_an_option_nor_a_terminals_language(
+    name: str, wanted: str, tmp_path: Path
+) -> None:
+    file = forged(tmp_path, ["demo", "--ratio", "0.5"]).rename(tmp_path / name)
+    assert redo(file).arguments[-2:] == ("-o", wanted)
 
 
 def test_code_of_others_runs_by_the_users_own_word_only(

@@ -56,6 +56,7 @@ _TAKE_ONE = {*_VALUES.values(), *_RECIPE.values(), *_LLAMA.values(), *_FILES, "-
 _GGUF = re.compile(r"[^-/\\][^/\\]*\.gguf")
 _MODEL = re.compile(rf"demo|\./[^/\\]+|{_GGUF.pattern}|\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 _FILE = re.compile(r"(\./)?[^/\\]+")
+_DATASET = re.compile(r"(\./[^/\\]+|\w[\w.-]*(/[\w.-]+)?)([:=][^/\\]*)?")
 _MOST, _LONGEST = 500, 500  # arguments, characters of one
 
 
@@ -118,7 +119,7 @@ def redo_of(header: Header) -> Redo:
     arguments, hashed = _list(told), _list(header.value(INPUTS_KEY, "[]"))
     if arguments is None or hashed is None or not (passed := _passed(arguments)):
         raise MoneError(f"{path} states a command that mone-export has not written: do not run it")
-    name = GgufFile(path).name
+    name = _bare("".join(each if each.isprintable() else "_" for each in GgufFile(path).name))
     notes = list(_notes(header, hashed))
     if _CODE in arguments:
         notes.append(f"it was made with {_CODE}: add that only if you trust the code in the model's folder")
@@ -221,7 +222,8 @@ def _passed(arguments: list[Any]) -> list[str]:
         value = next(left, "")
         if option not in _TAKE_ONE or not re.fullmatch(r"-\d+|[^-].*", value):
             return []
-        if option in _FILES and (not _FILE.fullmatch(value) or _leaves(value)):
+        pattern = _FILE if option in _FILES else _DATASET if option == "--dataset" else None
+        if pattern and (not pattern.fullmatch(value) or _leaves(value)):
             return []
         found += [option, value]
     return found
