@@ -122,6 +122,32 @@ def test_statistics_of_the_text_that_is_given_are_not_stated(
     assert "--stats" not in printed(one, capsys)
 
 
+@pytest.mark.parametrize(
+    ("place", "first", "wanted"),
+    [
+        ("--stats", ("--dtype", "bfloat16"), "--stats kept"),
+        ("--workdir", ("--dtype", "bfloat16"), "--dtype bfloat16"),
+        ("--workdir", ("--stream", "on"), "--stream on"),
+    ],
+)
+def test_what_was_computed_otherwise_before_is_stated(
+    place: str,
+    first: Sequence[str],
+    wanted: str,
+    command: Command,
+    small: Path,
+    text: Path,
+    tmp_path: Path,
+    moved: Moved,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "model.gguf"
+    command(place, kept, *first, "--novice", "mean", "-o", tmp_path / "first.gguf").is_fine()
+    command(place, kept, "--novice", "mean", "-o", out).is_fine()
+    assert wanted in printed(out, capsys)
+    again(out, moved(small, text, *([kept] if place == "--stats" else [])), capsys)
+
+
 def test_a_plan_a_protected_text_and_a_method(
     command: Command,
     small: Path,
@@ -248,7 +274,7 @@ HOSTILE: dict[str, Any] = {
     "an absolute file": ["demo", "--ratio", "0.5", "--stats", "/etc/passwd"],
     "a model elsewhere": ["../model", "--ratio", "0.5"],
     "a model of a share": ["\\\\evil\\share\\m.gguf", "--ratio", "0.5"],
-    "an absolute dataset": ["demo", "--ratio", "0.5", "--dataset", "/home/u/.ssh"],
+    "an absolute dataset": ["demo", "--ratio", "0.5", "--dataset", "/etc/ssh"],
     "a dataset elsewhere": ["demo", "--ratio", "0.5", "--dataset", "../secret:train"],
     "a dataset of a share": ["demo", "--ratio", "0.5", "--dataset", "\\\\evil\\s"],
     "an option as a value": ["demo", "--ratio", "--trust-remote-code"],
