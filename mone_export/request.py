@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mone_export.architectures import weights_inputs
 from mone_export.artifacts import (
@@ -24,6 +24,7 @@ from mone_export.artifacts import (
 )
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import BUILT_IN, head, read_all, read_corpus
+from mone_export.calibration.work_folder import begun
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
 from mone_export.lazily import Tensor
@@ -51,7 +52,7 @@ from mone_export.pruning.thinning import channel_bytes, narrow_widths, widths_of
 from mone_export.recipe import AUTO, DEFAULT_NOVICE, Mtp, Recipe
 from mone_export.room import room
 from mone_export.runtime import Progress
-from mone_export.source import DEMO, Source, open_source
+from mone_export.source import DEMO, Checkpoint, Source, open_source
 from mone_export.source.gguf_format import TIER_COUNT_KEY
 from mone_export.source.shape import Dtype, Stream, resolve_device
 from mone_export.source.substituted import MADE_KEY, has_novices
@@ -728,16 +729,48 @@ def check_paths(job: Job) -> None:
 
 
 def _stated(request: Request, source: Source, recipe: Recipe, saved: Calibration | None) -> Keys:
-    """Return the keys that say which command makes the file; statistics are a cache where there is a text."""
+    """Return the keys that say which command makes the file.
+
+    Statistics are a cache where there is a text, if they were computed as they would be now.
+    """
+    request = _begun(request, source)
     values = {each.name: getattr(request, each.name) for each in fields(request)}
     defaults = {each.name: each.default for each in fields(request) if each.default is not MISSING}
     defaults["n_row"], defaults["seq_len"] = replace(request, n_row=None, seq_len=None).chunks
     values["n_row"], values["seq_len"] = request.chunks
-    given = request.files or request.datasets or not recipe.needs_statistics
-    if request.fit is not None:
-        given = request.files or request.datasets
-    own = saved is None or given or _is_builtin(request, source, saved)
+    own = saved is None or (request.fit is None and not recipe.needs_statistics)
+    if saved and not own and _computed_as_now(request, source, saved):
+        own = bool(request.files or request.datasets) or _is_builtin(request, source, saved)
     return stated(values, defaults, source, recipe, None if own else request.stats_file)
+
+
+def _begun(request: Request, source: Source) -> Request:
+    """Return the request with what its work folder was begun with, where that is not what is chosen now."""
+    if request.workdir is None or not isinstance(source, Checkpoint) or source.substituted:
+        return request
+    if not (before := begun(Path(request.workdir) / "rank-0")):
+        return request
+    from mone_export.calibration.engines import Setup, pinned
+
+    device = resolve_device(request.device)
+    setup = Setup(device=device, dtype=request.dtype, stream=request.stream, memory=request.memory)
+    now = pinned(source, setup)
+    changed: dict[str, Any] = {
+        name: before[option]
+        for name, option in (("dtype", "--dtype"), ("stream", "--stream"))
+        if getattr(request, name) == "auto" and before.get(option, now[option]) != now[option]
+    }
+    return replace(request, **changed)
+
+
+def _computed_as_now(request: Request, source: Source, saved: Calibration) -> bool:
+    """Return whether statistics are of the device and precision that are used now, as far as they say."""
+    if not isinstance(source, Checkpoint):
+        return True
+    device = resolve_device(request.device).partition(":")[0]
+    own = "float32" if device == "cpu" else str(source.config.dtype).removeprefix("torch.")
+    wanted = {"device": device, "dtype": own if request.dtype == "auto" else request.dtype}
+    return not differing({name: saved.made_with.get(name) for name in wanted}, wanted)
 
 
 def _sized(request: Request, source: Source, recipe: Recipe, keys: Keys, progress: Progress | None) -> Job:

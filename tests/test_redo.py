@@ -14,7 +14,7 @@ from command import Command
 from mone_export import cli, cli_inspect
 from mone_export.errors import MoneError
 from mone_export.output.redoing import redo
-from mone_export.pipeline import export
+from mone_export.pipeline import export, rehearse
 from mone_export.source.gguf_header import read_header
 
 Moved = Callable[..., Path]
@@ -122,6 +122,32 @@ def test_statistics_of_the_text_that_is_given_are_not_stated(
     assert "--stats" not in printed(one, capsys)
 
 
+@pytest.mark.parametrize(
+    ("place", "first", "wanted"),
+    [
+        ("--stats", ("--dtype", "bfloat16"), "--stats kept"),
+        ("--workdir", ("--dtype", "bfloat16"), "--dtype bfloat16"),
+        ("--workdir", ("--stream", "on"), "--stream on"),
+    ],
+)
+def test_what_was_computed_otherwise_before_is_stated(
+    place: str,
+    first: Sequence[str],
+    wanted: str,
+    command: Command,
+    small: Path,
+    text: Path,
+    tmp_path: Path,
+    moved: Moved,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "model.gguf"
+    command(place, kept, *first, "--novice", "mean", "-o", tmp_path / "first.gguf").is_fine()
+    command(place, kept, "--novice", "mean", "-o", out).is_fine()
+    assert wanted in printed(out, capsys)
+    again(out, moved(small, text, *([kept] if place == "--stats" else [])), capsys)
+
+
 def test_a_plan_a_protected_text_and_a_method(
     command: Command,
     small: Path,
@@ -140,6 +166,67 @@ def test_a_plan_a_protected_text_and_a_method(
         again(file, folder, capsys)
     run([small, "--plan", plan, "-f", text, "--chunks", 2, "-c", 32, "-o", planned])
     again(planned, folder, capsys)
+
+
+GIVEN = {  # as it is given -> as it is stated
+    "./calib.txt": "calib.txt",
+    "sub//a.txt": "a.txt",
+    "sub/../calib.txt=2": "calib.txt=2",
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_file_is_stated_by_its_name(
+    given: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("calib.txt", "sub/a.txt"):
+        shutil.copyfile(text, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert options_of("demo", files=[given])[-2:] == ["-f", GIVEN[given]]
+
+
+@pytest.mark.parametrize("after", ["", "=2", ":train", ":default:train=2"])
+def test_a_dataset_is_stated_without_its_folder(after: str, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    shutil.copyfile(text, folder / "train.txt")
+    told = options_of("demo", datasets=[f"{folder}{after}"])
+    assert told[-2:] == ["--dataset", f"./sub{after}"]
+    assert list(redo(forged(tmp_path, told)).arguments[:-2]) == told
+
+
+def options_of(model: str, **options: Any) -> list[str]:
+    """The options that an export would state."""
+    job, _ = rehearse(model, **{"ratio": 0.5, "novice": "mean"} | options)
+    told: list[str] = json.loads(job.stated["mone.options"][1])
+    return told
+
+
+HONEST: dict[str, list[str]] = {
+    "a negative number": ["demo", "--ratio", "0.5", "-ngl", "-1"],
+    "a file without a suffix": ["./model", "--ratio", "0.5"],
+    "two points in a model": ["some..model.gguf", "--ratio", "0.5"],
+    "two points in a text": ["demo", "--ratio", "0.5", "-f", "notes..txt=2"],
+    "a text like an option": ["demo", "--ratio", "0.5", "-f", "./-notes.txt"],
+}
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_an_odd_command_is_printed_as_it_was(case: str, tmp_path: Path) -> None:
+    assert list(redo(forged(tmp_path, HONEST[case])).arguments[:-2]) == HONEST[case]
+
+
+@pytest.mark.parametrize("name", ["model", "Model.GGUF", "-model.gguf", "a..gguf"])
+def test_odd_names_are_stated_so_that_they_pass(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export("demo", ratio=0, outfile=tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").rename(tmp_path / name)
+    shutil.copyfile(text, tmp_path / "-notes.txt")
+    monkeypatch.chdir(tmp_path)
+    told = options_of(f"./{name}", ratio=0, novice=None) + options_of("demo", files=["-notes.txt"])[1:]
+    assert list(redo(forged(tmp_path, told)).arguments[:-2]) == told and told[-1] == "./-notes.txt"
 
 
 def test_the_inspector_shows_it(
@@ -186,6 +273,10 @@ HOSTILE: dict[str, Any] = {
     "a file elsewhere": ["demo", "--ratio", "0.5", "-f", "../../secret"],
     "an absolute file": ["demo", "--ratio", "0.5", "--stats", "/etc/passwd"],
     "a model elsewhere": ["../model", "--ratio", "0.5"],
+    "a model of a share": ["\\\\evil\\share\\m.gguf", "--ratio", "0.5"],
+    "an absolute dataset": ["demo", "--ratio", "0.5", "--dataset", "/etc/ssh"],
+    "a dataset elsewhere": ["demo", "--ratio", "0.5", "--dataset", "../secret:train"],
+    "a dataset of a share": ["demo", "--ratio", "0.5", "--dataset", "\\\\evil\\s"],
     "an option as a value": ["demo", "--ratio", "--trust-remote-code"],
     "a terminal's language": ["demo", "--ratio", "0.5", "--field", "\u001b[2J"],
     "no list": {"demo": "--ratio with a long value that fills the room"},
@@ -204,6 +295,16 @@ def test_a_command_that_is_not_ours_is_not_printed(
     assert cli.main(["--from", str(file)]) == 1
     done = capsys.readouterr()
     assert not done.out and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("a\u001b[2J.gguf", "a_[2J-again.gguf"), ("-x.gguf", "./-x-again.gguf")]
+)
+def test_a_files_own_name_is_neither_an_option_nor_a_terminals_language(
+    name: str, wanted: str, tmp_path: Path
+) -> None:
+    file = forged(tmp_path, ["demo", "--ratio", "0.5"]).rename(tmp_path / name)
+    assert redo(file).arguments[-2:] == ("-o", wanted)
 
 
 def test_code_of_others_runs_by_the_users_own_word_only(

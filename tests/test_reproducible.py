@@ -6,15 +6,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import Command
 from gguf_file import read
 
 from mone_export.artifacts import Calibration, ExpertStats
+from mone_export.output.provenance import measured
+from mone_export.pruning.planning import plan
+from mone_export.pruning.scoring import score
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +89,30 @@ def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run
     assert others and all(
         (files[0].tensors[name].data == files[1].tensors[name].data).all() for name in others
     )
+
+
+@pytest.mark.parametrize("what", ["statistics", "sensitivity", "second pass"])
+def test_the_fingerprint_is_of_all_that_decides(what: str, stats: Path) -> None:
+    """Each layer's sensitivity changes how many experts it keeps, and so the plan."""
+    calibration = Calibration.load(stats)
+    first, last = (calibration.spec.moe_layers[i] for i in (0, -1))
+    one, two = (
+        replace(calibration, sensitivity=dict.fromkeys(calibration.layers, 1.0) | {layer: 1e6})
+        for layer in (first, last)
+    )
+    a, b = (
+        plan(score(each, "mone"), ratio=0.5, novice="mean", allocation="sensitivity") for each in (one, two)
+    )
+    errors = {first: np.zeros(3)}
+    usual = measured(one, a, {}, errors)
+    assert usual == measured(replace(one, sensitivity={}), a, {}, errors)
+    layers = {**one.layers, first: one.layers[last]}
+    others = {
+        "statistics": measured(replace(one, layers=layers), a, {}, errors),
+        "sensitivity": measured(two, b, {}, errors),
+        "second pass": measured(one, a, {}, {first: np.ones(3)}),
+    }
+    assert others[what] != usual
 
 
 def test_the_hash_is_printed_last_and_is_the_files(command: Command, tmp_path: Path) -> None:

@@ -40,13 +40,22 @@ def provenance(plan: Plan, source: Source) -> Keys:
     return keys
 
 
-def measured(calibration: Calibration, constants: Mapping[int, np.ndarray]) -> str:
+def measured(
+    calibration: Calibration,
+    plan: Plan,
+    constants: Mapping[int, np.ndarray],
+    errors: Mapping[int, np.ndarray],
+) -> str:
     """Return the SHA-256 of what was measured: statistics, and the constants made of it, layer by layer.
 
-    Other numbers of threads, devices and versions of PyTorch round otherwise. Files of the same command and
-    with the same fingerprint have the same bytes; with another one their choices may differ in close cases.
+    So are the plan, in which all other measurements end that decide, and the `errors` that a second pass
+    found. Other numbers of threads, devices and versions of PyTorch round otherwise. Of the same command and
+    with the same fingerprint the choices are the same; so are the bytes, but for what an importance matrix
+    or the fit of fewer channels rounds.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((plan.layers, plan.width)).encode())
+    for _, found in sorted(errors.items()):
+        digest.update(np.ascontiguousarray(found).tobytes())
     for layer, stats in sorted(calibration.layers.items()):
         for each in fields(ExpertStats):
             digest.update(np.ascontiguousarray(getattr(stats, each.name)).tobytes())

@@ -53,7 +53,10 @@ _RECIPE = {
 _LLAMA = {"n_gpu_layers": "-ngl", "n_cpu_moe": "--n-cpu-moe", "n_batch": "-b", "n_ubatch": "-ub"}
 _FILES = ("-f", "--protect", "--plan", "--stats", "--imatrix")
 _TAKE_ONE = {*_VALUES.values(), *_RECIPE.values(), *_LLAMA.values(), *_FILES, "--dataset"}
-_MODEL = re.compile(r"demo|\./[^/]+|[^/]+\.gguf|[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_GGUF = re.compile(r"[^-/\\][^/\\]*\.gguf")
+_MODEL = re.compile(rf"demo|\./[^/\\]+|{_GGUF.pattern}|\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+_FILE = re.compile(r"(\./)?[^/\\]+")
+_DATASET = re.compile(r"(\./[^/\\]+|\w[\w.-]*(/[\w.-]+)?)([:=][^/\\]*)?")
 _MOST, _LONGEST = 500, 500  # arguments, characters of one
 
 
@@ -90,9 +93,9 @@ def stated(
     given = list(_files(values, stats))
     arguments += [part for option, name, _ in given for part in (option, name)]
     for name in values["datasets"]:
-        arguments += ["--dataset", f"./{Path(name).name}" if Path(_path_of(name)).exists() else name]
+        arguments += ["--dataset", _dataset(name)]
     if values["imatrix"] is not None:
-        arguments += ["--imatrix", Path(values["imatrix"]).name]
+        arguments += ["--imatrix", _bare(values["imatrix"])]
     hashed = [[path.name, _sha256(path)] for _, _, path in given if path.is_file()]
     return {
         OPTIONS_KEY: ("STRING", json.dumps(arguments)),
@@ -116,7 +119,7 @@ def redo_of(header: Header) -> Redo:
     arguments, hashed = _list(told), _list(header.value(INPUTS_KEY, "[]"))
     if arguments is None or hashed is None or not (passed := _passed(arguments)):
         raise MoneError(f"{path} states a command that mone-export has not written: do not run it")
-    name = GgufFile(path).name
+    name = _bare("".join(each if each.isprintable() else "_" for each in GgufFile(path).name))
     notes = list(_notes(header, hashed))
     if _CODE in arguments:
         notes.append(f"it was made with {_CODE}: add that only if you trust the code in the model's folder")
@@ -146,21 +149,35 @@ def _of_recipe(values: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
 def _files(values: Mapping[str, Any], stats: Path | None) -> Iterator[tuple[str, str, Path]]:
     """Yield each file that is given: its option, what is stated of it, its path."""
     for given in values["files"]:
-        path = Path(_path_of(given))
-        yield "-f", path.name + str(given)[len(str(path)) :], path
+        raw = _path_of(given)
+        yield "-f", _bare(raw) + str(given)[len(raw) :], Path(raw)
     for given in values["protect"]:
         name, n = given.rpartition("=")[::2] if isinstance(given, str) else given
-        yield "--protect", f"{Path(name).name}={n}", Path(name)
+        yield "--protect", f"{_bare(name)}={n}", Path(name)
     for option, value in (("--plan", values["plan"]), ("--stats", stats)):
         if value is not None:
-            yield option, Path(value).name, Path(value)
+            yield option, _bare(value), Path(value)
+
+
+def _bare(path: str | Path) -> str:
+    """Return a file's name without its folder, never one that looks like an option."""
+    name = Path(path).name
+    return f"./{name}" if name.startswith("-") else name
+
+
+def _dataset(given: str) -> str:
+    """Return what names a dataset: its id, or a folder without those it lies in, and what follows them."""
+    for raw in (_path_of(given), given.partition(":")[0]):
+        if Path(raw).exists():
+            return f"./{Path(raw).absolute().name}{given[len(raw) :]}"
+    return given
 
 
 def _path_of(given: object) -> str:
     """Return the path in `PATH=WEIGHT`, or all of it."""
-    path = Path(str(given))
-    head, equals, _ = str(path).rpartition("=")
-    return head if equals and not path.exists() else str(path)
+    text = str(given)
+    head, equals, _ = text.rpartition("=")
+    return head if equals and not Path(text).exists() else text
 
 
 def _sha256(path: Path) -> str:
@@ -172,7 +189,8 @@ def _model(given: object, source: Source) -> str:
     if source.id:
         return f"{source.id}@{source.revision}" if source.revision else source.id
     if isinstance(source, GgufFile):
-        return source.files[0].name
+        name = source.files[0].name
+        return name if _GGUF.fullmatch(name) else f"./{name}"
     return str(given) if given == "demo" else f"./{source.name}"
 
 
@@ -194,7 +212,7 @@ def _passed(arguments: list[Any]) -> list[str]:
     if not all(isinstance(each, str) and each.isprintable() and len(each) <= _LONGEST for each in arguments):
         return []
     model, *rest = arguments or [""]
-    if not _MODEL.fullmatch(model) or model.startswith("-") or ".." in model:
+    if not _MODEL.fullmatch(model) or _leaves(model):
         return []
     found, left = [model], iter(rest)
     for option in left:
@@ -202,12 +220,18 @@ def _passed(arguments: list[Any]) -> list[str]:
             found += [option] if option != _CODE else []
             continue
         value = next(left, "")
-        if option not in _TAKE_ONE or not value or value.startswith("-"):
+        if option not in _TAKE_ONE or not re.fullmatch(r"-\d+|[^-].*", value):
             return []
-        if option in _FILES and ("/" in value or "\\" in value or ".." in value):
+        pattern = _FILE if option in _FILES else _DATASET if option == "--dataset" else None
+        if pattern and (not pattern.fullmatch(value) or _leaves(value)):
             return []
         found += [option, value]
     return found
+
+
+def _leaves(name: str) -> bool:
+    """Return whether a part of a name leads out of its folder."""
+    return ".." in re.split("[/@=:]", name)
 
 
 def _notes(header: Header, hashed: list[Any]) -> Iterator[str]:

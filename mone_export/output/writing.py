@@ -106,7 +106,8 @@ def write(
     edits = Edits(plan, stored, importances(calibration), thinner)
     text = None
     if calibration and plan.recipe.needs_statistics:
-        text = calibration.corpus_sha256, calibration.n_token, measured(calibration, stored)
+        found = measured(calibration, plan, stored, thinner.errors if thinner else {})
+        text = calibration.corpus_sha256, calibration.n_token, found
     keys = provenance(plan, source) | origin(source, source.fingerprint(progress=progress), text)
     keys |= rounding.stated
     with replacing(target) as part:

@@ -28,7 +28,7 @@ bias addition gives it its novice, and the router's weight multiplies that as it
     mone.expert_order          i32: the `order`s of all pruned layers, in layer order, concatenated
     mone.*                     provenance, ignored by the runtime
     mone.options, mone.inputs  JSON: the command that made the file, [name, SHA-256] of files it was given
-    mone.calibration.measured  SHA-256 of what was measured: same command and this one, same bytes
+    mone.calibration.measured  SHA-256 of what was measured: same command and this one, same choices
 
 Version 2 has further tiers of experts between the R and the constants: thin ones, with fewer intermediate
 channels. `order` then lists the whole experts, those of tier 1, of tier 2 and so on, the constants.
