@@ -81,7 +81,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
     clock.lap("writing")
     if outfile != job.outfile:
         job = replace(job, request=replace(job.request, outfile=outfile))  # the first of several
-    done = report(job, calibration, stability, chosen, size=size, clock=clock)
+    done = report(job, calibration, stability, chosen, size=size, clock=clock, progress=progress)
     publish_export(job, done, chosen, scores, calibration, progress)
     return done
 

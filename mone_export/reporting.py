@@ -1,5 +1,6 @@
 """What an export says about itself when it is done: remarks a user should read, and where the time went."""
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +8,15 @@ from pathlib import Path
 from mone_export.artifacts import Calibration, Plan, Report, Stability
 from mone_export.calibration.usage import RARELY, rarely_seen
 from mone_export.cautions import cautions, prediction
+from mone_export.errors import MoneError, first_line
 from mone_export.pruning.damage import mean_relative_error, spread
 from mone_export.pruning.guard import super_experts
 from mone_export.request import Job
+from mone_export.runtime import Progress
 from mone_export.source import GgufFile
 from mone_export.source.gguf_header import read_header
+
+log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -37,6 +42,7 @@ def report(
     *,
     size: int,
     clock: Clock,
+    progress: Progress | None = None,
 ) -> Report:
     """Return the report of a finished export; its file is read once more, for its SHA-256."""
     remarks = [*_unstable(stability, job.request.until_stable), *_protected(chosen)]
@@ -57,8 +63,17 @@ def report(
         candidates=job.candidates,
         fates=chosen.fates,
         spread=spread(calibration) if calibration else {},
-        sha256="" if job.request.only_checkpoint else GgufFile(job.outfile).fingerprint(),
+        sha256="" if job.request.only_checkpoint else _sha256(job.outfile, progress),
     )
+
+
+def _sha256(file: Path, progress: Progress | None) -> str:
+    """Return a file's hash, empty where it cannot be read: it is complete all the same."""
+    try:
+        return GgufFile(file).fingerprint(progress=progress)
+    except (OSError, MoneError) as error:
+        log.warning("its SHA-256 is not known: %s", first_line(error))
+        return ""
 
 
 def _predicting(job: Job, chosen: Plan) -> Iterator[str]:

@@ -307,6 +307,12 @@ def test_a_files_own_name_is_neither_an_option_nor_a_terminals_language(
     assert redo(file).arguments[-2:] == ("-o", wanted)
 
 
+@pytest.mark.parametrize(("options", "noted"), [((), True), (("--novice", "mean"), False)])
+def test_what_a_size_was_met_with_is_noted(options: Sequence[str], noted: bool, tmp_path: Path) -> None:
+    found = redo(forged(tmp_path, ["demo", "--fit", "7000000", *options]))
+    assert any("its novices are none" in note for note in found.notes) == noted
+
+
 def test_code_of_others_runs_by_the_users_own_word_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

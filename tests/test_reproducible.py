@@ -16,9 +16,13 @@ from command import Command
 from gguf_file import read
 
 from mone_export.artifacts import Calibration, ExpertStats
+from mone_export.errors import MoneError
 from mone_export.output.provenance import measured
+from mone_export.pipeline import export
 from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
+from mone_export.runtime import Progress
+from mone_export.source import GgufFile
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +127,25 @@ def test_the_hash_is_printed_last_and_is_the_files(command: Command, tmp_path: P
     assert f"sha256   {wanted}" in done.out.splitlines()[-2:]
     done = command("-o", out, "--json", quiet=False)
     assert json.loads(done.out.splitlines()[-1])["sha256"] == wanted
+
+
+@pytest.mark.parametrize("error", [None, OSError("gone"), MoneError("cannot read it")], ids=str)
+def test_a_file_that_cannot_be_read_again_is_finished_all_the_same(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[str] = []
+
+    def fingerprint(file: GgufFile, *, progress: Progress | None = None) -> str:
+        assert progress
+        progress(1, 1, "reading")
+        if error:
+            raise error
+        return "a hash"
+
+    monkeypatch.setattr(GgufFile, "fingerprint", fingerprint)
+    done = export("demo", ratio=0, outfile=tmp_path / "x.gguf", progress=lambda *now: heard.append(now[2]))
+    assert done and done.sha256 == ("" if error else "a hash") and "reading" in heard
+    assert error is None or f"its SHA-256 is not known: {error}" in caplog.messages
 
 
 def test_a_checkpoint_alone_has_no_hash(command: Command, tmp_path: Path) -> None:
