@@ -107,6 +107,8 @@ def test_a_tensor_whose_file_became_shorter_is_one_line(small: Path, tmp_path: P
     os.truncate(last.file, last.offset + last.size // 2)
     with pytest.raises(MoneError, match="became shorter while it was read"):
         last.values(np.float32)
+    with pytest.raises(MoneError, match="became shorter while it was read"):
+        last.read(last.size // 2, start=last.size // 2)
 
 
 @pytest.mark.parametrize(

@@ -227,9 +227,7 @@ def _packed_rows(info: TensorInfo, expert: int) -> np.ndarray:
     """Return an expert's matrix as it is packed, uint8 [n_row, bytes of a row]."""
     _, n_row, n_expert = (*info.shape, 1)[:3]
     size = info.size // n_expert
-    with info.file.open("rb") as file:
-        file.seek(info.offset + expert * size)
-        return np.frombuffer(file.read(size), np.uint8).reshape(n_row, -1)
+    return np.frombuffer(info.read(size, start=expert * size), np.uint8).reshape(n_row, -1)
 
 
 def _made(info: TensorInfo, edits: Edits, n_kept: int) -> _Written:

@@ -53,11 +53,11 @@ class TensorInfo:
         """Read the values of a tensor that is not packed, the outermost dimension first."""
         return np.frombuffer(self.read(self.size), dtype).reshape(self.shape[::-1])
 
-    def read(self, n_byte: int) -> bytes:
-        """Read the first bytes of its data; raises `MoneError` where the file has lost them since."""
+    def read(self, n_byte: int, *, start: int = 0) -> bytes:
+        """Read bytes of its data from `start`; raises `MoneError` where the file has lost them since."""
         try:
             with self.file.open("rb") as file:
-                file.seek(self.offset)
+                file.seek(self.offset + start)
                 found = file.read(n_byte)
         except OSError as error:
             raise MoneError(f"cannot read {self.file}: {error.strerror}") from None
