@@ -22,7 +22,15 @@ from mone_export import __version__
 from mone_export.errors import MoneError, first_line
 from mone_export.llama_options import LlamaOptions, add_llama_options
 from mone_export.recipe import ALLOCATIONS, AUTO, METHODS, NOVICE_NAMES, SCORE_NAMES
-from mone_export.terminal import Display, JsonEvents, Output, ProgressLine, logging_to, steady_output
+from mone_export.terminal import (
+    Display,
+    JsonEvents,
+    Output,
+    ProgressLine,
+    logging_to,
+    printable,
+    steady_output,
+)
 
 if TYPE_CHECKING:
     from mone_export.artifacts import Candidate, MoeSpec, Part, Report
@@ -60,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             if isinstance(display, JsonEvents):
                 display.event("error", message=message, status=status)
-            print(f"mone-export: {_printable(message)}", file=sys.stderr)
+            print(f"mone-export: {printable(message)}", file=sys.stderr)
     return status
 
 
@@ -522,13 +530,8 @@ def _redo(file: Path, display: Display) -> None:
         display.event("redo", command=found.command, arguments=found.arguments, notes=found.notes)
         return
     for note in found.notes:
-        print(f"# {_printable(note)}", file=sys.stderr)
+        print(f"# {printable(note)}", file=sys.stderr)
     print(found.command)
-
-
-def _printable(text: str) -> str:
-    """Return a text without what a file's own words could do to a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _restore_check(args: argparse.Namespace, display: Display) -> None:

@@ -9,7 +9,7 @@ from mone_export.artifacts import in_order
 from mone_export.errors import MoneError
 from mone_export.inspection.anatomy import Anatomy, LayerAnatomy, Saving
 from mone_export.inspection.inspecting import examine
-from mone_export.terminal import as_size, steady_output
+from mone_export.terminal import as_size, printable, steady_output
 
 _DESCRIPTION = """Say what a file is: a GGUF of any kind, a model's folder or Hugging Face id, statistics
 (--stats) or a plan (--plan-out) of mone-export. Only heads are read."""
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         try:
             anatomy = examine(args.file, n_ctx=args.ctx_size, revision=args.revision)
-            told = map(_printable, _lines(anatomy))
+            told = map(printable, _lines(anatomy))
             lines = [json.dumps(anatomy.as_json(), indent=1)] if args.json else told
             print(*lines, sep="\n")
             output.check()
@@ -143,11 +143,6 @@ def _saved(savings: Sequence[Saving]) -> Iterator[str]:
 
 def _fates(fates: Mapping[str, int]) -> str:
     return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in in_order(fates))
-
-
-def _printable(line: str) -> str:
-    """Return a line without what a file's own names could do to a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _share(size: int, of: Anatomy) -> str:

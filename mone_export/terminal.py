@@ -131,6 +131,11 @@ def logging_to(display: Display, *, level: int, own_level: int) -> Iterator[None
         own.setLevel(before[1])
 
 
+def printable(text: str) -> str:
+    """Return a line without what a file's own words could do to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def as_size(n_byte: int) -> str:
     """Return a size in the unit that suits it, in powers of 1000 and with three digits."""
     units = ("bytes", "kB", "MB", "GB", "TB")
