@@ -224,7 +224,7 @@ def test_stock_makes_the_file_and_its_plan_makes_it_again(text: Path, tmp_path: 
     keys = {name: field.contents() for name, field in GGUFReader(first).fields.items()}
     assert keys["llama.feed_forward_length"] == stated["width"] < 32
     assert keys["llama.expert_count"] == len(stated["layers"]["0"]["kept"])
-    assert keys["mone.format_version"] == 1
+    assert keys["mone.format_version"] == 1 and keys["mone.novice"] == "none"
     assert keys["mone.ratio"] == pytest.approx(0.5, abs=0.05)
     export("demo", plan=plan_file, outfile=second, **options)
     made, again = (taken_apart(file).tensors for file in (first, second))

@@ -15,6 +15,7 @@ from mone_export.inspection.cache_memory import memory
 from mone_export.inspection.savings import Matrix, savings
 from mone_export.output.redoing import redo_of
 from mone_export.source.gguf_format import (
+    INPUTS_KEY,
     MOST_TIERS,
     OPTIONS_KEY,
     TIER_COUNT_KEY,
@@ -30,7 +31,8 @@ from mone_export.source.pruned_before import kept_counts
 _DOWN = "blk.{}.ffn_down_exps.weight"
 _MOST_LAYERS = 2**16
 _TIER = re.compile(r"blk\.\d+\.ffn_\w+_exps\.t\d+\.weight")
-_UNTOLD = ("mone.expert_order", OPTIONS_KEY)  # too long for anybody to read, and what `command` is
+# too long for anybody to read, and what `command` and `--from` say
+_UNTOLD = ("mone.expert_order", OPTIONS_KEY, INPUTS_KEY)
 _TOLD = ("general.license", "general.base_model.0.repo_url", "general.quantized_by", "quantize.imatrix.file")
 _GROUPS = (
     ("shared experts", r"_shexp"),

@@ -29,10 +29,14 @@ def provenance(plan: Plan, source: Source) -> Keys:
     if plan.share_pruned:
         keys["mone.method"] = ("STRING", recipe.method)
     if plan.share_pruned and known:
+        novices = recipe.method == "mone"  # the only one that has some, and counts by layer
         keys |= {
             "mone.score": ("STRING", recipe.score),
-            "mone.novice": ("STRING", recipe.novice),
-            "mone.scope": ("STRING", "layer" if recipe.allocation == "even" else recipe.allocation),
+            "mone.novice": ("STRING", recipe.novice if novices else "none"),
+            "mone.scope": (
+                "STRING",
+                recipe.allocation if novices and recipe.allocation != "even" else "layer",
+            ),
         }
     if plan.protected:  # SHA-256 of each text's rows, and how many experts of a layer it holds
         named = (f"{text.corpus_sha256}={text.n}" for text in plan.protected)
