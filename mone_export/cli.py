@@ -157,6 +157,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.command = shlex.join(["mone-export", *(sys.argv[1:] if argv is None else argv)])
     if args.made_by:
+        if beside := {"MODEL": args.model, "-o": args.outfile, "--ratio": args.ratio, "--fit": args.fit}:
+            for name in (name for name, value in beside.items() if value is not None):
+                parser.error(f"--from prints the command that made a file, and makes none: leave out {name}")
         return args
     if args.model is None:
         parser.error("which model? pass MODEL: a GGUF, a folder, a Hugging Face id, or demo")
@@ -622,7 +625,10 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"([\d.]+) ?([KMGT]?)(I?B)?", text.upper())
     if not match or not any(digit.isdigit() for digit in match[1]) or match[1].count(".") > 1:
         raise argparse.ArgumentTypeError(f"{text} is no size: write 12G, 16GiB or 16GB")
-    return int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** " KMGT".index(match[2] or " "))
+    size = int(float(match[1]) * (1000 if match[3] == "B" else 1024) ** " KMGT".index(match[2] or " "))
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text} holds nothing: write 12G, 16GiB or 16GB")
+    return size
 
 
 def _print_spec(spec: "MoeSpec") -> None:
@@ -705,8 +711,19 @@ def _how_to_run(report: "Report") -> str:
         return f"vllm serve {file}    (or with transformers: {loader})"
     ordinary = all(fates.keys() <= {"whole"} for fates in report.fates.values())
     if report.recipe.method == "mone" and not ordinary:
-        return f"$(mone-llama path)/llama-cli -m {file}    (after `mone-llama build`, once)"
+        return f"$(mone-llama path)/llama-cli -m {file}{_once()}"
     return f"llama-cli -m {file}    (any llama.cpp runs it)"
+
+
+def _once() -> str:
+    """Return what has to be done before, once."""
+    from mone_export import runtime
+
+    try:
+        runtime.path()
+    except MoneError:
+        return "    (after `mone-llama build`, once)"
+    return ""
 
 
 def _print_text(parts: Sequence["Part"]) -> None:

@@ -140,7 +140,9 @@ def as_size(n_byte: int) -> str:
     """Return a size in the unit that suits it, in powers of 1000 and with three digits."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = next((power for power in range(len(units)) if n_byte < 999.5 * 1000**power), len(units) - 1)
-    return f"{n_byte / 1000**power:.3g} {units[power]}"
+    value = n_byte / 1000**power
+    n_digit = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{n_digit}f} {units[power]}"
 
 
 def peak_memory() -> int | None:

@@ -707,6 +707,12 @@ def test_no_size_is_no_size(size: str, capsys: pytest.CaptureFixture[str]) -> No
     assert stop.value.code == 2 and "is no size: write 12G" in capsys.readouterr().err
 
 
+def test_a_size_of_nothing_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["folder", "--fit", "0", "-o", "x"])
+    assert stop.value.code == 2 and "0 holds nothing: write 12G" in capsys.readouterr().err
+
+
 def test_a_dry_run_needs_no_output(export: Callable[..., Outcome], small: Path, text: Path) -> None:
     arguments = [str(small), "--ratio", "0.5", "-f", str(text), *SMALL_TEXT, "-q", "--dry-run"]
     assert cli.main(arguments) == 0

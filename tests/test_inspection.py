@@ -235,7 +235,7 @@ def test_sizes_are_told_in_the_unit_that_suits(demo_gguf: Path, tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-m", "mone_export.cli_inspect", str(large)], capture_output=True, text=True
     )
-    assert "1 GB" in done.stdout.splitlines()[0]
+    assert "1.00 GB" in done.stdout.splitlines()[0]
 
 
 def test_a_model_without_experts_has_no_columns_of_pruning(

@@ -247,12 +247,17 @@ def test_what_mone_eval_finds_joins_page_and_card(
     assert "half.html is of another file than" in capsys.readouterr().err
 
 
-def test_an_ordinary_file_says_that_any_llama_cpp_runs_it(command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "fate"), [(("--stock",), r"\d+ channels"), (("--method", "drop"), "gone")], ids=["stock", "drop"]
+)
+def test_an_ordinary_file_says_that_any_llama_cpp_runs_it(
+    how: tuple[str, ...], fate: str, command: Command, tmp_path: Path
+) -> None:
     out, page = tmp_path / "out.gguf", tmp_path / "out.html"
-    command("-o", out, "--stock", "--report", page).is_fine()
+    command("-o", out, *how, "--report", page).is_fine()
     text = page.read_text(encoding="utf-8")
     assert "mone-llama" not in text and "llama-cli -m out.gguf" in text
-    assert "<span data-name>gone</span>" in text
+    assert re.search(f"<span data-name>{fate}</span>", text)
 
 
 def test_names_with_dots_and_strange_names(command: Command, tmp_path: Path) -> None:

@@ -241,6 +241,17 @@ def test_the_inspector_shows_it(
     assert json.loads(capsys.readouterr().out)["command"] == wanted
 
 
+@pytest.mark.parametrize("beside", [("demo",), ("-o", "x.gguf"), ("--ratio", "0.5"), ("--fit", "1G")])
+def test_nothing_may_stand_beside_it(
+    beside: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a user waits for a file that is not written."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*beside, "--from", str(forged(tmp_path, ["demo"]))])
+    name = "MODEL" if len(beside) == 1 else beside[0]
+    assert stop.value.code == 2 and f"leave out {name}" in capsys.readouterr().err
+
+
 def test_a_file_without_a_command_says_so(
     command: Command, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

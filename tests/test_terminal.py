@@ -19,7 +19,7 @@ import pytest
 
 from mone_export import cli, terminal
 from mone_export.errors import MoneError
-from mone_export.terminal import JsonEvents, Output, ProgressLine, logging_to, steady_output
+from mone_export.terminal import JsonEvents, Output, ProgressLine, as_size, logging_to, steady_output
 
 
 class Screen(io.StringIO):
@@ -286,6 +286,24 @@ def test_a_reader_that_went_away_is_no_error(
     output.write("lost")
     with nullcontext() if fine else pytest.raises(MoneError, match="cannot print the result"):
         output.check()
+
+
+@pytest.mark.parametrize(
+    ("n_byte", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (9_994_999, "9.99 MB"),
+        (9_995_000, "10.0 MB"),
+        (99_950_001, "100 MB"),
+        (999_499_999, "999 MB"),
+        (999_500_000, "1.00 GB"),
+        (15 * 10**15, "15000 TB"),
+    ],
+)
+def test_sizes_have_three_digits(n_byte: int, shown: str) -> None:
+    assert as_size(n_byte) == shown
 
 
 def test_export_as_events(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,11 @@ def test_nothing_else_is_in_reach(installed: Environment) -> None:
         assert Path(file).is_relative_to(installed.site)
 
 
+def test_loading_it_prints_nothing(installed: Environment) -> None:
+    code = "import os; os.dup2(1, 2); import llama_cpp; print(llama_cpp.llama_max_devices() > 0)"
+    assert installed.run("python", "-c", code) == "True\n"
+
+
 def test_file_is_made_and_run_without_a_compiler(installed: Environment, novice_file: Path) -> None:
     programs = Path(installed.run("mone-llama", "path").strip())
     assert programs.is_relative_to(installed.site)

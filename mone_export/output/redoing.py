@@ -125,7 +125,10 @@ def redo_of(header: Header) -> Redo:
         notes.append(f"it was made with {_CODE}: add that only if you trust the code in the model's folder")
     if "--fit" in passed and "--novice" not in passed:
         stand_in = header.value("mone.novice", "none")
-        notes.append(f"--fit makes thin experts where temporary files have room: its novices are {stand_in}")
+        notes.append(
+            "--fit makes thin experts where type and room for temporary files allow them: its novices are "
+            f"{stand_in}"
+        )
     return Redo((*passed, "-o", f"{name}-again.gguf"), tuple(notes))
 
 

@@ -23,7 +23,7 @@ _SUMS = "SHA256SUMS"
 _LIMITS = (
     "Pruning is lossy: what the calibration text does not show suffers first. Try the file on your own kind "
     "of text before you rely on it (`mone-eval FILE --against ORIGINAL -f TEXT`).",
-    "Measured on short texts; long contexts were not tried.",
+    "{measured}; long contexts were not tried.",
     "Whatever the original is unfit for, this file is, too.",
 )
 
@@ -99,7 +99,8 @@ def _body(record: Record) -> Iterator[str]:
         for part in ("export/remarks", "evaluation/warnings")
         for remark in at(record, part) or ()
     ]
-    yield from (f"- {line}" for line in (*remarks, *_LIMITS))
+    measured = "Measured on short texts" if at(record, "evaluation") else "Nothing was measured"
+    yield from (f"- {line}" for line in (*remarks, *(line.format(measured=measured) for line in _LIMITS)))
     yield ""
     if at(record, "export"):
         yield from _made(record, show)

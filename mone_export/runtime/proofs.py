@@ -146,7 +146,8 @@ def _run(bin_folder: Path, name: str, *arguments: str) -> "subprocess.CompletedP
         )
     except FileNotFoundError:
         raise MoneError(
-            f"{bin_folder} has no {name}, as a build of chosen targets has none: run `mone-llama build`"
+            f"{bin_folder} has no {name}: it comes with `mone-llama build`, not with the wheel mone_llama "
+            "nor with builds of chosen targets"
         ) from None
     except OSError as error:
         raise MoneError(f"cannot run {command[0]} ({error.strerror}): run `mone-llama build`") from None

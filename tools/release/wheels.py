@@ -63,7 +63,11 @@ import ctypes
 import os
 
 _folder = os.environ.get("LLAMA_CPP_LIB_PATH") or str({folder})
+_set_log = ctypes.CDLL(os.path.join(_folder, "libggml-base.so")).ggml_log_set
+_nothing = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+_set_log(_nothing, None)  # else each import prints which libraries it loads
 ctypes.CDLL(os.path.join(_folder, "libggml.so")).ggml_backend_load_all_from_path(os.fsencode(_folder))
+_set_log(None, None)
 
 """
 METADATA = """\
