@@ -251,6 +251,8 @@ FILES = (
     "tools/trust/faults.py",
     "tests/conftest.py",
     "tests/parallel_clients.py",
+    "tools/patches/check_cuda.py",
+    "tools/patches/llamacpp.py",
 )
 ELSEWHERE = {"--nproc-per-node"}  # torchrun's
 
