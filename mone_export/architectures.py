@@ -117,6 +117,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("Gemma4ForConditionalGeneration", "gemma4", "google/gemma-4-26B-A4B-it"),
 )
 
+# of llama.cpp: their graphs take shared experts to be as wide as `expert_shared_count` of the others together
+SHARED_BY_COUNT = ("afmoe", "deepseek2", "deepseek32", "dots1", "glm-dsa", "glm4moe")
+
 # what the MoNE authors call a class in the checkpoints that they prune
 RENAMED: Mapping[str, str] = {"OlmoneForCausalLM": "OlmoeForCausalLM"}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from mone_export.calibration.loading import load
 from mone_export.calibration.passes import calibrate
 from mone_export.errors import MoneError
 from mone_export.fitting import answer, candidates, judge
-from mone_export.output.writing import measure
+from mone_export.output.importance import Rounding
+from mone_export.output.writing import layouts, measure
 from mone_export.pipeline import export
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
@@ -60,11 +62,16 @@ def test_types_behind_the_first_that_takes_all_experts_are_left_out(small: Path)
 def test_names_that_the_file_states_count(small: Path) -> None:
     spec = inspect(small)
     sizes = set()
-    for name, novice in product(("error", "mone-paper"), ("mean", "zero", "gate-weighted", "least-squares")):
-        recipe = Recipe.of(0.5, score=name, novice=novice)
-        (found,) = candidates(open_source(small), recipe, 10**9, outtype="q8_0", any_ratio=False)
+    names = product(
+        ("error", "mone-paper"), ("mean", "zero", "gate-weighted", "least-squares"), ("", 32 * "x")
+    )
+    for name, novice, said in names:
+        recipe, keys = Recipe.of(0.5, score=name, novice=novice), {"mone.options": ("STRING", said)}
+        measured = partial(layouts, stated=keys)
+        options: dict[str, Any] = {"outtype": "q8_0", "any_ratio": False, "measured": measured}
+        (found,) = candidates(open_source(small), recipe, 10**9, **options)
         blank = plan_without_scores(spec, recipe)
-        assert found.size == measure(small, blank, outtype="q8_0")[0]
+        assert found.size == measure(small, blank, outtype=Rounding("q8_0", stated=keys))[0]
         sizes.add(found.size)
     assert len(sizes) > 1, "they do make a difference"
 

@@ -53,6 +53,7 @@ class Experts:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thinning, "PRIOR", 0.0)
+    monkeypatch.setattr(thinning, "ROUNDING", 0.0)
 
 
 @pytest.mark.usefixtures("exact")
@@ -87,6 +88,20 @@ def test_no_channels_are_the_novice_and_all_are_the_expert() -> None:
     assert (found.errors[:, -1] == 0).all()
     assert (found.constants[:, -1] == 0).all()
     assert (found.errors.diff(dim=1) <= 0).all(), "more channels are never worse"
+
+
+def test_one_token_is_fitted_to_nothing() -> None:
+    """Its centred second moment is 0, up to how its sums were rounded: no weight may come of that."""
+    for seed in range(20):
+        hidden = torch.randn(1, SIZE, generator=torch.manual_seed(seed)).double() * 0.01
+        noise = 1 + 1e-7 * torch.randn(SIZE, SIZE, generator=torch.manual_seed(seed + 1)).double()
+        stats = ChannelStats(
+            count=torch.tensor([1]),
+            weight=torch.tensor([0.3], dtype=torch.float64),
+            first=0.3 * hidden,
+            second=(0.3 * hidden.T @ hidden * (noise + noise.T) / 2)[None],
+        )
+        assert refit(stats, 0, torch.arange(SIZE // 2)).abs().max() < 100
 
 
 @pytest.mark.usefixtures("exact")

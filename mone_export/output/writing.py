@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_export.architectures import SHARED_BY_COUNT
 from mone_export.artifacts import Calibration, MoeSpec, Plan, Tier
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
@@ -70,8 +71,6 @@ from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
-# their graphs take shared experts to be as wide as `expert_shared_count` of the others together
-_SHARED_BY_COUNT = ("afmoe", "deepseek2", "deepseek32", "dots1", "glm-dsa", "glm4moe")
 OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
 
 
@@ -630,7 +629,7 @@ def _width_keys(conversion: Rewriting, plan: Plan) -> dict[str, int]:
     shared = {}
     if any("_shexp." in name for name in names) and not stated[SHARED_WIDTH_KEY]:
         together = (conversion.key(SHARED_COUNT_KEY) or 0) * size
-        if conversion.arch not in _SHARED_BY_COUNT or together % plan.width:
+        if conversion.arch not in SHARED_BY_COUNT or together % plan.width:
             raise MoneError(
                 f"llama.cpp takes the width of the shared experts from that of the others in "
                 f"{conversion.arch}"

@@ -31,6 +31,7 @@ from mone_export.artifacts import ChannelStats, MoeSpec
 from mone_export.lazily import Tensor, torch
 
 PRIOR = 8.0
+ROUNDING = 1e-7  # of sums in float32, relative to what was summed
 _SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)  # of an expert's channels, that a thin one may keep
 _LEAST_STEPS = 4  # of 32 channels in an expert, or the steps are smaller where they can be
 _ROUNDS = 64  # of an elimination: channels that go together are chosen together
@@ -155,8 +156,10 @@ def _shrunk(stats: ChannelStats, experts: range, *, centred: bool) -> tuple[Tens
     second = stats.second[part].double() - mean[:, :, None] * first[:, None, :]
     diagonal = second.diagonal(dim1=1, dim2=2).clamp(min=0)
     own = PRIOR / stats.count[part, None].clamp(min=1) * diagonal
-    # channels that never answer: they must not make S singular, nor matter
-    least = 1e-9 * diagonal.mean(1, keepdim=True)
+    # Channels that never answer must not make S singular, nor matter. And of tokens that are all the same, S
+    # is nothing but what the sums' rounding left, to which a fit would have any size.
+    raw = stats.second[part].double().diagonal(dim1=1, dim2=2).clamp(min=0)
+    least = torch.maximum(1e-9 * diagonal.mean(1, keepdim=True), ROUNDING * raw.mean(1, keepdim=True))
     ridge = own + torch.where(least > 0, least, 1.0)
     second.diagonal(dim1=1, dim2=2).add_(ridge)
     return second, mean
