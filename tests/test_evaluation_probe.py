@@ -142,7 +142,7 @@ def test_a_layer_without_experts_is_told_from_the_original_and_the_original_is_n
     demo_gguf: Path, text: Path, tmp_path: Path
 ) -> None:
     files = {"original": demo_gguf, "itself": demo_gguf, "zeroed": zeroed(demo_gguf, 1, tmp_path)}
-    found = probed(files, text, 48)
+    found = probed(files, text, 128)
     assert found["itself"].differing == ()
     assert all(
         own == Measured(0, 0) for each in found["itself"].differences.values() for own in each.values()
