@@ -248,7 +248,7 @@ THEIRS = (
 )
 FILES = (
     "tools/pages/readme_tables.py",
-    "tools/trust/faults.py",
+    *(f"tools/trust/{path.name}" for path in sorted((ROOT / "tools" / "trust").glob("*.py"))),
     "tests/conftest.py",
     "tests/parallel_clients.py",
     "tools/patches/check_cuda.py",

@@ -15,11 +15,13 @@ import math
 import re
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import trust_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASUREMENTS = ROOT / "docs" / "measurements"
@@ -843,42 +845,8 @@ def spread_of(ratio: Json) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
-def faults_table(data: Json) -> Iterable[Row]:
-    """Yield how many trials there were of each fault on each road, and how many of them failed."""
-    roads = sorted({name.rpartition(", ")[2] for name in data["by_fault"]})
-    failed = Counter((each["fault"], each["road"]) for each in data["failures"])
-    yield "fault", *(f"{road}: trials" for road in roads), "failed"
-    for fault in dict.fromkeys(name.rpartition(", ")[0] for name in data["by_fault"]):
-        counts = [data["by_fault"].get(f"{fault}, {road}", 0) for road in roads]
-        yield fault, *map(str, counts), str(sum(failed[fault, road] for road in roads))
-
-
-def faults_note(data: Json) -> str:
-    """Say what was run."""
-    return (
-        f"{data['trials']} trials at random moments, {data['failed']} failed; a small random model. After "
-        "each: old output, inputs and statistics whole, one line said, and the same command once more "
-        "gives the bytes of an undisturbed run."
-    )
-
-
-def fuzz_table(data: Json) -> Iterable[Row]:
-    """Yield what became of the broken files that each reader was given."""
-    yield "reader", "files", "read", "refused", "failed", "longest, s", "memory grown, MiB"
-    for name, found in data["readers"].items():
-        numbers = [found[key] for key in ("cases", "read", "refused")]
-        numbers += [sum(found["failures"].values()), found["longest_s"], found["memory_grown_mib"]]
-        yield name, *map(str, numbers)
-
-
-def fuzz_note(data: Json) -> str:
-    """Say what was run."""
-    return "Sound files with bytes, lengths, places and values changed; refused means one line of ours."
-
-
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
-    "faults": faults_table,
-    "fuzz": fuzz_table,
+    **trust_tables.TABLES,
     "speed": speed_table,
     "speed/short": speed_short,
     "speed/q4": speed_q4,
@@ -911,8 +879,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "large/estimates": large_estimates,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
-    "faults": faults_note,
-    "fuzz": fuzz_note,
+    **trust_tables.NOTES,
     "speed": speed_note,
     "calibrate": calibrate_note,
     "quality": quality_note,

@@ -13,7 +13,6 @@ figures as JSON; returns 1 where a check failed. It forks, mounts a small disk, 
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import resource
@@ -31,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any
+
+from figures import keep
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -403,20 +404,16 @@ def main() -> int:
             failed += [{"trial": number, "road": road, "fault": fault, "wrong": wrong}] if wrong else []
             print(f"{number + 1}/{args.trials} {road}, {fault}: {wrong or 'fine'}", file=sys.stderr)
             shutil.rmtree(folder, ignore_errors=True)
-    from fuzz import stamp
-
-    figures = {"kind": "faults", **stamp(), "seed": args.seed, "without": args.without}
-    figures |= {
+    figures = {
+        "seed": args.seed,
+        "without": args.without,
         "trials": args.trials,
         "failed": len(failed),
         "ended_with": dict(ends),
         "by_fault": dict(counts),
         "failures": failed,
     }
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    keep("faults", figures, args.out)
     return int(bool(failed))
 
 

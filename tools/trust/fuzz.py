@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from figures import keep
+
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "fuzz"
 SLOW, MEMORY = 10.0, 512 * 2**20  # seconds of a case, bytes more than before
@@ -50,23 +52,8 @@ def main() -> int:
         print(json.dumps(fuzz(args.reader[0], args.seconds, args.seed)))
         return 0
     figures = {name: in_a_process(name, args.seconds, args.seed) for name in args.reader or READERS}
-    text = json.dumps({"kind": "fuzz", **stamp(), "seed": args.seed, "readers": figures}, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    keep("fuzz", {"seed": args.seed, "readers": figures}, args.out)
     return int(any(found["failures"] for found in figures.values()))
-
-
-def stamp() -> dict[str, Any]:
-    """Return when and with what this ran."""
-    import platform
-
-    import torch
-
-    from mone_export import __version__
-
-    versions = {"mone_export": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"date": time.strftime("%Y-%m-%d"), "versions": versions}
 
 
 def in_a_process(name: str, seconds: float, seed: int) -> dict[str, Any]:
