@@ -7,7 +7,7 @@ VENV    := .venv
 READY   := $(VENV)/ready
 
 .PHONY: demo test docs wheel check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-server
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -31,6 +31,9 @@ trust-fuzz: $(READY)
 
 trust-faults: llama
 	$(VENV)/bin/python tools/trust/faults.py --trials $(or $(TRIALS),60) $(TRUST_ARGS)
+
+trust-server: llama
+	$(VENV)/bin/python tools/trust/server.py --seconds $(or $(SECONDS_EACH),1200) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null

@@ -19,6 +19,8 @@ from programs import Server, post, running_server
 
 from mone_export import runtime
 
+Answer = list[dict[str, Any]]  # of each token its id, and the likeliest two with their log probabilities
+
 N_CLIENT = 8
 TIE = 3e-3  # with the cache in F16; one of the questions has two tokens 1.04e-3 apart
 TEXT = "Return the number of lines in each file of a folder, in order, or raise an error if there is none."
@@ -41,13 +43,22 @@ class Tally(NamedTuple):
 
 def measure(model: Path, *, seconds: float, n_client: int = N_CLIENT) -> Tally:
     """Ask one by one, then with `n_client` clients at a time for `seconds`."""
-    slots = ("-np", n_client, "-c", n_client * 768, "--no-cache-prompt")
-    with running_server(runtime.path(), "-m", model, *slots) as server:
+    with running_server(runtime.path(), "-m", model, *slots(n_client)) as server:
         expected = [ask(server, number) for number in range(len(QUESTIONS))]
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(n_client) as pool:
             clients = [pool.submit(_client, server, number, until) for number in range(n_client)]
             answers = [answer for client in clients for answer in client.result()]
+    return judged(answers, expected)
+
+
+def slots(n_client: int) -> tuple[object, ...]:
+    """Return llama-server's options for so many clients; no answer comes from what was asked before."""
+    return "-np", n_client, "-c", n_client * 768, "--no-cache-prompt"
+
+
+def judged(answers: Sequence[tuple[int, Answer]], expected: Sequence[Answer]) -> Tally:
+    """Hold answers, each with the number of its question, against those of the serial run."""
     differing = [(number, answer) for number, answer in answers if tokens(answer) != tokens(expected[number])]
     wrong = [
         f"question {number}: {tokens(answer)} instead of {tokens(expected[number])}"
@@ -57,21 +68,21 @@ def measure(model: Path, *, seconds: float, n_client: int = N_CLIENT) -> Tally:
     return Tally(len(answers), len(differing) - len(wrong), wrong)
 
 
-def ask(server: Server, number: int) -> list[dict[str, Any]]:
+def ask(server: Server, number: int) -> Answer:
     """Return the answer's tokens, each with the likeliest two and their log probabilities."""
     prompt, n_predict = QUESTIONS[number]
     body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "n_probs": 2, "ignore_eos": True}
-    answer: list[dict[str, Any]] = post(f"{server.url}/completion", body)["completion_probabilities"]
+    answer: Answer = post(f"{server.url}/completion", body)["completion_probabilities"]
     assert len(answer) == n_predict, answer
     return answer
 
 
-def tokens(answer: Sequence[dict[str, Any]]) -> list[int]:
+def tokens(answer: Answer) -> list[int]:
     """Return an answer's token ids."""
     return [token["id"] for token in answer]
 
 
-def differs_at_tie(answer: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> bool:
+def differs_at_tie(answer: Answer, expected: Answer) -> bool:
     """Say whether the first token that differs is the second best of two that are equally likely."""
     for found, wanted in zip(answer, expected, strict=True):
         if found["id"] != wanted["id"]:
@@ -80,7 +91,7 @@ def differs_at_tie(answer: Sequence[dict[str, Any]], expected: Sequence[dict[str
     raise AssertionError("the answers are equal")
 
 
-def _client(server: Server, number: int, until: float) -> list[tuple[int, list[dict[str, Any]]]]:
+def _client(server: Server, number: int, until: float) -> list[tuple[int, Answer]]:
     """Ask one question after the other, each client from another start, until the time is up."""
     answers = []
     for question in itertools.islice(itertools.cycle(range(len(QUESTIONS))), number, None):

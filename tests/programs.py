@@ -35,8 +35,13 @@ class Server(NamedTuple):
     """A running llama-server."""
 
     url: str
-    pid: int
+    process: subprocess.Popen[bytes]
     log: Path
+
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self.process.pid
 
 
 def free_port() -> int:
@@ -72,7 +77,7 @@ def running_server(
             [str(part) for part in command], stdout=log, stderr=log, env={**os.environ, **(env or {})}
         ) as process,
     ):
-        server = Server(f"http://127.0.0.1:{port}", process.pid, Path(log.name))
+        server = Server(f"http://127.0.0.1:{port}", process, Path(log.name))
         try:
             _wait_for(server, process)
             yield server

@@ -1,6 +1,8 @@
 """The trials of tools/trust find nothing, and would find something."""
 
+import importlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +36,27 @@ def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found
     assert found["readers"][reader]["cases"] > 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.upstream
+def test_a_server_keeps_its_answers_under_load() -> None:
+    few = ("--seconds", "10", "--clients", "4", "--kind", "thin experts")
+    status, found = figures("server.py", *few)
+    run = found["runs"]["thin experts"]
+    assert status == 0, run
+    assert run["answers"] and run["cancelled"] and run["malformed"]
+    status, found = figures("server.py", *few, "--answers-of", "unpruned")
+    assert status == 1 and found["runs"]["thin experts"]["wrong"]
+
+
+def test_memory_that_grows_is_told_from_memory_that_swings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "trust"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    growth = importlib.import_module("server").growth
+    dice = random.Random(0)
+    swings = [(float(second), 10**9 + dice.randrange(2**20)) for second in range(1200)]
+    slope, error = growth(swings)
+    assert abs(slope) < 3 * error < 30
+    slope, error = growth([(second, n + second * 5000) for second, n in swings])  # bytes a second
+    assert abs(slope - 5000 * 60 / 1024) < 3 * error

@@ -41,11 +41,36 @@ def fuzz_note(data: Json) -> str:
     return "Sound files with bytes, lengths, places and values changed; refused means one line of ours."
 
 
+def under_load_table(data: Json) -> Iterable[Row]:
+    """Yield what a server with each file answered, and how its memory went."""
+    yield "file", "whole answers", "at a tie", "wrong", "cancelled", "malformed, by status", "memory grows by"
+    for name, run in data["runs"].items():
+        grows = run["growth_kib_per_minute"]
+        yield (
+            name,
+            *(str(run[key]) for key in ("answers", "differ_at_a_tie", "wrong", "cancelled")),
+            ", ".join(f"{status}: {n}" for status, n in run["malformed"].items()),
+            f"{grows['slope']:.1f} +- {grows['error']:.1f} KiB a minute",
+        )
+
+
+def under_load_note(data: Json) -> str:
+    """Say what was run."""
+    failed = sum(len(run["failures"]) for run in data["runs"].values())
+    return (
+        f"llama-server with the demo at half its bytes, {data['clients']} clients each for "
+        f"{data['seconds'] / 60:g} minutes, side by side; {failed} failures. At a tie: the first token that differs "
+        "from the serial run's was as likely there as the best, up to rounding."
+    )
+
+
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "faults": faults_table,
     "fuzz": fuzz_table,
+    "under_load": under_load_table,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
     "faults": faults_note,
     "fuzz": fuzz_note,
+    "under_load": under_load_note,
 }

@@ -31,10 +31,8 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from figures import keep
+from figures import ROOT, keep
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 ROADS: Mapping[str, tuple[str, ...]] = {
     "in memory": ("model", "--stream", "off"),
     "streamed": ("model", "--stream", "on", "--novice", "mean"),

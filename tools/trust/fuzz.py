@@ -23,9 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from figures import keep
+from figures import ROOT, keep
 
-ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "fuzz"
 SLOW, MEMORY = 10.0, 512 * 2**20  # seconds of a case, bytes more than before
 READERS = ("statistics", "gguf", "corpus", "plan", "record")
