@@ -59,8 +59,8 @@ def under_load_note(data: Json) -> str:
     failed = sum(len(run["failures"]) for run in data["runs"].values())
     return (
         f"llama-server with the demo at half its bytes, {data['clients']} clients each for "
-        f"{data['seconds'] / 60:g} minutes, side by side; {failed} failures. At a tie: the first token that differs "
-        "from the serial run's was as likely there as the best, up to rounding."
+        f"{data['seconds'] / 60:g} minutes, side by side; {failed} failures. At a tie: the first "
+        "token that differs from the serial run's was as likely there as the best, up to rounding."
     )
 
 
