@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mone_export import runtime
 from mone_export.runtime import tree
-from mone_export.runtime.upstream import Upstream, read_series
+from mone_export.runtime.upstream import Upstream, read_series, unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCHES = ROOT / "patches"
@@ -126,6 +127,17 @@ def test_no_call_of_the_converter_trusts_a_model_by_itself() -> None:
     ]
     allowed = ("trust_remote_code=self.trust_remote_code", "trust_remote_code=False")
     assert len(calls) > 20 and not [call for call in calls if not any(way in call[1] for way in allowed)]
+
+
+@pytest.mark.slow
+def test_what_upstream_could_take_applies_alone(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+    named = {PATCHES / name for name in re.findall(r"^`(\S+\.patch)`$", text, re.MULTILINE)}
+    assert named == set(SERIES[: len(named)]) and named
+    pin = Upstream.load(PATCHES / "UPSTREAM")
+    unpack(runtime.fetch(pin), tmp_path)
+    for patch in named:
+        subprocess.run(["git", "apply", "--check", str(patch)], cwd=tmp_path / pin.tree, check=True)
 
 
 @pytest.mark.slow

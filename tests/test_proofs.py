@@ -189,7 +189,7 @@ def test_the_variables_are_those_that_the_patches_read() -> None:
 
 
 def test_a_build_without_the_test_programs_says_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(MoneError, match="has no test-backend-ops: it comes with `mone-llama build`, not"):
+    with pytest.raises(MoneError, match="has no test-backend-ops: it comes with the wheel"):
         runtime.check(tmp_path)
 
 

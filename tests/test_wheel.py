@@ -1,6 +1,7 @@
 """The wheels of `make wheel`, where PATH leads to Python alone: no compiler, cmake or git."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -127,6 +128,12 @@ def test_file_is_made_and_run_without_a_compiler(installed: Environment, novice_
     begun = installed.run("python", "-c", code, novice_file, PROMPT)
     assert begun.strip() and said.startswith(begun)
     assert said == complete(runtime.path("cpu"), novice_file).text
+
+
+def test_devices_can_be_checked(installed: Environment) -> None:
+    said = json.loads(installed.run("mone-llama", "check", "--json"))
+    (cpu,) = [device for device in said["devices"] if device["device"] == "CPU"]
+    assert cpu["verdict"] == "passed" and cpu["passed"] > 200
 
 
 def perplexity(programs: Path, model: Path, text: Path) -> float:

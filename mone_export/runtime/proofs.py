@@ -26,6 +26,7 @@ VARIABLES: Mapping[str, str] = {  # how a device's name begins, and what its bac
     "ROCm": "GGML_MUL_MAT_ID_SKIP_ROCm",
     "MUSA": "GGML_MUL_MAT_ID_SKIP_MUSA",
 }
+PROGRAMS = ("test-backend-ops", "test-mul-mat-id-skip")  # what `check` runs
 _CASES = ("-o", "MUL_MAT_ID,MUL_MAT_VEC_FUSION", "-p", "skipped=|n_ids=8")  # those with the flag
 
 _FILE = "mul_mat_id_skip.json"
@@ -146,8 +147,8 @@ def _run(bin_folder: Path, name: str, *arguments: str) -> "subprocess.CompletedP
         )
     except FileNotFoundError:
         raise MoneError(
-            f"{bin_folder} has no {name}: it comes with `mone-llama build`, not with the wheel mone_llama "
-            "nor with builds of chosen targets"
+            f"{bin_folder} has no {name}: it comes with the wheel mone_llama and with `mone-llama build`, "
+            "not with builds of chosen targets"
         ) from None
     except OSError as error:
         raise MoneError(f"cannot run {command[0]} ({error.strerror}): run `mone-llama build`") from None

@@ -26,6 +26,7 @@ from pathlib import Path
 from mone_export import runtime
 from mone_export.errors import MoneError
 from mone_export.runtime.builds import LIBRARIES, TOOLS
+from mone_export.runtime.proofs import PROGRAMS
 from mone_export.runtime.toolchain import search_path
 from mone_export.runtime.upstream import sha256_of
 
@@ -126,7 +127,7 @@ def compiled() -> runtime.Build:
     os.environ["MONE_CACHE"] = str(home)
     flags = f"-O3 -DNDEBUG -ffile-prefix-map={runtime.source().folder}=."  # no path of this machine in it
     args = [f"-DCMAKE_{language}_FLAGS_RELEASE={flags}" for language in ("C", "CXX")]
-    return runtime.build("cpu", [*CMAKE_ARGS, *args], targets=TOOLS + LIBRARIES)
+    return runtime.build("cpu", [*CMAKE_ARGS, *args], targets=TOOLS + LIBRARIES + PROGRAMS)
 
 
 def stage(build: runtime.Build, folder: Path) -> None:
