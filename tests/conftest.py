@@ -1,4 +1,4 @@
-"""Shared fixtures: calibration text that every checkout has."""
+"""Shared fixtures: calibration text that no commit changes, and small models."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import Command
+from fixed_text import fixed_text
 from tiny import save_small
 
 from mone_export import runtime
@@ -23,10 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of a few thousand tokens: the package's own sources."""
-    sources = sorted((Path(__file__).parents[1] / "mone_export").glob("*.py"))
+    """A text file that no commit changes."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
+    path.write_text(fixed_text(), encoding="utf-8")
     return path
 
 

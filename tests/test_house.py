@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, who prints, what files are called, what is in none of them."""
 
 import ast
+import hashlib
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fixed_text import fixed_text
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mone_export"
@@ -194,3 +196,9 @@ def test_functions_fit_a_screen_and_take_few_parameters() -> None:
                 if n_line > 60 or n_parameter > 7:
                     wrong.append(f"{file.name}: {node.name} has {n_line} lines, {n_parameter} parameters")
     assert not wrong
+
+
+def test_the_text_of_the_tests_is_the_known_one() -> None:
+    """It moves with the pinned transformers: then state it anew, and look at tests that fail besides."""
+    found = hashlib.sha256(fixed_text().encode("utf-8")).hexdigest()
+    assert found == "b408bc8a47ab04c72be552cff44339d965b958c6d1c1fb5a63763fa69b8ad46e"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fixed_text import fixed_text
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -122,8 +123,7 @@ def _tokenizer() -> Any:
 
 @functools.cache
 def _small_vocabulary(n_vocab: int) -> bytes:
-    # this file is text enough for a few hundred pieces
-    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    lines = fixed_text()[:10_000].splitlines()  # enough for a few hundred pieces
     vocabulary = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines),

@@ -4,15 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fixed_text import fixed_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mone_export.source.tokenizing import control_tokens
 
 CONTROL = ["<s>", "</s>", "<unk>", "<|im_end|>"]
-SOURCES = "\n".join(
-    path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py"))
-)
+SOURCES = fixed_text()
 MIXED = (
     "  two leading spaces, 東京タワーは高い。\n\n\n\tTabs\t\tand  runs     of spaces;   \n   \n"
     "Ünïcode \U0001f600 e\u0301 don't 12345 x=f(y);\r\n" + " " * 999 + "\n" * 99 + "end "

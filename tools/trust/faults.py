@@ -330,6 +330,7 @@ def protections(without: str | None) -> list[Change]:
 
 def prepared(folder: Path) -> Path:
     """Make the sound inputs, which every trial gets a copy of."""
+    from fixed_text import fixed_text
     from tiny import save_small
 
     from mone_export.pipeline import export
@@ -338,8 +339,7 @@ def prepared(folder: Path) -> Path:
     for name in ("out", "kept"):
         (sound / name).mkdir(parents=True)
     save_small(sound / "model")
-    sources = sorted((ROOT / "mone_export").glob("*.py"))
-    (sound / "text.txt").write_text("\n\n".join(path.read_text() for path in sources)[:40_000])
+    (sound / "text.txt").write_text(fixed_text()[:40_000], encoding="utf-8")
     export(sound / "model", ratio=0, outfile=sound / "model.gguf")
     export(sound / "model", ratio=0.25, method="drop", score="random", outfile=sound / "out" / "model.gguf")
     return sound
