@@ -31,7 +31,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from figures import ROOT, keep
+from figures import keep
 
 ROADS: Mapping[str, tuple[str, ...]] = {
     "in memory": ("model", "--stream", "off"),

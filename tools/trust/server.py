@@ -35,7 +35,7 @@ from programs import Server, running_server
 from measuring.server import resident_bytes
 
 KINDS = {"constants": ("--novice", "least-squares"), "thin experts": ("--novice", "thin")}
-WARM = 0.25  # the part of the time in which caches and pools may grow
+WARM = 300  # seconds in which caches and pools may grow; memory is judged only in runs of twice that
 N_BLOCK = 20  # means of as many stretches of time, so that neighbouring samples do not count as independent
 GROWTH = 64.0  # KiB a minute that may stay unseen: 90 MiB a day
 MALFORMED: Sequence[tuple[str, str, bytes]] = (
@@ -166,7 +166,7 @@ def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> d
     tally, again = judged(load.answers, expected), judged(after, expected)
     slope, error = growth(memory)
     failures = [*broken, *tally.wrong[:5], *again.wrong[:5], *load.accepted]
-    if slope - 2 * error > GROWTH:
+    if seconds >= 2 * WARM and slope - 2 * error > GROWTH:
         failures.append(f"memory grows by {slope:.0f} +- {error:.0f} KiB a minute")
     if server.process.returncode:
         failures.append(f"the server ends with {server.process.returncode}")
@@ -204,7 +204,7 @@ def growth(memory: Sequence[tuple[float, int]]) -> tuple[float, float]:
 
     A straight line through the means of `N_BLOCK` stretches, by least squares.
     """
-    warm = memory[int(WARM * len(memory)) :]
+    warm = [(at, n) for at, n in memory if at > min(WARM, memory[-1][0] / 2)]
     size = max(1, len(warm) // N_BLOCK)
     blocks = [warm[at : at + size] for at in range(0, size * (len(warm) // size), size)]
     minutes = [statistics.fmean(at / 60 for at, _ in block) for block in blocks]
