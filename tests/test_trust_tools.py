@@ -34,3 +34,12 @@ def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found
     assert found["readers"][reader]["cases"] > 50
+
+
+def test_a_few_tests_are_too_few(tmp_path: Path) -> None:
+    """Coverage of what they run is counted, and is below what is asked for."""
+    few = ("tests/test_allocation.py", "--numprocesses", "0")
+    status, found = figures("branches.py", "--folder", str(tmp_path), *few)
+    assert status == 1 and found["percent"] < found["asked_percent"]
+    assert found["tests"] == {"passed": 9, "failed": 0, "skipped": 0}
+    assert 0 < found["branches"][0] < found["branches"][1] and len(found["lowest"]) == 10
