@@ -99,6 +99,21 @@ def test_quantising_that_makes_no_file_gives_the_reason(
     assert [*outfile.parent.iterdir()] == [outfile]
 
 
+@pytest.mark.parametrize(
+    ("mode", "reason"), [(None, "No such file or directory"), (0o644, "Permission denied")]
+)
+def test_quantising_without_its_program_is_one_line(
+    mode: int | None, reason: str, programs: Path, outfile: Path
+) -> None:
+    if mode:
+        stand_in(programs, "llama-quantize", "exit 0")
+        (programs / "llama-quantize").chmod(mode)
+    with pytest.raises(
+        MoneError, match=rf"cannot run .*llama-quantize \({reason}\): run `mone-llama build`$"
+    ):
+        quantizing.quantize(outfile, outfile.with_name("small.gguf"), "q4_k_m")
+
+
 def test_types_that_llama_quantize_does_not_say_are_one_line(programs: Path, outfile: Path) -> None:
     stand_in(programs, "llama-quantize", "echo nothing to do")
     with pytest.raises(MoneError, match="llama-quantize cannot make q4_k_m of this model: nothing to do$"):
