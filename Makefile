@@ -1,19 +1,24 @@
-# make demo | test | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | test-all | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
 # saves the download of the CUDA libraries.
 PYTHON  ?= python3
 BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
+PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test docs wheel check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-server
+.PHONY: demo test docs wheel check clean llama test-all
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-server trust-coverage
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
 
+# all tests but those marked nightly; test-all runs these, too
 test: llama
-	PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: llama
+	$(PYTEST) -m "" $(PYTEST_ARGS)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --config-file tools/pages/mkdocs.yml
@@ -34,6 +39,10 @@ trust-faults: llama
 
 trust-server: llama
 	$(VENV)/bin/python tools/trust/server.py --seconds $(or $(SECONDS_EACH),1200) $(TRUST_ARGS)
+
+# the whole suite under coverage; PYTEST_ARGS selects less of it
+trust-coverage: llama
+	$(VENV)/bin/python tools/trust/branches.py $(TRUST_ARGS) $(PYTEST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null

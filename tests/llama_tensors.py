@@ -1,17 +1,15 @@
-"""Tensors inside llama.cpp's graph by their names, run as a program of its own.
+"""Tensors inside llama.cpp's graph by their names, run in a process of its own.
 
 `{name}` is the tensor, `{name}.input` the second source of the operation that gives it.
 """
 
 import ctypes
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import Arrays, in_a_process
 
 
 class _Tensor(ctypes.Structure):
@@ -31,21 +29,15 @@ class _Tensor(ctypes.Structure):
 
 def inside(model: Path, tokens: list[int], names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return tensors, F32 or I32 in numpy's order of dimensions, for one batch of tokens."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "tensors.npz"
-        command = [sys.executable, __file__, str(model), str(out), ",".join(names), *map(str, tokens)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        with np.load(out) as found:
-            return dict(found)
+    return in_a_process(_inside, str(model), tokens, names)
 
 
-def _main(model: str, out: str, names: str, *tokens: str) -> None:
+def _inside(model: str, tokens: list[int], names: Sequence[str]) -> Arrays:
     from llama_cpp import llama_cpp as bindings
 
     library = ctypes.CDLL(str(Path(bindings.__file__).parent / "lib" / "libggml-base.so"))
     library.ggml_get_name.restype = ctypes.c_char_p
-    wanted, found = set(names.split(",")), {}
+    wanted, found = set(names), {}
 
     def read(address: int) -> np.ndarray:
         tensor = _Tensor.from_address(address)
@@ -75,12 +67,8 @@ def _main(model: str, out: str, names: str, *tokens: str) -> None:
     settings.flash_attn_type = bindings.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cb_eval = callback
     context = bindings.llama_init_from_model(handle, settings)
-    ids = (bindings.llama_token * len(tokens))(*map(int, tokens))
+    ids = (bindings.llama_token * len(tokens))(*tokens)
     batch = bindings.llama_batch_get_one(ids, len(tokens))
     batch.logits = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))  # or the last layer has one token only
     assert bindings.llama_decode(context, batch) == 0
-    np.savez(out, **found)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    return found

@@ -132,6 +132,7 @@ def test_chat_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
         ([3], "holds a message that is a number"),
         ([[{"role": "user", "content": "x"}]], "holds a message that is a list"),
         ([{"content": "x"}], 'holds a message without a "role"'),
+        ([{"role": "assistant", "tool_calls": ["f"]}], "holds a tool call that is a text, not an object"),
         ([{"role": "user", "content": {"a": [1]}}], "whose content is an object, not a text"),
         ([{"role": "user", "content": [["a"]]}], "a part that is a list, not a text"),
         ([{"role": "tool", "content": "x"}], r"cannot be rendered by the model's chat template \(no tools\)"),
@@ -149,6 +150,28 @@ def test_messages_that_are_no_chat_are_one_line(
     with pytest.raises(MoneError, match=f"chat.jsonl:1 .*{message}") as error:
         list(read_documents(path, chatty))
     assert "\n" not in str(error.value)
+
+
+def test_tools_that_are_no_objects_are_one_line(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT, "tools": ["weather"]}])
+    with pytest.raises(MoneError, match='chat.jsonl:1 has "tools" that are no list of objects'):
+        list(read_documents(path, chatty))
+
+
+def test_a_call_of_the_older_form_is_one_of_the_newer(
+    tmp_path: Path, chatty: PreTrainedTokenizerBase
+) -> None:
+    chatty.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }} "
+        "{{ call.function.arguments.city }}{% endfor %}\n{% endfor %}"
+    )
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    forms = [{"function_call": call}, {"tool_calls": [{"type": "function", "function": call}]}]
+    question = {"role": "user", "content": "Is it raining?"}
+    records = [{"messages": [question, {"role": "assistant", "content": "", **form}]} for form in forms]
+    older, newer = read_documents(write_jsonl(tmp_path / "x.jsonl", records), chatty)
+    assert older.text == newer.text and "weather Oslo" in older.text
 
 
 CASES = Path(__file__).parent / "cases"
@@ -255,6 +278,21 @@ def test_parquet_is_read(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> Non
     )
     parquet.write_table(table, tmp_path / "x.parquet")
     assert [document.text for document in read_documents(tmp_path / "x.parquet", chatty)] == RENDERED
+
+
+def test_parquet_that_is_damaged_is_one_line(tmp_path: Path, chatty: PreTrainedTokenizerBase) -> None:
+    """In the middle: the records before it are read."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist([{"text": f"record {n}"} for n in range(256)])
+    parquet.write_table(table, path := tmp_path / "x.parquet", row_group_size=64, use_dictionary=False)
+    at = parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + b"\xff" * 40 + content[at + 40 :])
+    found = []
+    with pytest.raises(MoneError, match="cannot read .*x.parquet.*: ") as error:
+        for document in read_documents(path, chatty):
+            found.append(document.text)
+    assert found == [f"record {n}" for n in range(128)] and "\n" not in str(error.value)
 
 
 def test_parquet_without_its_package_is_one_line(

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
 ROWS: Mapping[str, Any] = {"n_row": 16, "seq_len": 256}
 TOKENS = list(range(300, 364))
-N_KILL = 10
+N_KILL = [4, pytest.param(10, marks=pytest.mark.nightly)]
 # a step after every batch, and slow batches, so that kills hit all there is to hit
 SLOW = """
 import sys, time
@@ -244,7 +244,8 @@ def test_saved_statistics_are_enough(
     assert orders_of(outfile) == orders_of(half)
 
 
-def test_ten_kills_one_result(packed: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_kill", N_KILL)
+def test_many_kills_one_result(n_kill: int, packed: Path, text: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     dice, kills, numbers = random.Random(1), 0, itertools.count()
 
@@ -258,7 +259,7 @@ def test_ten_kills_one_result(packed: Path, text: Path, tmp_path: Path) -> None:
             command = [sys.executable, "-c", SLOW, *map(str, arguments)]
             with subprocess.Popen(command, env=environment) as process:
                 try:
-                    assert process.wait(None if mercy or kills >= N_KILL else dice.uniform(2, 8)) == 0
+                    assert process.wait(None if mercy or kills >= n_kill else dice.uniform(2, 8)) == 0
                     break
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
@@ -267,7 +268,7 @@ def test_ten_kills_one_result(packed: Path, text: Path, tmp_path: Path) -> None:
         return (work / "statistics.safetensors").read_bytes(), outfile.read_bytes()
 
     wanted = complete(mercy=True)
-    while kills < N_KILL:
+    while kills < n_kill:
         assert complete(mercy=False) == wanted
     print(f"\n{kills} kills")
 

@@ -203,10 +203,11 @@ def test_the_command_prints_a_table_and_json(
         ({"attention__head_count": "few"}, "is few, not a whole number"),
         ({"expert_tier_count": 1, "expert_tier_sizes": 3}, "its tiers are not 1 for each of 5 layers"),
         ({"expert_tier_count": 2**31}, "its tiers are not"),
+        ({"expert_tier_count": 1, "expert_tier_sizes": [999] * 5}, "layer 0 has more than 16 experts"),
     ],
 )
 def test_keys_of_another_form_are_one_line(
-    keys: dict[str, int | str], says: str, demo_gguf: Path, tmp_path: Path
+    keys: dict[str, int | str | list[int]], says: str, demo_gguf: Path, tmp_path: Path
 ) -> None:
     parts = taken_apart(demo_gguf)
     named = {f"llama.{name.replace('__', '.')}": value for name, value in keys.items()}

@@ -12,7 +12,7 @@ import pytest
 
 from mone_export.errors import MoneError
 from mone_export.locks import locked
-from mone_export.paths import check_outputs, check_room, is_ours, replacing
+from mone_export.paths import FIGURES, check_outputs, check_room, is_ours, page_outputs, replacing
 
 NONE = Path("nothing")
 
@@ -103,6 +103,17 @@ def test_a_strangers_file_needs_overwrite(tmp_path: Path) -> None:
             check_outputs({"-o": path}, {})
         assert check_outputs({"-o": path}, {}, overwrite=True) == {"-o": path}
     assert check_outputs({"-o": gguf(tmp_path / "ours.gguf")}, {}) == {"-o": tmp_path / "ours.gguf"}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_that_no_page_of_ours_left_is_not_replaced(name: str, tmp_path: Path) -> None:
+    page, figure = tmp_path / "page.html", written(tmp_path / f"page-{name}.png")
+    with pytest.raises(MoneError, match=f"page-{name}.png exists, --report would replace it: choose another"):
+        page_outputs(page)
+    written(page, "<p>somebody else's</p>")
+    with pytest.raises(MoneError, match=f"page-{name}.png exists"):
+        page_outputs(page)
+    assert page_outputs(page, overwrite=True)["--report"] == page and figure.exists()
 
 
 def test_a_file_of_ours_is_known_behind_a_vocabulary(tmp_path: Path) -> None:

@@ -202,6 +202,22 @@ def test_series_that_names_a_missing_patch_is_refused(release: Path) -> None:
         runtime.source()
 
 
+def test_a_pin_that_lacks_something_is_refused(release: Path) -> None:
+    pin = (release / "UPSTREAM").read_text().splitlines()
+    (release / "UPSTREAM").write_text(
+        "\n".join(line for line in pin if not line.startswith(("sha256", "tree")))
+    )
+    with pytest.raises(MoneError, match="UPSTREAM lacks sha256, tree: restore it from version control"):
+        runtime.source()
+
+
+def test_python_without_pip_is_told_what_to_do(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (release.parent / "cache" / "tiny-1.tar.gz").unlink()
+    monkeypatch.setattr(upstream.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MoneError, match="has no pip: run `.* -m ensurepip`, or download .* tiny 1 by hand"):
+        runtime.fetch()
+
+
 def test_source_key_follows_the_patches(release: Path) -> None:
     first = runtime.source().key
     assert runtime.source().key == first

@@ -21,7 +21,7 @@ from mone_export.pipeline import export
 
 pytestmark = pytest.mark.slow
 
-N_KILL = 20
+N_KILL = [6, pytest.param(20, marks=pytest.mark.nightly)]
 # a step after every batch, and slow batches, so that kills hit all there is to hit
 SLOW = """
 import sys, time
@@ -39,8 +39,9 @@ def command(small: Path, text: Path, outfile: Path, *more: object) -> list[str]:
     return [str(part) for part in (small, "-f", text, "-o", outfile, *options)]
 
 
+@pytest.mark.parametrize("n_kill", N_KILL)
 @pytest.mark.parametrize("stream", ["on", "off"])
-def test_twenty_kills_one_result(stream: str, small: Path, text: Path, tmp_path: Path) -> None:
+def test_many_kills_one_result(stream: str, n_kill: int, small: Path, text: Path, tmp_path: Path) -> None:
     def run(name: str, delay: Callable[[], float | None]) -> tuple[bytes, bytes]:
         """Run to the end, through as many deaths as `delay` says; return the statistics and the GGUF."""
         work, outfile = tmp_path / name / "work", tmp_path / name / "novices.gguf"
@@ -66,10 +67,10 @@ def test_twenty_kills_one_result(stream: str, small: Path, text: Path, tmp_path:
 
     def delay() -> float | None:
         # mostly while it calibrates, also while it loads and writes
-        return dice.uniform(0.3, 0.9) * seconds if len(kills) < N_KILL else None
+        return dice.uniform(0.3, 0.9) * seconds if len(kills) < n_kill else None
 
     numbers = itertools.count()
-    while len(kills) < N_KILL:  # a run that comes through is followed by another from the start
+    while len(kills) < n_kill:  # a run that comes through is followed by another from the start
         assert run(f"killed-{next(numbers)}", delay) == wanted
     print(f"\n{len(kills)} kills in {len(set(kills))} runs of {seconds:.1f} s, --stream {stream}")
 

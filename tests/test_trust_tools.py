@@ -60,3 +60,12 @@ def test_memory_that_grows_is_told_from_memory_that_swings(monkeypatch: pytest.M
     assert abs(slope) < 3 * error < 30
     slope, error = growth([(second, n + second * 5000) for second, n in swings])  # bytes a second
     assert abs(slope - 5000 * 60 / 1024) < 3 * error
+
+
+def test_a_few_tests_are_too_few(tmp_path: Path) -> None:
+    """Coverage of what they run is counted, and is below what is asked for."""
+    few = ("tests/test_allocation.py", "--numprocesses", "0")
+    status, found = figures("branches.py", "--folder", str(tmp_path), *few)
+    assert status == 1 and found["percent"] < found["asked_percent"]
+    assert found["tests"] == {"passed": 9, "failed": 0, "skipped": 0}
+    assert 0 < found["branches"][0] < found["branches"][1] and len(found["lowest"]) == 10

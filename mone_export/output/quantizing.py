@@ -86,14 +86,18 @@ def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress
     """Run llama-quantize, in a folder, and return the lines it printed."""
     lines: list[str] = []
     command = [str(program(path(), "llama-quantize")), *arguments]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        cwd=folder,
-    ) as process:
+    try:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            cwd=folder,
+        )
+    except OSError as error:
+        raise MoneError(f"cannot run {command[0]} ({error.strerror}): run `mone-llama build`") from None
+    with process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())

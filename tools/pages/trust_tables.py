@@ -64,12 +64,31 @@ def under_load_note(data: Json) -> str:
     )
 
 
+def coverage_table(data: Json) -> Iterable[Row]:
+    """Yield how much of the package the tests run, and of the files of which they run least."""
+    yield "", "lines", "of", "branches", "of", "together"
+    for name, found in {"all": data, **data["lowest"]}.items():
+        numbers = [*found["lines"], *found["branches"]]
+        yield name.removeprefix("mone_export/"), *map(str, numbers), f"{found['percent']:.1f}%"
+
+
+def coverage_note(data: Json) -> str:
+    """Say what was run."""
+    tests = data["tests"]
+    return (
+        f"{tests['passed']} tests passed, {tests['failed']} failed, {tests['skipped']} skipped. A branch "
+        f"counts once for each way that was taken; below {data['asked_percent']:.0f}% it would be a failure."
+    )
+
+
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
+    "coverage": coverage_table,
     "faults": faults_table,
     "fuzz": fuzz_table,
     "under_load": under_load_table,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
+    "coverage": coverage_note,
     "faults": faults_note,
     "fuzz": fuzz_note,
     "under_load": under_load_note,
