@@ -1,13 +1,16 @@
-# make demo | test | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
-# Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
-# saves the download of the CUDA libraries.
+# make demo | test | docs | wheel | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# Everything is made once and reused. What is installed is locked with its hashes in requirements/ (make lock writes them). On a
+# machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves the download of the CUDA libraries; where
+# pip has such an index of its own, or PIP_FIND_LINKS, PyTorch alone comes from there by its version.
 PYTHON  ?= python3
 BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
+PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check
+LOCKED  := $(PIP) --require-hashes --no-deps
 
 .PHONY: demo test docs wheel check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-supply lock
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -32,6 +35,13 @@ trust-fuzz: $(READY)
 trust-faults: llama
 	$(VENV)/bin/python tools/trust/faults.py --trials $(or $(TRIALS),60) $(TRUST_ARGS)
 
+# TRUST_ARGS="--only lock" make trust-supply
+trust-supply: $(READY)
+	$(VENV)/bin/python tools/trust/supply.py $(TRUST_ARGS)
+
+lock: $(READY)
+	$(VENV)/bin/python tools/release/lock.py $(LOCK_ARGS)
+
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
 	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
@@ -51,12 +61,15 @@ check-windows: llama
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "needs Python's venv: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	$(LOCKED) -r requirements/build.txt
+	$(LOCKED) --no-build-isolation -r requirements/all.txt
+	$(VENV)/bin/python -m pip config list | grep -E 'find-links|index-url' > /dev/null || $(LOCKED) -r requirements/torch.txt
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 clean:
