@@ -1,14 +1,19 @@
-# make demo | test | test-all | docs | wheel | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
-# Everything is made once and reused. On a machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels
-# saves the download of the CUDA libraries.
+# make demo | test | test-all | docs | wheel | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# Everything is made once and reused. What is installed is locked with its hashes in tools/release/requirements (make lock writes them). On a
+# machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves the download of the CUDA libraries; where
+# pip has such an index of its own, or PIP_FIND_LINKS, PyTorch alone comes from there by its version.
 PYTHON  ?= python3
 BACKEND ?= cpu
 VENV    := .venv
 READY   := $(VENV)/ready
+PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check
+LOCKED  := $(PIP) --require-hashes --no-deps
+LOCKS   := tools/release/requirements
 PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test docs wheel check clean llama test-all
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-server trust-coverage
+.PHONY: demo test test-all docs wheel lock check clean llama
+.PHONY: check-vulkan check-cuda check-arm64 check-windows
+.PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -44,6 +49,13 @@ trust-server: llama
 trust-coverage: llama
 	$(VENV)/bin/python tools/trust/branches.py $(TRUST_ARGS) $(PYTEST_ARGS)
 
+# TRUST_ARGS="--only lock" make trust-supply
+trust-supply: $(READY)
+	$(VENV)/bin/python tools/trust/supply.py $(TRUST_ARGS)
+
+lock: $(READY)
+	$(VENV)/bin/python tools/release/lock.py $(LOCK_ARGS)
+
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
 	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
@@ -63,12 +75,15 @@ check-windows: llama
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(wildcard $(LOCKS)/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "needs Python's venv: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	$(LOCKED) -r $(LOCKS)/build.txt
+	$(LOCKED) --no-build-isolation -r $(LOCKS)/all.txt
+	$(VENV)/bin/python -m pip config list | grep -E 'find-links|index-url' > /dev/null || $(LOCKED) -r $(LOCKS)/torch.txt
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 clean:

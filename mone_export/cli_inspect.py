@@ -4,12 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from mone_export.artifacts import in_order
 from mone_export.errors import MoneError
-from mone_export.inspection.anatomy import Anatomy, LayerAnatomy, Saving
-from mone_export.inspection.inspecting import examine
 from mone_export.terminal import as_size, printable, steady_output
+
+if TYPE_CHECKING:
+    from mone_export.inspection.anatomy import Anatomy, LayerAnatomy, Saving
 
 _DESCRIPTION = """Say what a file is: a GGUF of any kind, a model's folder or Hugging Face id, statistics
 (--stats) or a plan (--plan-out) of mone-export. Only heads are read."""
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `mone-inspect`; returns the exit status: 0 done, 1 a MoneError, 2 usage, 130 interrupted."""
     with steady_output() as output:
         args = _parser().parse_args(argv)
+        from mone_export.inspection.inspecting import examine  # with NumPy, which --help need not wait for
+
         try:
             anatomy = examine(args.file, n_ctx=args.ctx_size, revision=args.revision)
             told = map(printable, _lines(anatomy))
@@ -65,7 +68,7 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
-def _lines(of: Anatomy) -> Iterator[str]:
+def _lines(of: "Anatomy") -> Iterator[str]:
     """Yield what to print."""
     kind = f", {of.file_type}" if of.file_type else ""
     arch = f"{of.arch}, " if of.arch else ""
@@ -99,7 +102,7 @@ def _lines(of: Anatomy) -> Iterator[str]:
     yield from _saved(of.savings)
 
 
-def _runtime(of: Anatomy) -> str:
+def _runtime(of: "Anatomy") -> str:
     if of.needs == "any":
         return "any llama.cpp that knows the architecture"
     return "the patched llama.cpp: `mone-llama build`, once, then $(mone-llama path)/llama-cli -m FILE"
@@ -111,21 +114,21 @@ def _made(made: Mapping[str, object]) -> Iterator[str]:
         yield f"{name.removeprefix('mone.')}: {shown}"
 
 
-def _table(of: Anatomy) -> Iterator[str]:
+def _table(of: "Anatomy") -> Iterator[str]:
     """Yield a line for each layer, where they differ in anything from `all whole`."""
     layers = [at for at in of.layers if at.fates.keys() != {"whole"} or at.seen is not None]
     for at in layers:
         yield f"layer {at.layer:4}  {', '.join(_of_layer(at))}"
 
 
-def _of_layer(at: LayerAnatomy) -> Iterator[str]:
+def _of_layer(at: "LayerAnatomy") -> Iterator[str]:
     yield f"{at.seen} of {at.fates['whole']} experts seen" if at.seen is not None else _fates(at.fates)
     if at.norms:
         least, middle, most = at.norms
         yield f"norms of novices {least:.3g} to {most:.3g}, median {middle:.3g}"
 
 
-def _saved(savings: Sequence[Saving]) -> Iterator[str]:
+def _saved(savings: "Sequence[Saving]") -> Iterator[str]:
     """Yield a table of what other types and ratios would make of the file."""
     ratios = sorted({saving.ratio for saving in savings})
     if not ratios:
@@ -142,10 +145,12 @@ def _saved(savings: Sequence[Saving]) -> Iterator[str]:
 
 
 def _fates(fates: Mapping[str, int]) -> str:
+    from mone_export.artifacts import in_order
+
     return ", ".join(f"{fates[fate]} {'of ' if fate[0].isdigit() else ''}{fate}" for fate in in_order(fates))
 
 
-def _share(size: int, of: Anatomy) -> str:
+def _share(size: int, of: "Anatomy") -> str:
     return f"{size / max(1, sum(of.n_byte.values())):.1%}"
 
 

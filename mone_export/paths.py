@@ -255,10 +255,11 @@ def _remove(folder: Path, target: Path) -> None:
 
 
 def _resolved(path: Path) -> Path:
-    try:
-        return path.expanduser().resolve()
-    except (OSError, RuntimeError):
-        raise MoneError(f"{path} is a link that leads to itself: choose another path") from None
+    with suppress(OSError, RuntimeError):  # Python before 3.13 raises one; later ones stop at such a link
+        found = path.expanduser().resolve()
+        if not any(each.is_symlink() for each in (found, *found.parents)):
+            return found
+    raise MoneError(f"{path} is a link that leads to itself: choose another path")
 
 
 def _files(given: Path | Sequence[Path]) -> Iterator[Path]:

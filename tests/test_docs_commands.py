@@ -253,6 +253,7 @@ FILES = (
     "tests/parallel_clients.py",
     "tools/patches/check_cuda.py",
     "tools/patches/llamacpp.py",
+    "tools/release/lock.py",
 )
 ELSEWHERE = {"--nproc-per-node"}  # torchrun's
 

@@ -79,7 +79,7 @@ def test_two_outputs_cannot_be_one_file(tmp_path: Path) -> None:
         check_outputs({"-o": tmp_path / "X.gguf", "--stats": tmp_path / "x.GGUF"}, {})
 
 
-@pytest.mark.parametrize("kind", ["null", "pipe", "folder", "loop"])
+@pytest.mark.parametrize("kind", ["null", "pipe", "folder", "loop", "in a loop"])
 def test_special_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"
     if kind == "null":
@@ -90,9 +90,13 @@ def test_special_files_are_refused(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.symlink_to(path)
-    message = {"folder": "is a folder: name a file", "loop": "leads to itself"}.get(
-        kind, "a device or a pipe"
-    )
+        path = path if kind == "loop" else path / "model.gguf"
+    messages = {
+        "folder": "is a folder: name a file",
+        "loop": "leads to itself",
+        "in a loop": "leads to itself",
+    }
+    message = messages.get(kind, "a device or a pipe")
     with pytest.raises(MoneError, match=message):
         check_outputs({"-o": path}, {}, overwrite=True)
 

@@ -1,19 +1,26 @@
 """What a release says and does, as far as it can be read here: container and workflow were never run."""
 
+import hashlib
 import json
 import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mone_export import runtime
+from mone_export.errors import MoneError
 
 ROOT = Path(__file__).parents[1]
 CONTAINER = ROOT / "tools" / "release" / "Containerfile"
@@ -21,6 +28,8 @@ WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
 
 
 def wheels() -> dict[str, Any]:
+    """Return what tools/release/wheels.py defines; it imports the file beside it."""
+    sys.path.insert(0, str(ROOT / "tools" / "release"))
     return runpy.run_path(str(ROOT / "tools" / "release" / "wheels.py"))
 
 
@@ -65,25 +74,114 @@ def test_workflow_calls_the_targets_of_the_makefile() -> None:
     """Besides them only the release itself: nothing is built in a way that is not tried here."""
     (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
     commands = [step["run"] for step in job["steps"] if "run" in step]
-    assert commands[:-1] == ["make test", "make wheel"] and commands[-1].startswith("gh release create ")
+    checks = 'make trust-supply TRUST_ARGS="--only lock audit builds"'
+    assert commands[:-1] == ["make test", checks, "make wheel"]
+    assert commands[-1].startswith("gh release create ")
     for command in commands[:-1]:
-        assert (
-            subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True).returncode
-            == 0
-        )
+        dry = ["make", "-n", *shlex.split(command)[1:]]
+        assert subprocess.run(dry, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def test_wheels_replace_their_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("thesis.txt", "mone_export-0-py3-none-any.whl", "mone_export-0.tar.gz", "SHA256SUMS"):
         (tmp_path / name).write_text("old")
     main = wheels()["main"]
-    for name in ("compiled", "stage", "packed"):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
+    for name in ("compiled", "stage", "packed", "materials"):
         monkeypatch.setitem(main.__globals__, name, lambda *_: None)
     new = "mone_export-1-py3-none-any.whl"
     monkeypatch.setitem(main.__globals__, "run", lambda *_, **__: (tmp_path / new).write_text("new"))
     assert main(["--out", str(tmp_path)]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"thesis.txt", "SHA256SUMS", new}
     assert [line.split()[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()] == [new]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="auditwheel reads ELF files"
+)
+def test_same_files_make_the_same_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed in another folder, under another umask and at another time."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
+    made = wheels()
+    found = []
+    for umask, mode in ((0o022, 0o755), (0o077, 0o700)):
+        folder = tmp_path / str(umask)
+        info = folder / "stage" / "mone_llama-0.1.0.dist-info"
+        before = os.umask(umask)
+        try:
+            info.mkdir(parents=True)
+            (info / "METADATA").write_text(
+                made["METADATA"].format(version="0.1.0", release="x", python=">=3.11")
+            )
+            (info / "WHEEL").write_text(made["WHEEL"])
+            library = folder / "stage" / "mone_llama" / "libx.so"
+            library.parent.mkdir()
+            command = ["cc", "-shared", "-nostdlib", "-x", "c", os.devnull, "-o", str(library)]
+            subprocess.run(command, check=True)
+            library.chmod(mode)
+            os.utime(library, (10**9 + umask, 10**9 + umask * 1000))
+            made["packed"](folder, folder / "out")
+        finally:
+            os.umask(before)
+        (wheel,) = (folder / "out").iterdir()
+        found.append(wheel.read_bytes())
+    assert found[0] == found[1]
+
+
+def materials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> dict[str, Any]:
+    """Write the package's or the runtime's bill of materials, twice the same; returns what it says."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
+    sbom = wheels()["sbom"]
+    texts = []
+    for name in ("a.json", "b.json"):
+        bom = sbom.of_package() if which == "package" else sbom.of_runtime(runtime.source(), "0.1.0")
+        sbom.write(bom, tmp_path / name)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    found: dict[str, Any] = json.loads(texts[0])
+    assert found["bomFormat"] == "CycloneDX" and found["metadata"]["timestamp"] == "2020-02-02T00:00:00+00:00"
+    return found
+
+
+def test_package_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = materials(tmp_path, monkeypatch, "package")
+    versions = {each["name"]: each["version"] for each in found["components"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
+    assert needed | {"tokenizers", "urllib3"} <= versions.keys()  # and what those need
+    assert not {"pytest", "ruff", "mone-export"} & versions.keys()
+    locked = (ROOT / "tools" / "release" / "requirements" / "all.txt").read_text()
+    assert all(
+        f"\n{name}=={version} " in locked for name, version in versions.items() if name in needed - {"torch"}
+    )
+    (ours,) = (each["dependsOn"] for each in found["dependencies"] if each["ref"].startswith("mone-export"))
+    assert set(ours) == needed
+
+
+def test_materials_that_are_no_cyclonedx_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
+    sbom = wheels()["sbom"]
+    wrong = sbom.HashType(alg=sbom.HashAlgorithm.SHA_256, content="no digest")
+    bom = sbom.described(sbom.Component(name="x", hashes=[wrong]), [])
+    with pytest.raises(MoneError, match="is no valid CycloneDX"):
+        sbom.write(bom, tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.upstream
+def test_runtime_says_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.tree(whole=True)
+    found = materials(tmp_path, monkeypatch, "runtime")
+    parts = {each["name"]: each for each in found["components"]}
+    state = runtime.source()
+    assert parts["llama.cpp"]["version"] == state.upstream.llama_cpp_commit
+    assert parts[state.upstream.package]["hashes"][0]["content"] == state.upstream.sha256
+    for patch in state.patches:
+        (digest,) = parts[f"patches/{patch.name}"]["hashes"]
+        assert digest["content"] == hashlib.sha256(patch.read_bytes()).hexdigest()
+    assert "vendor/nlohmann/json.hpp" in parts
 
 
 @pytest.mark.parametrize(

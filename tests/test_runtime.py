@@ -188,6 +188,53 @@ def test_wrong_sha256_is_refused(release: Path) -> None:
         runtime.fetch()
 
 
+def test_wrong_archive_is_never_opened(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(upstream, "unpack", lambda sdist, _target: opened.append(sdist))
+    write_pin(release, "0" * 64)
+    with pytest.raises(MoneError, match="has SHA-256"):
+        runtime.tree()
+    assert not opened and not list(runtime.source().folder.glob("source*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tiny-1/../outside.txt", tarfile.REGTYPE),
+        ("tiny-1/a/../../outside.txt", tarfile.REGTYPE),
+        ("/outside.txt", tarfile.REGTYPE),
+        ("tiny-1/C:/outside.txt", tarfile.REGTYPE),
+        ("tiny-1/..\\outside.txt", tarfile.REGTYPE),
+        ("tiny-1/link", tarfile.SYMTYPE),
+        ("tiny-1/hard", tarfile.LNKTYPE),
+        ("tiny-1/device", tarfile.CHRTYPE),
+        ("tiny-1/pipe", tarfile.FIFOTYPE),
+    ],
+)
+def test_members_that_lead_out_are_refused(name: str, kind: bytes, tmp_path: Path) -> None:
+    """On each Python, whether or not its tarfile has filters."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "../outside.txt"
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.addfile(member)
+    with pytest.raises(MoneError, match="is refused: .* no plain file or folder"):
+        upstream.unpack(tmp_path / "x.tar.gz", tmp_path / "in" / "source")
+    assert not list(tmp_path.rglob("outside*")) and not list(tmp_path.rglob("in/source/*"))
+
+
+def test_unpacked_files_are_ours_and_plain(tmp_path: Path) -> None:
+    """No other owner, no set-user-id bit, nothing that everybody may write."""
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        for name, mode in (("tool", 0o6777), ("text", 0o666)):
+            member = tarfile.TarInfo(f"tiny-1/{name}")
+            member.mode, member.uid, member.gid = mode, 4321, 4321
+            archive.addfile(member, io.BytesIO())
+    upstream.unpack(tmp_path / "x.tar.gz", tmp_path / "source")
+    found = {file.name: file.stat() for file in (tmp_path / "source").iterdir()}
+    assert {name: stat.st_mode & 0o7777 for name, stat in found.items()} == {"tool": 0o755, "text": 0o644}
+    assert {stat.st_uid for stat in found.values()} == {os.getuid()}
+
+
 def test_download_that_fails_says_how_to_go_on(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (upstream.cache_dir() / "tiny-1.tar.gz").unlink()
     monkeypatch.setenv("PIP_NO_INDEX", "1")

