@@ -606,8 +606,8 @@ class Candidate:
     """One way to reach a size: a type, and the share of experts to prune (0: only quantise).
 
     Sizes are in bytes: of the file, of the one it is quantised from (or 0), of the file with all experts.
-    `types` are those of its tensors; `error` is the estimate, if known. Where types are `mixed`, experts have
-    their own.
+    `types` are those of its tensors; `error` is the estimate, if known, relative to the squared output of
+    the layers' experts. Where types are `mixed`, experts have their own.
     """
 
     outtype: str

@@ -15,6 +15,7 @@ import psutil
 from mone_export.artifacts import Plan, TextSample
 from mone_export.calibration.corpus import BUILT_IN
 from mone_export.request import Job
+from mone_export.terminal import as_size
 
 SHORT_ROW = 512  # tokens, below which little of a document is in a row
 _ALIKE, _LEAST_SAMPLE = 0.95, 4000  # share of one kind, characters of a text that tell
@@ -153,8 +154,8 @@ def main_memory(fit: int, whole: int, memory: int) -> Iterator[str]:
     """
     if fit < whole <= 0.9 * memory:
         yield (
-            f"the file with all experts would have {whole / 1e9:.2f} GB, this machine has "
-            f"{memory / 1e9:.0f} GB of memory: if the size is a GPU's, llama.cpp's --n-cpu-moe keeps experts "
+            f"the file with all experts would have {as_size(whole)}, this machine has "
+            f"{as_size(memory)} of memory: if the size is a GPU's, llama.cpp's --n-cpu-moe keeps experts "
             "in main memory, and nothing is lost but speed"
         )
 

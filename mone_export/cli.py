@@ -27,6 +27,7 @@ from mone_export.terminal import (
     JsonEvents,
     Output,
     ProgressLine,
+    as_size,
     logging_to,
     printable,
     steady_output,
@@ -377,7 +378,7 @@ def _add_output_options(group: _Group) -> None:
     group.add(
         "-o",
         "--outfile",
-        type=Path,
+        type=_outfile,
         metavar="PATH",
         help="the GGUF to write; in a folder it is named after model, ratio and type",
     )
@@ -616,6 +617,13 @@ def _ratio(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text} is no share: write 0.5 or 50%") from None
 
 
+def _outfile(text: str) -> Path:
+    """Return the path of a file, or of a folder that is there."""
+    if text.endswith(("/", os.sep)) and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}: make it, or name a file")
+    return Path(text)
+
+
 def _fit(text: str) -> int | str:
     return text if text.startswith("auto") else _size(text)
 
@@ -736,7 +744,7 @@ def _print_candidates(fitting: Sequence["Candidate"]) -> None:
     from mone_export.fitting import answer, describe
 
     for item in fitting:
-        print(f"fits     {describe(item)}: {item.size / 1e6:.1f} MB")
+        print(f"fits     {describe(item)}: {as_size(item.size)}")
     if fitting and fitting[0].error is not None:
         print(f"answer   {answer(fitting)}")
 
@@ -744,7 +752,8 @@ def _print_candidates(fitting: Sequence["Candidate"]) -> None:
 def _print_sizes(unpruned: int, size: int, *, about: bool = False) -> None:
     exactly = "about " if about else ""
     whole = "" if about else f" ({size} bytes)"
-    print(f"size     {exactly}{size / 1e6:.1f} MB{whole}, {size / unpruned:.0%} of {unpruned / 1e6:.1f} MB")
+    of = "" if size == unpruned else "about "
+    print(f"size     {exactly}{as_size(size)}{whole}, {size / unpruned:.0%} of {of}{as_size(unpruned)}")
 
 
 def _durations(seconds: Mapping[str, float]) -> str:

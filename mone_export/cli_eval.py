@@ -14,7 +14,7 @@ from mone_export.errors import MoneError
 from mone_export.evaluation.results import percent, shown
 from mone_export.llama_options import LlamaOptions, add_llama_options
 from mone_export.paths import check_card, check_outputs, page_outputs
-from mone_export.terminal import ProgressLine, logging_to, steady_output
+from mone_export.terminal import ProgressLine, as_size, logging_to, steady_output
 
 if TYPE_CHECKING:
     from mone_export.evaluation.results import Evaluation, FileResult, Measured
@@ -245,8 +245,8 @@ def _cost_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:
     yield ["costs", "size", "resident", "prefill", "decode"]
     for file in files:
         speeds = [f"{shown(each)} tokens/s" if each else "" for each in (file.prefill, file.decode)]
-        resident = f"{file.resident / 1e6:.1f} MB" if file.resident else ""
-        yield [file.file, f"{file.size / 1e6:.1f} MB", resident, *speeds]
+        resident = as_size(file.resident) if file.resident else ""
+        yield [file.file, as_size(file.size), resident, *speeds]
 
 
 def _task_rows(files: Sequence["FileResult"]) -> Iterator[list[str]]:

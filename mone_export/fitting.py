@@ -161,8 +161,12 @@ def describe(item: Candidate) -> str:
     """Name a candidate in a few words."""
     share = f"{item.ratio:.0%} of the experts pruned" if item.ratio else "all experts kept"
     share += ", types by expert" if item.mixed else ""
-    error = "" if item.error is None else f", estimated error {item.error:.2g}"
+    error = "" if item.error is None else f", estimated error {_percent(item.error)}"
     return f"--outtype {item.outtype}, {share}{error}"
+
+
+def _percent(share: float) -> str:
+    return f"{float(f'{100 * share:.2g}'):g}%"
 
 
 def _most(budget: int, n_expert: int, floor: int, size: Callable[[int], int]) -> int:

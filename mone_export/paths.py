@@ -17,6 +17,7 @@ from pathlib import Path
 from mone_export import files
 from mone_export.errors import MoneError
 from mone_export.locks import NoLocksError, locked, tried
+from mone_export.terminal import as_size
 
 Inputs = Mapping[str, Path | Sequence[Path]]
 
@@ -143,7 +144,7 @@ def check_room(path: Path, *, needed: int = 0, option: str = "-o") -> None:
     available = shutil.disk_usage(folder).free
     if needed > available:
         raise MoneError(
-            f"{folder} has {available / 1e9:.2f} GB free, the export needs {needed / 1e9:.2f} GB: "
+            f"{folder} has {as_size(available)} free, the export needs {as_size(needed)}: "
             f"free some space, choose another {option} or a smaller --outtype"
         )
 
@@ -157,9 +158,7 @@ def check_temporary(needed: int, folder: Path | None = None) -> None:
         raise MoneError(f"cannot write temporary files ({error.strerror}): set TMPDIR to a folder") from None
     if needed > free:
         remedy = "set TMPDIR to a folder with more room" if folder is None else "choose another --workdir"
-        raise MoneError(
-            f"{place} has {free / 1e9:.2f} GB free, temporary files need {needed / 1e9:.2f} GB: {remedy}"
-        )
+        raise MoneError(f"{place} has {as_size(free)} free, temporary files need {as_size(needed)}: {remedy}")
 
 
 def _existing(folder: Path) -> Path:

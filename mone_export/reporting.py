@@ -122,7 +122,7 @@ def _lost(calibration: Calibration, chosen: Plan) -> Iterator[str]:
     left = mean_relative_error(calibration, chosen, "least-squares")
     yield (
         f"the pruned experts made {lost:.1%} of the layers' squared output, which is lost; "
-        f"with novices (--method mone) an estimated {left:.1%} would be"
+        f"with novices (--method mone) about {left:.1%} would be"
     )
 
 

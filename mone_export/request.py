@@ -6,7 +6,7 @@ read.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mone_export.artifacts import (
     differing,
 )
 from mone_export.calibration import ranks
-from mone_export.calibration.corpus import BUILT_IN, head, read_all, read_corpus
+from mone_export.calibration.corpus import BUILT_IN, check_files, head, read_all, read_corpus
 from mone_export.calibration.work_folder import begun
 from mone_export.errors import MoneError
 from mone_export.fitting import candidates
@@ -56,6 +56,7 @@ from mone_export.source import DEMO, Checkpoint, Source, open_source
 from mone_export.source.gguf_format import TIER_COUNT_KEY
 from mone_export.source.shape import Dtype, Stream, resolve_device
 from mone_export.source.substituted import MADE_KEY, has_novices
+from mone_export.terminal import as_size
 
 if TYPE_CHECKING:
     from mone_export.calibration.engines import Engine, Setup
@@ -317,6 +318,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     A `dry` run needs no place for an output.
     """
     _check_plan(request)
+    check_files(request.files)
     recipe = request.recipe
     _check_together(request, recipe)
     source = open_source(
@@ -416,6 +418,11 @@ def _saved(request: Request, source: Source) -> Calibration | None:
     stats = request.stats_file
     saved = Calibration.load(stats) if stats is not None and stats.exists() else None
     source.known_from(saved)
+    if saved and saved.config and _road(saved.config) != (now := _road(source.computing_config)):
+        raise MoneError(
+            f"{stats} was made from {_road(saved.config)}, {source.name} is {now}, whose experts may be "
+            "numbered and rounded otherwise: choose another --stats file"
+        )
     if saved and (keys := differing(saved.config, source.computing_config)):
         raise MoneError(
             f"{stats} was made with another config.json, different in {', '.join(keys[:5])}: choose another "
@@ -424,6 +431,11 @@ def _saved(request: Request, source: Source) -> Calibration | None:
     if saved and saved.spec != source.spec:
         raise MoneError(f"{stats} was made from another model: choose another --stats file")
     return saved
+
+
+def _road(config: Mapping[str, Any]) -> str:
+    """Return what statistics with such a config are of: a GGUF's keys begin with the architecture."""
+    return "a GGUF" if any("." in key for key in config) else "a checkpoint"
 
 
 def _with_imatrix(
@@ -830,11 +842,12 @@ def _room(asked: str, source: Source) -> int:
 def _announce(job: Job) -> None:
     """Say how large the file will be; raises `MoneError` when the disk has no room for it."""
     even = (job.recipe.allocation == "even" and not job.plan) or not job.recipe.ratio
-    about = "at most " if len(job.candidates) > 1 else "" if even else "about "
-    between = job.size_between
-    temporary = f", and {between / 1e6:.1f} MB beside it for a while" if between else ""
-    log.info("%s will have %s%.1f MB%s", job.outfile, about, job.size / 1e6, temporary)
-    needed = job.size + between
+    size, between, about = job.size, job.size_between, "" if even else "about "
+    if job.limit is not None and (len(job.candidates) > 1 or not even):  # what is chosen may fill it
+        size, about = job.limit, "at most "
+    temporary = f", and about {as_size(between)} beside it for a while" if between else ""
+    log.info("%s will have %s%s%s", job.outfile, about, as_size(size), temporary)
+    needed = size + between
     check_room(job.outfile, needed=needed, option="--hf-out" if job.request.only_checkpoint else "-o")
     if job.request.hf_out is not None and not job.request.only_checkpoint:
         folder, chosen = Path(job.request.hf_out), job.plan

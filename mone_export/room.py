@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mone_export.errors import MoneError
 from mone_export.inspection.cache_memory import memory
 from mone_export.memory import free_memory
-from mone_export.output.writing import Edits, temporary_folder
+from mone_export.output.writing import Edits, make_holes, written_head
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe
 from mone_export.runtime import path as find_programs
@@ -89,13 +89,8 @@ def devices(listed: str) -> dict[str, int]:
 def _cache(source: Source, n_ctx: int) -> int:
     """Return the bytes of a cache of `n_ctx` tokens, from the head of the unpruned file."""
     plan = plan_without_scores(source.spec, Recipe.of(0.0))
-    with temporary_folder() as folder:
-        head = folder / "head.gguf"
-        conversion = Edits(plan, {}, {}).apply(source, outtype="auto")
-        size = conversion.write_head(head, {})
-        conversion.close()
-        with head.open("r+b") as file:
-            file.truncate(size)  # holes for the data
+    with written_head(Edits(plan, {}, {}), source, {}, outtype="auto") as (head, size, _):
+        make_holes(head, size)
         header = read_header(head)
         arch = str(header.value("general.architecture"))
         n_layer = header.integer(f"{arch}.block_count") - header.integer(f"{arch}.nextn_predict_layers")

@@ -63,9 +63,20 @@ class Spending:
         others = ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq3_s")
         return rounding_errors(self.source, (*KINDS, *others))
 
+    @cached_property
+    def _said(self) -> Mapping[int, float]:
+        """The squared output of each layer's experts per token."""
+        calibration = self.scores.calibration
+        assert calibration is not None
+        return {
+            layer: float(stats.gated2_norm_sq_sum.sum()) / stats.n_token
+            for layer, stats in calibration.layers.items()
+        }
+
     def plan(self, item: Candidate, limit: int, *, mixed: bool) -> tuple[Plan, float]:
         """Return the best plan of a candidate's type in a file of `limit` bytes, and its estimated error.
 
+        The error is relative to the squared output of all layers' experts, each taken by itself.
         Where types are `mixed`, experts have any, else the candidate's. Bytes are exact but for alignment,
         and for types that differ from layer to layer.
         """
@@ -86,7 +97,8 @@ class Spending:
         whole = self._bytes(of_experts, self.spec.expert_size, "")
         budget = limit - item.size + n_kept * whole * len(self.spec.moe_layers)
         chosen = plan_within(self.scores, errors, options, budget, self.recipe)
-        return chosen, damage(self.scores, errors, options, chosen) + self._rest(item)
+        error = damage(self.scores, errors, options, chosen) + self._rest(item)
+        return chosen, error / max(1e-300, sum(self._said.values()))
 
     def least_step(self, item: Candidate) -> int:
         """Return the bytes of an expert of the least width there is in the candidate's type."""
@@ -123,15 +135,14 @@ class Spending:
 
     def _rest(self, item: Candidate) -> float:
         """Return what rounding everything but experts costs, per token."""
-        calibration, total, outputs = self.scores.calibration, 0.0, []
-        assert calibration is not None
-        for layer, stats in calibration.layers.items():
-            outputs.append(float(stats.gated2_norm_sq_sum.sum()) / stats.n_token)
+        total = 0.0
+        for layer, said in self._said.items():
             own = [kind for name, kind in item.types.items() if _is_matrix_beside(name, layer)]
-            total += REST * outputs[-1] * sum(map(self._relative, own))
+            total += REST * said * sum(map(self._relative, own))
         logits = next((name for name in _LOGITS if name in item.types), None)
         if logits:
-            total += OUTPUT * self._relative(item.types[logits]) * sum(outputs) / len(outputs)
+            mean = sum(self._said.values()) / len(self._said)
+            total += OUTPUT * self._relative(item.types[logits]) * mean
         return total
 
     def _relative(self, kind: str) -> float:

@@ -189,6 +189,7 @@ def _measured(
     assert job.corpus is not None
     if not (request.files or request.datasets):
         log.info(_BUILTIN_TEXT)
+    _announce_passes(job)
     if request.until_stable and job.streamed:
         raise MoneError(NO_EARLY_END)
     watch = _watch(job, job.corpus)
@@ -206,6 +207,17 @@ def _measured(
                 calibration.save(stats)
     ranks.wait()
     return calibration, watch.stability() if watch else None
+
+
+def _announce_passes(job: Job) -> None:
+    """Say so where the text runs twice, of which the first pass shows half the time only."""
+    assert job.corpus is not None
+    if job.recipe.novice == "thin":
+        log.info(
+            "%d tokens run through the model twice, the second time for thin experts: expect about twice the "
+            "time that calibrating shows as left; fewer --chunks take less, --novice least-squares half",
+            job.corpus.tokens.numel(),
+        )
 
 
 def calibrate(

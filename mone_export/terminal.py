@@ -279,7 +279,7 @@ class _Stage:
         if rate:
             until = "{elapsed}" if self.ended else "{remaining} left"
             figures += f"  {rate:.0f}/s  {until}" if rate >= 10 else f"  {rate:.2g}/s  {until}"
-        figures += f"  peak {peak / 1e9:.1f} GB" if peak else ""
+        figures += f"  peak {as_size(peak)}" if peak else ""
         shape = "{desc} {percentage:3.0f}% {bar}" if bar else "{desc}"
         line: str = tqdm.format_meter(
             done,

@@ -1,6 +1,7 @@
 """Each caution is said where there is reason, and only there; reports and dry runs have them."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,10 @@ def test_a_size_and_the_memory(command: Command, monkeypatch: pytest.MonkeyPatch
         done = command("--fit", "800k", "--dry-run", "--allocate", "even", quiet=False)
         done.is_fine()
         assert ("--n-cpu-moe" in done.out) is warned
+        assert (
+            bool(re.search(r"would have [\d.]+ [kM]B, this machine has [\d.]+ [kM]B of memory", done.out))
+            is warned
+        )
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.0])

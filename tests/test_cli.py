@@ -24,11 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from mone_export import cli
 from mone_export.artifacts import Calibration
+from mone_export.errors import MoneError
 from mone_export.output.writing import OUTTYPES
 from mone_export.pruning.novices import NOVICES
 from mone_export.pruning.scoring import SCORES
 from mone_export.recipe import NOVICE_NAMES, SCORE_NAMES
-from mone_export.request import Request
+from mone_export.request import Request, prepare
 
 Change = Callable[[Path], None]
 SMALL_TEXT = ["--chunks", "2", "-c", "32"]
@@ -339,6 +340,28 @@ def test_folder_without_permission_is_one_line(export: Callable[..., Outcome], t
     export("-o", folder / "model.gguf").is_one_line("is not writable .*choose another -o")
 
 
+def test_a_folder_that_is_not_there_is_no_file(
+    export: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        export("-o", f"{tmp_path / 'none'}/")
+    assert f"there is no folder {tmp_path / 'none'}/: make it, or name a file" in capsys.readouterr().err
+
+
+def test_a_plan_that_is_not_there_is_one_line(small: Path, tmp_path: Path) -> None:
+    wanted = "cannot read the plan .*none.json: No such file or directory; pass what --plan-out wrote"
+    with pytest.raises(MoneError, match=wanted):
+        prepare(Request(model=small, plan=tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.txt=0.5"])
+def test_a_text_that_is_not_there_is_refused_first(
+    export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("mone_export.request.open_source", None)  # would be the first thing that is read
+    export("-f", name).is_one_line("cannot read the calibration text missing.txt: No such file")
+
+
 def test_too_little_disk_is_one_line_before_any_work(
     export: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +370,7 @@ def test_too_little_disk_is_one_line_before_any_work(
     monkeypatch.setattr(
         "mone_export.source.checkpoint.fingerprint", None
     )  # would be the first reading of weights
-    export().is_one_line(r"has 0\.00 GB free, the export needs 0\.00 GB: free some space, choose another -o")
+    export().is_one_line(r"has 1\.00 kB free, the export needs \d+ kB: free some space, choose another -o")
 
 
 def test_statistics_in_an_impossible_place_are_refused_before_any_work(
@@ -468,7 +491,7 @@ def test_dry_run_writes_nothing_and_its_bytes_are_the_real_files(
     kept = 16 - round(16 * ratio)
     if ratio:
         assert f"keep {kept} of 16 experts on average" in outcome.out
-        assert re.search(r"size     about [\d.]+ MB, \d+% of", outcome.out)
+        assert re.search(r"size     about \d+ kB, \d+% of about \d+ kB", outcome.out)
         options = [*options, "--allocate", "even"]
         outcome = export("--dry-run", *options, ratio=ratio)
     (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)

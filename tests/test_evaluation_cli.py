@@ -19,6 +19,7 @@ from mone_export.cli_eval import main
 from mone_export.errors import MoneError
 from mone_export.evaluation import evaluate as evaluating
 from mone_export.evaluation.results import Evaluation
+from mone_export.terminal import as_size
 
 pytestmark = pytest.mark.upstream
 
@@ -73,7 +74,7 @@ def test_speed_and_memory(run: Run, half_gguf: Path, text: Path, tmp_path: Path)
     assert found.prefill.value > found.decode.value > 0
     assert found.resident > found.size, "a process that holds the file"
     assert found.resident < 2**30, "of this small one, not of ours with PyTorch in it"
-    assert f"{found.resident / 1e6:.1f} MB" in out
+    assert as_size(found.resident) in out
 
 
 def test_a_task_the_original_guesses_at_says_nothing(

@@ -218,5 +218,5 @@ def test_the_originals_numbers_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_too_little_room_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MoneError, match="temporary files need .* GB: set TMPDIR"):
+    with pytest.raises(MoneError, match="temporary files need .* [kMGT]B: set TMPDIR"):
         Originals([Text("a", np.zeros((10**4, 4096), int))], 10**6)

@@ -7,8 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from command import Command
 
 from mone_export.artifacts import Calibration, Candidate, Corpus
 from mone_export.calibration.loading import load
@@ -22,6 +24,7 @@ from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.pruning.scoring import score
 from mone_export.recipe import Recipe
 from mone_export.source import inspect, open_source
+from mone_export.spending import Spending
 
 pytestmark = pytest.mark.upstream
 
@@ -119,7 +122,7 @@ def test_the_answer_names_the_best_of_the_other_kind() -> None:
     assert "rather than --outtype iq4_xs" in answer([pruned, worse, whole])
     assert (
         answer([whole])
-        == "only quantise: --outtype iq4_xs, all experts kept, estimated error 0.04; all experts fit"
+        == "only quantise: --outtype iq4_xs, all experts kept, estimated error 4%; all experts fit"
     )
     assert answer([pruned]).endswith("no type takes all experts")
 
@@ -133,6 +136,38 @@ def test_the_export_fits_and_says_how(small: Path, text: Path, tmp_path: Path, s
     assert (tmp_path / "fits.gguf").stat().st_size == report.size == best.size <= budget
     assert best.mixed or best.ratio == 0
     assert {fate.split()[0] for fates in report.fates.values() for fate in fates} >= {"whole"}
+
+
+@pytest.mark.parametrize("allocation", ["even", "sensitivity"])
+def test_the_size_that_is_announced_is_never_exceeded(
+    command: Command, tmp_path: Path, allocation: str
+) -> None:
+    out = tmp_path / "fits.gguf"
+    done = command("-o", out, "--fit", "400000", "--allocate", allocation, quiet=False)
+    done.is_fine()
+    assert "will have at most 400 kB" in done.err and out.stat().st_size <= 400_000
+
+
+def test_errors_are_shares_of_what_experts_say(small: Path, calibration: Calibration) -> None:
+    """Of experts twice as loud, the same: both kinds of estimates have one unit."""
+    loud = {
+        layer: replace(
+            stats, gated2_norm_sq_sum=4 * stats.gated2_norm_sq_sum, gated2_out_sum=2 * stats.gated2_out_sum
+        )
+        for layer, stats in calibration.layers.items()
+    }
+    source, recipe = open_source(small), Recipe.of(0.0, allocation="budget")
+    (item,) = candidates(source, recipe, 10**9, outtype="q8_0")
+    found = []
+    for each in (calibration, replace(calibration, layers=loud)):
+        scores = score(each)
+        zero = {
+            layer: np.stack([stats.gated2_norm_sq_sum.numpy(), np.zeros(source.spec.n_expert)], axis=1)
+            for layer, stats in each.layers.items()
+        }
+        widths = (0, source.spec.expert_size)
+        found.append(Spending(source, scores, recipe, widths, zero).plan(item, item.size, mixed=False)[1])
+    assert 0 < found[0] < 0.1 and found[1] == pytest.approx(found[0])
 
 
 def test_counts_by_sensitivity_fit_where_types_depend_on_the_layer(tmp_path: Path, text: Path) -> None:

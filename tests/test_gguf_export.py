@@ -244,6 +244,18 @@ def test_saved_statistics_are_enough(
     assert orders_of(outfile) == orders_of(half)
 
 
+def test_statistics_serve_their_own_road(command: Command, packed: Path, text: Path, tmp_path: Path) -> None:
+    own = {road: tmp_path / road for road in ("gguf", "checkpoint")}
+    models = {"gguf": packed, "checkpoint": "demo"}
+    for road, other in (("gguf", "checkpoint"), ("checkpoint", "gguf")):
+        given = ("--stats", own[road], "-o", tmp_path / "x.gguf", "--novice", "mean")
+        command(*given, model=models[road]).is_fine()
+        done = command(*given, model=models[other])
+        done.is_one_line(
+            f"{road} was made from a {road.upper() if road == 'gguf' else road}, .* choose another"
+        )
+
+
 @pytest.mark.parametrize("n_kill", N_KILL)
 def test_many_kills_one_result(n_kill: int, packed: Path, text: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

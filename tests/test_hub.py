@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -350,7 +351,8 @@ except hub.MoneError as error:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.startswith(f"the weights of {ID} take 0.0 GB, 0.0 GB are free in "), done
+    wanted = rf"the weights of {ID} take [\d.]+ [kM]B, 1.00 kB are free in "
+    assert re.match(wanted, done.stdout), done
     assert not server.asked("resolve/.*safetensors$")
 
 

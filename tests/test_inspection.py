@@ -22,6 +22,7 @@ from tiny import save_small
 from mone_export import cli_inspect
 from mone_export.errors import MoneError
 from mone_export.inspection.inspecting import examine
+from mone_export.output.writing import OUTTYPES
 from mone_export.source import open_source
 from mone_export.source.gguf_header import read_header
 from mone_export.source.pruned_before import pruned_before
@@ -114,6 +115,11 @@ def test_what_ratios_save_is_about_what_an_export_weighs(command: Command, tmp_p
     saved = {(each.ratio, each.outtype): each.size for each in examine(str(whole)).savings}
     tensors = read_header(half).tensors.values()
     assert saved[0.5, "as it is"] == pytest.approx(sum(info.size for info in tensors), rel=0.02)
+
+
+def test_types_of_the_table_can_be_typed(small: Path) -> None:
+    named = {saving.outtype for saving in examine(str(small)).savings} - {"as it is"}
+    assert named and named <= {*OUTTYPES}
 
 
 def test_statistics_name_text_and_model(stats: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +29,8 @@ from mone_export.calibration.loading import Model
 from mone_export.calibration.sums import expert_stats
 from mone_export.deciding import plan_thin
 from mone_export.errors import MoneError
+from mone_export.evaluation.slots import fates_by_slot
+from mone_export.inspection.inspecting import examine
 from mone_export.output.redoing import redo
 from mone_export.output.writing import measure, write
 from mone_export.pipeline import export
@@ -37,7 +40,8 @@ from mone_export.pruning.scoring import score
 from mone_export.pruning.thinning import narrow_widths, thin
 from mone_export.recipe import Recipe
 from mone_export.request import Request, not_narrow, prepare
-from mone_export.source import llamacpp, open_source
+from mone_export.source import GgufFile, llamacpp, open_source
+from mone_export.source.gguf_header import read_header
 from mone_export.source.shape import expert_modules
 
 N_TOKEN = 100
@@ -226,6 +230,10 @@ def test_stock_makes_the_file_and_its_plan_makes_it_again(text: Path, tmp_path: 
     assert keys["llama.expert_count"] == len(stated["layers"]["0"]["kept"])
     assert keys["mone.format_version"] == 1 and keys["mone.novice"] == "none"
     assert keys["mone.ratio"] == pytest.approx(0.5, abs=0.05)
+    fates = {f"{stated['width']} channels"}
+    header = read_header(first)
+    assert {*chain.from_iterable(fates_by_slot(header, GgufFile(first).spec).values())} == fates
+    assert {*examine(str(first)).fates} == fates, "none is whole"
     export("demo", plan=plan_file, outfile=second, **options)
     made, again = (taken_apart(file).tensors for file in (first, second))
     assert {name: each.data for name, each in made.items()} == {

@@ -606,7 +606,7 @@ def test_room_is_needed_for_both_outputs(
         free = SimpleNamespace(free=int(share * sum(sizes)))
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: free)
         done = export(*outputs)
-        done.is_fine() if fine else done.is_one_line("the export needs .* GB: .*another --hf-out")
+        done.is_fine() if fine else done.is_one_line("the export needs .* [kMG]B: .*another --hf-out")
 
 
 def test_a_failure_leaves_nothing(export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

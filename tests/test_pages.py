@@ -19,6 +19,7 @@ from mone_export.pipeline import export
 from mone_export.publishing.page import render
 from mone_export.publishing.record import load_record
 from mone_export.publishing.shown import FORMS, at
+from mone_export.terminal import as_size
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _EMPTY = ("meta", "link", "br", "img")  # tags that nothing ends
@@ -214,7 +215,7 @@ def test_the_cards_selection_is_the_plans(command: Command, tmp_path: Path) -> N
     }
     text = (card / "README.md").read_text(encoding="utf-8")
     assert f"- {sum(len(own['pruned']) for own in chosen.values())}: a constant vector" in text
-    assert f"{out.stat().st_size / 1e6:.2f} MB, in place of" in text
+    assert f"{as_size(out.stat().st_size)}, in place of" in text
 
 
 def test_what_mone_eval_finds_joins_page_and_card(

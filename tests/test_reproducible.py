@@ -95,6 +95,17 @@ def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run
     )
 
 
+@pytest.mark.upstream
+@pytest.mark.parametrize("recipe", ["thin", "mean"])
+def test_a_gguf_is_the_same_with_any_number_of_threads(recipe: str, demo_gguf: Path, run: Run) -> None:
+    """llama.cpp computes each row by itself; the page, which has the command, names the number."""
+    one, two = (
+        written(run(n, demo_gguf, *RECIPES[recipe], "-t", n, **HERE | {"OMP_NUM_THREADS": n}))
+        for n in ("1", "2")
+    )
+    assert {name for name in one if one[name] != two[name]} <= {"page.html", "page.json"}
+
+
 @pytest.mark.parametrize("what", ["statistics", "sensitivity", "second pass"])
 def test_the_fingerprint_is_of_all_that_decides(what: str, stats: Path) -> None:
     """Each layer's sensitivity changes how many experts it keeps, and so the plan."""

@@ -240,5 +240,5 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_said_before(tmp_path: Path) -> None:
-    with pytest.raises(MoneError, match="needs 1000000000.00 GB"):
+    with pytest.raises(MoneError, match="needs 1000000 TB"):
         WorkFolder(tmp_path, {}).reserve(10**18)

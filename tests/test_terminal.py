@@ -76,7 +76,7 @@ def test_bar_has_share_count_rate_time_and_memory(monkeypatch: pytest.MonkeyPatc
     (text,) = shown.lines()
     bar = re.search(r"% (█+\S? *)  1", text)
     assert bar and text.replace(bar[1], "BAR") == (
-        "calibrating  25% BAR  10000/40000 tokens  1000/s  00:30 left  peak 1.2 GB"
+        "calibrating  25% BAR  10000/40000 tokens  1000/s  00:30 left  peak 1.23 GB"
     )
     assert text.count("█") == pytest.approx(len(bar[1]) / 4, abs=1) and len(text) == 99
     line.close()
@@ -124,7 +124,7 @@ def test_finished_stage_leaves_a_line_only_with_verbose(
     line.close()
     left = [text for text in shown.lines() if text]
     assert left == (
-        ["loading  10/10  5/s  00:02  peak 1.2 GB", "writing  10/10 MiB  5/s  00:02  peak 1.2 GB"]
+        ["loading  10/10  5/s  00:02  peak 1.23 GB", "writing  10/10 MiB  5/s  00:02  peak 1.23 GB"]
         if verbose
         else []
     )

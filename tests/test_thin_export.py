@@ -303,13 +303,21 @@ def test_where_they_are_not_possible_one_line_says_why(
     assert keys_of(tmp_path / "x.gguf")["mone.novice"] == "least-squares"
 
 
+def test_that_the_text_runs_twice_is_said_before(command: Command, tmp_path: Path) -> None:
+    done = command("-o", tmp_path / "x.gguf", quiet=False)
+    done.is_fine()
+    assert done.err.index("64 tokens run through the model twice") < done.err.index("calibrating  ")
+    done = command("-o", tmp_path / "y.gguf", "--novice", "mean", quiet=False)
+    assert done.status == 0 and "twice" not in done.err
+
+
 def test_a_folder_too_small_for_temporary_files_means_constants(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mone_export.request.channel_bytes", lambda _: 10**18)
     done = command("-o", tmp_path / "x.gguf", quiet=False)
     done.is_fine()
-    assert "none is thin: " in done.err and "temporary files need 1000000000.00 GB" in done.err
+    assert "none is thin: " in done.err and "temporary files need 1000000 TB" in done.err
 
 
 def test_saved_statistics_need_the_text_for_thin_experts(
@@ -411,4 +419,4 @@ def test_too_little_room_for_temporary_files_is_said_first(
 ) -> None:
     monkeypatch.setattr("mone_export.request.channel_bytes", lambda _: 10**18)
     done = command("--novice", "thin", "-o", tmp_path / "x.gguf")
-    done.is_one_line("temporary files need 1000000000.00 GB: set TMPDIR")
+    done.is_one_line("temporary files need 1000000 TB: set TMPDIR")

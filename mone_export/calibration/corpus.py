@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mone_export.artifacts import Corpus, TextSample
-from mone_export.calibration.documents import Document, builtin_documents, read_dataset, read_documents
+from mone_export.calibration.documents import (
+    Document,
+    builtin_documents,
+    check_there,
+    read_dataset,
+    read_documents,
+)
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor
 from mone_export.source.tokenizing import Encoder, TextReader, as_reader
@@ -274,6 +280,12 @@ def _rows_per_text(texts: Sequence[_Text], weights: Sequence[float], n_row: int)
             f"the weight of {name} gives it none of {n_row} rows: raise it or --chunks, or leave it out"
         )
     return rows
+
+
+def check_files(files: Sequence[str | Path]) -> None:
+    """Raise `MoneError` for the first text of `read_corpus` that is not there; none is read."""
+    for given in map(str, files):
+        check_there(Path(given if Path(given).exists() else _split_weight(given)[0]))
 
 
 def _file_text(given: str, reader: TextReader, field: str) -> _Text:

@@ -196,6 +196,12 @@ def builtin_documents(split: Split) -> Iterator[Document]:
             yield Document(name, "prose", text)
 
 
+def check_there(path: Path) -> None:
+    """Raise `MoneError` for a text that is not there, or out of reach."""
+    with _errors_named(path):
+        path.stat()
+
+
 @contextmanager
 def _errors_named(path: Path) -> Iterator[None]:
     try:

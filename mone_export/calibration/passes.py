@@ -33,6 +33,7 @@ from mone_export.errors import MoneError
 from mone_export.memory import free_memory
 from mone_export.runtime import Progress
 from mone_export.source.shape import misfit
+from mone_export.terminal import as_size
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,7 @@ def _spill(stack: ExitStack, run: Pass) -> Path | None:
     if needed <= room:
         return None
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mone-export-"))
-    log.info("%.2f GB of hidden states go to %s", 2 * needed / 1e9, folder)
+    log.info("%s of hidden states go to %s", as_size(2 * needed), folder)
     return Path(folder)
 
 

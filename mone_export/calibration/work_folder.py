@@ -19,6 +19,7 @@ from pathlib import Path
 from mone_export.artifacts import ExpertStats, load_layers, save_layers
 from mone_export.errors import MoneError
 from mone_export.locks import NoLocksError, locked
+from mone_export.terminal import as_size
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,12 @@ class WorkFolder:
 
     def reserve(self, needed: int) -> None:
         """Say how many bytes the folder will take at most; raises `MoneError` when there are fewer."""
-        log.info("%s will take up to %.1f MB", self.folder, needed / 1e6)
+        log.info("%s will take up to %s", self.folder, as_size(needed))
         steps = (*self.folder.glob("*"), *self.states.rglob("*"))  # not what another pass keeps there
         taken = sum(file.stat().st_size for file in steps if file.is_file())
         if needed - taken > (free := shutil.disk_usage(self.folder).free):
             raise MoneError(
-                f"{self.folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
+                f"{self.folder} needs {as_size(needed)}, {as_size(free)} are free: "
                 "free some space, choose another --workdir, or pass fewer --chunks"
             )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mone_export.artifacts import MoeSpec
-from mone_export.source.gguf_format import MOST_TIERS, tier_tensor
+from mone_export.source.gguf_format import METHOD_KEY, MOST_TIERS, tier_tensor
 from mone_export.source.gguf_header import Header, TensorInfo
 
 
@@ -18,7 +18,9 @@ def fates_by_slot(header: Header, spec: MoeSpec) -> dict[int, list[str]]:
     The type of their matrices is named where experts of one layer have several. Tilts, of which plans know
     nothing, are called `tilt of 32`, after their rank.
     """
-    return {layer: _fates(header.tensors, layer, spec) for layer in spec.moe_layers}
+    narrow = header.value(METHOD_KEY) == "narrow"  # then none has all its channels, whatever the file's width
+    whole = f"{spec.expert_size} channels" if narrow else "whole"
+    return {layer: _fates(header.tensors, layer, spec, whole) for layer in spec.moe_layers}
 
 
 def shares(fates: Sequence[str], counts: np.ndarray) -> dict[str, float]:
@@ -29,18 +31,25 @@ def shares(fates: Sequence[str], counts: np.ndarray) -> dict[str, float]:
     return {fate: count / int(counts.sum()) for fate, count in found.items()}
 
 
-def _fates(tensors: Mapping[str, TensorInfo], layer: int, spec: MoeSpec) -> list[str]:
+def _fates(tensors: Mapping[str, TensorInfo], layer: int, spec: MoeSpec, whole: str) -> list[str]:
     places = ("", *(str(tier) for tier in range(1, MOST_TIERS + 1)))
-    found = [(name, kind, n) for place in places for name, kind, n in _tier(tensors, layer, place, spec)]
+    found = [
+        (name, kind, n)
+        for place in places
+        for name, kind, n in _tier(tensors, layer, place, (spec.expert_size, whole))
+    ]
     several = len({kind for _, kind, _ in found if kind}) > 1
     fates = [f"{name} {kind}".rstrip() if several else name for name, kind, n in found for _ in range(n)]
     return fates + ["constant"] * (spec.n_expert - len(fates))
 
 
 def _tier(
-    tensors: Mapping[str, TensorInfo], layer: int, tier: str, spec: MoeSpec
+    tensors: Mapping[str, TensorInfo], layer: int, tier: str, widest: tuple[int, str]
 ) -> list[tuple[str, str, int]]:
-    """Return (fate, type, number) of the experts of a tier, "" being a layer's ordinary ones; or nothing."""
+    """Return (fate, type, number) of the experts of a tier, "" being a layer's ordinary ones; or nothing.
+
+    `widest` is the width of the widest experts of all, and what they are called.
+    """
 
     def tensor(matrix: str) -> TensorInfo | None:
         name = f"blk.{layer}.{matrix}_exps.weight"
@@ -52,4 +61,4 @@ def _tier(
     if not down or not up:
         return []
     width, n = down.shape[0], (*down.shape, 1)[2]
-    return [("whole" if width == spec.expert_size else f"{width} channels", up.kind, n)]
+    return [(widest[1] if width == widest[0] else f"{width} channels", up.kind, n)]

@@ -16,6 +16,7 @@ from mone_export.inspection.savings import Matrix, savings
 from mone_export.output.redoing import redo_of
 from mone_export.source.gguf_format import (
     INPUTS_KEY,
+    METHOD_KEY,
     MOST_TIERS,
     OPTIONS_KEY,
     TIER_COUNT_KEY,
@@ -97,7 +98,8 @@ def _layers(header: Header, arch: str, n_block: int, n_expert: int) -> Iterator[
         if down is None:
             continue
         n_kept = (counts[layer] if counts else 0) or n_expert
-        fates = {"whole": n_kept}
+        narrow = header.value(METHOD_KEY) == "narrow"  # then none has all its channels
+        fates = {f"{down.shape[0]} channels" if narrow else "whole": n_kept}
         tiers = list(enumerate(sizes[layer * n_tier : (layer + 1) * n_tier], start=1))
         thin = [(header.tensors.get(tier_tensor(name, tier)), n) for tier, n in tiers if n]
         if any(info is not None and info.shape[0] == down.shape[0] for info, _ in thin):

@@ -8,7 +8,11 @@ from mone_export.inspection.anatomy import Saving
 from mone_export.source.gguf_types import block_of, kind_for
 
 RATIOS = (0.0, 0.25, 0.5, 0.75)
-TYPES = ("bf16", "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k")
+# by --outtype, the type that most of such a file's weights have
+TYPES = {
+    **{"bf16": "bf16", "q8_0": "q8_0", "q6_k": "q6_k"},
+    **{"q5_k_s": "q5_k", "q4_k_s": "q4_k", "q3_k_s": "q3_k", "q2_k": "q2_k"},
+}
 OWN = "as it is"
 
 
@@ -31,7 +35,7 @@ class Matrix:
         """Return its bytes in a type, or in the one that llama-quantize takes for rows of its length."""
         if self.stays or outtype == OWN:
             return self.size
-        _, n_block, n_byte = block_of(kind_for(outtype, self.n_column))
+        _, n_block, n_byte = block_of(kind_for(TYPES[outtype], self.n_column))
         return math.ceil(self.n_element / n_block) * n_byte
 
 
@@ -42,7 +46,7 @@ def savings(matrices: Sequence[Matrix], n_expert: int, n_width: int, *, pruned: 
     """
     pruned = pruned or not any(matrix.is_expert for matrix in matrices)
     now = sum(matrix.size for matrix in matrices)
-    types = () if any(matrix.is_packed for matrix in matrices) else TYPES
+    types = [] if any(matrix.is_packed for matrix in matrices) else [*TYPES]
     for outtype in (OWN, *types):
         whole = _total(matrices, outtype, experts=False)
         experts = _total(matrices, outtype, experts=True)

@@ -10,7 +10,7 @@ import numpy as np
 from mone_export import __version__
 from mone_export.artifacts import Calibration, ExpertStats, Plan
 from mone_export.source import Source
-from mone_export.source.gguf_format import MEASURED_KEY
+from mone_export.source.gguf_format import MEASURED_KEY, METHOD_KEY
 
 Keys = dict[str, tuple[str, Any]]  # key -> (GGUF type, value)
 
@@ -27,16 +27,14 @@ def provenance(plan: Plan, source: Source) -> Keys:
         "mone.tool_version": ("STRING", __version__),
     }
     if plan.share_pruned:
-        keys["mone.method"] = ("STRING", recipe.method)
+        keys[METHOD_KEY] = ("STRING", recipe.method)
     if plan.share_pruned and known:
         novices = recipe.method == "mone"  # the only one that has some, and counts by layer
+        by_layer = novices and recipe.allocation != "even"
         keys |= {
             "mone.score": ("STRING", recipe.score),
             "mone.novice": ("STRING", recipe.novice if novices else "none"),
-            "mone.scope": (
-                "STRING",
-                recipe.allocation if novices and recipe.allocation != "even" else "layer",
-            ),
+            "mone.scope": ("STRING", recipe.allocation if by_layer else "layer"),
         }
     if plan.protected:  # SHA-256 of each text's rows, and how many experts of a layer it holds
         named = (f"{text.corpus_sha256}={text.n}" for text in plan.protected)

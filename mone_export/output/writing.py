@@ -233,12 +233,8 @@ def layouts(
     direct = _direct_types(source, plan)
     base_types = [outtype if outtype in direct else "auto" for outtype in outtypes]
     for base_type in dict.fromkeys(base_types):
-        with temporary_folder() as folder:
-            head = folder / "head.gguf"
-            edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
-            conversion = edits.apply(source, outtype=base_type)
-            size = conversion.write_head(head, _loading_keys(conversion, plan, source) | keys)
-            conversion.close()
+        edits = Edits(plan, dict.fromkeys(plan.n_kept, blank), {})
+        with written_head(edits, source, keys, outtype=base_type) as (head, size, conversion):
             base = Layout(
                 head.stat().st_size, conversion.shapes, conversion.types, added=frozenset(edits.added)
             )
@@ -246,14 +242,13 @@ def layouts(
                 found[base_type] = base
             quantized = set(outtypes).difference(direct) if base_type == "auto" else ()
             if quantized:
-                with head.open("r+b") as file:
-                    file.truncate(size)
+                make_holes(head, size)
             with ThreadPoolExecutor() as pool:
                 ask = partial(
                     quantized_types,
                     head,
                     kinds=_own_kinds(plan, conversion.shapes),
-                    imatrix=any_imatrix(folder) if imatrix else None,
+                    imatrix=any_imatrix(head.parent) if imatrix else None,
                 )
                 asked = pool.map(ask, () if types else quantized)
                 known = types or dict(zip(quantized, asked, strict=True))
@@ -328,6 +323,30 @@ def temporary_folder() -> Iterator[Path]:
         raise MoneError(
             f"cannot write temporary files ({error.strerror}): free some space there, or set TMPDIR"
         ) from None
+
+
+@contextmanager
+def written_head(
+    edits: "Edits", source: Source, keys: Keys, *, outtype: str
+) -> Iterator[tuple[Path, int, Rewriting]]:
+    """Write a file's head alone, for the block: yields where, the bytes of the whole file, its conversion.
+
+    The conversion is closed: it still knows names, shapes and types.
+    """
+    with temporary_folder() as folder:
+        head = folder / "head.gguf"
+        conversion = edits.apply(source, outtype=outtype)
+        try:
+            size = conversion.write_head(head, _loading_keys(conversion, edits.plan, source) | keys)
+        finally:
+            conversion.close()
+        yield head, size, conversion
+
+
+def make_holes(head: Path, size: int) -> None:
+    """Make a head as long as its file, with holes in place of the data."""
+    with head.open("r+b") as file:
+        file.truncate(size)
 
 
 class Edits:

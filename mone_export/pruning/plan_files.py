@@ -160,4 +160,6 @@ def _stated(score: float) -> float | str | None:
 
 
 def _not_ours(path: Path, error: Exception) -> MoneError:
+    if isinstance(error, OSError):
+        return MoneError(f"cannot read the plan {path}: {error.strerror}; pass what --plan-out wrote")
     return MoneError(f"{path} is no plan of mone-export ({first_line(error)}): pass what --plan-out wrote")

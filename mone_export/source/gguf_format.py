@@ -54,6 +54,7 @@ EXPERT_WIDTH_KEY = "{arch}.expert_feed_forward_length"
 SHARED_WIDTH_KEY = "{arch}.expert_shared_feed_forward_length"
 SHARED_COUNT_KEY = "{arch}.expert_shared_count"
 GROUP_COUNT_KEY = "{arch}.expert_group_count"  # llama.cpp's own
+METHOD_KEY = "mone.method"
 OPTIONS_KEY, INPUTS_KEY, MEASURED_KEY = "mone.options", "mone.inputs", "mone.calibration.measured"
 
 Part = Literal["experts", "down bias", "bias", "scale", "router"]

@@ -145,7 +145,7 @@ def _read_one(path: Path) -> tuple[dict[str, Entry], dict[str, TensorInfo]]:
                         raise _broken(path, "it ends in the middle of its head") from None
                     wanted *= 4
     except OSError as error:
-        raise MoneError(f"cannot read {path}: {error.strerror}") from None
+        raise MoneError(f"cannot read {path}: {error.strerror}; pass a GGUF") from None
 
 
 class _TooShortError(Exception):

@@ -20,6 +20,7 @@ from typing import Any
 
 from mone_export.errors import MoneError, first_line
 from mone_export.runtime import Progress
+from mone_export.terminal import as_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -198,7 +199,7 @@ def _size(snapshot: Snapshot, files: Sequence[str]) -> int:
     needed, free = sum(sizes.values()), shutil.disk_usage(snapshot.folder).free
     if needed > free:
         raise MoneError(
-            f"the weights of {snapshot.id} take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in "
+            f"the weights of {snapshot.id} take {as_size(needed)}, {as_size(free)} are free in "
             f"{snapshot.folder}: free some space, or set HF_HOME to a folder elsewhere"
         )
     return needed

@@ -114,7 +114,7 @@ def verdict(failed: Sequence[str], sound: str) -> str:
 def supply_note(data: Json) -> str:
     """Say what the words mean."""
     return (
-        "Locked: the versions of `tools/release/requirements/`, on Python 3.11 tested by `make test`; lowest-direct: the "
+        "Locked: the versions that `make` installs, on Python 3.11 tested by `make test`; lowest-direct: the "
         "oldest that `pyproject.toml` allows. The runtime's wheel was not built twice; a test packs the same "
         "files twice."
     )

@@ -3,10 +3,10 @@
 
     python tools/release/lock.py [--upgrade]
 
-uv resolves pyproject.toml against PyPI, whatever other index this machine has, and `requirements/` beside this file gets three
-files, in the order in which they are installed: `build.txt`, what builds the few packages that have no wheel;
-`all.txt`; and `torch.txt`, PyTorch and the CUDA libraries of its build on PyPI, which a machine leaves out
-that takes PyTorch from elsewhere. Versions stay as they are, unless pyproject.toml wants others.
+uv resolves pyproject.toml against PyPI, whatever other index this machine has, and `requirements/` here gets
+three files, in the order in which they are installed: `build.txt`, what builds the few packages that have no
+wheel; `all.txt`; and `torch.txt`, PyTorch and the CUDA libraries of its build on PyPI, which a machine leaves
+out that takes PyTorch from elsewhere. Versions stay as they are, unless pyproject.toml wants others.
 """
 
 import argparse

@@ -3,13 +3,13 @@
 
     python tools/trust/supply.py [--only lock audit builds claims pythons] [--dated] [-o FILE.json]
 
-lock: tools/release/requirements has a hash of every package and all that pyproject.toml asks for, and this environment is
-what it says. audit: pip-audit asks PyPI about each locked version; one that it got no answer for counts as
-not asked, never as clean. builds: the sdist and the wheel, made in two folders under two umasks, are the same
-bytes (`--dated` lets them hold the time, to show that this can fail). claims: the tests of what is said about
-network, archives and start. pythons: fast tests of what differs between versions, on each Python besides 3.11
-that can be had, with the locked versions, and on 3.11 with the oldest that pyproject.toml allows; PyTorch is
-downloaded for that. Prints its figures as JSON; returns 1 where a check failed.
+lock: what `make lock` wrote has a hash of every package and all that pyproject.toml asks for, and this
+environment is what it says. audit: pip-audit asks PyPI about each locked version; one that it got no answer
+for counts as not asked, never as clean. builds: the sdist and the wheel, made in two folders under two
+umasks, are the same bytes (`--dated` lets them hold the time, to show that this can fail). claims: what is
+said about network, archives and start, tested. pythons: fast tests of what differs between versions, on each
+Python besides 3.11 that can be had, with the locked versions, and on 3.11 with the oldest that pyproject.toml
+allows; PyTorch is downloaded for that. Prints its figures as JSON; returns 1 where a check failed.
 """
 
 import argparse
