@@ -423,7 +423,7 @@ def read_layers_head(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="np", backend="pread") as file:
             header = json.loads((file.metadata() or {})["mone_calibration"])
         if header["version"] not in _READ_VERSIONS:
             raise ValueError(
