@@ -1,9 +1,9 @@
 """What happens when somebody cuts a file short that llama.cpp has mapped.
 
-The system sends SIGBUS to a thread that looks at what is gone, and that would end the process, with no line said
-and its temporary files left. Python's handler of a signal runs in the main thread, while the other one tries
-again and again: it puts zeros in the place of the mapping, and so all calls come to an end, of which the
-results are of no use.
+The system sends SIGBUS to a thread that looks at what is gone, and that would end the process, with no line
+said and its temporary files left. Python runs a signal's handler in the main thread, while the other one
+tries again and again. The handler puts zeros in the place of the mapping, and so all calls come to an end;
+what they computed is of no use.
 """
 
 import ctypes
