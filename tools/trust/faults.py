@@ -330,7 +330,7 @@ class Trials:
     def run(
         self, faults: Sequence[str], n: int, *, without: str | None = None, until: float = math.inf
     ) -> dict[str, Any]:
-        """Run `n` trials, or those that begin before `until` on the monotonic clock; returns their figures."""
+        """Run `n` trials, or those that begin before `until` on the monotonic clock; return their figures."""
         counts, ends, failed = Counter[str](), Counter[str](), list[dict[str, Any]]()
         for number in range(n):
             if time.monotonic() > until:
