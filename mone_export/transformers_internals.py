@@ -132,16 +132,13 @@ def weights_are_read() -> Iterator[None]:
     on Windows.
     """
     check_version()
-    mapped = modeling_utils.safe_open
-
-    def opened(*args: Any, **named: Any) -> Any:
-        return mapped(*args, **named | {"backend": "pread"})
-
-    modeling_utils.safe_open = opened  # type: ignore[misc,assignment]
+    names = vars(modeling_utils)
+    mapped = names["safe_open"]
+    names["safe_open"] = lambda *args, **named: mapped(*args, **named | {"backend": "pread"})
     try:
         yield
     finally:
-        modeling_utils.safe_open = mapped  # type: ignore[misc]
+        names["safe_open"] = mapped
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def protections(without: str | None) -> list[Change]:
     def sweep() -> None:
         from mone_export import paths
 
-        paths._sweep = lambda _: None
+        paths.sweep = lambda _: None
 
     def lines() -> None:
         from mone_export import cli
