@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_export import files
 from mone_export.errors import MoneError, first_line
 from mone_export.lazily import Tensor, torch
 from mone_export.paths import replacing
@@ -261,7 +262,7 @@ class ChannelStats:
         file = _channel_file(folder, layer)
         try:
             save_file(tensors, part := file.with_suffix(".part"))
-            part.replace(file)
+            files.replace(part, file)
         except (OSError, SafetensorError) as error:
             raise MoneError(
                 f"cannot write to {folder}: {first_line(error)}; free some space there, set TMPDIR, or pass "
@@ -423,7 +424,7 @@ def read_layers_head(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="np", backend="pread") as file:
             header = json.loads((file.metadata() or {})["mone_calibration"])
         if header["version"] not in _READ_VERSIONS:
             raise ValueError(

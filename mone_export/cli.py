@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         display: Display = ProgressLine(enabled=not args.quiet, verbose=args.verbose)
         if args.json:
             display = JsonEvents(enabled=not args.quiet)
-        status, message = _run(args, display, output)
+        with _stoppable():  # until the frames of an interrupted run are gone, and what they hold
+            status, message = _run(args, display, output)
         if status:
             if isinstance(display, JsonEvents):
                 display.event("error", message=message, status=status)
@@ -77,7 +78,6 @@ def _run(args: argparse.Namespace, display: Display, output: Output) -> tuple[in
     """Do what was asked for; returns the exit status, and what to say unless that is 0."""
     try:
         with (
-            _terminable(),
             _rare_collections(),
             _logging(display, verbose=args.verbose, quiet=args.quiet),
             closing(display),
@@ -122,20 +122,30 @@ def _known(error: Exception) -> str:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C for the length of the block."""
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C for the length of the block; a second one does not disturb the first.
 
-    def terminate(_number: int, _frame: Any) -> None:
-        raise _Terminated
+    What is cleaned up then would be left half removed otherwise.
+    """
+    stopped = False
+
+    def stop(number: int, _frame: Any) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as by nohup
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

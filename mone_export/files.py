@@ -13,7 +13,7 @@ def replace(part: Path, target: Path) -> None:
     is put at `aside(part)`, and put back should the rename fail. Raises `OSError`.
     """
     for path in (*part.iterdir(), part) if part.is_dir() else (part,):
-        _flush(path)
+        flush(path)
     before = aside(part)
     try:
         if part.is_dir() and target.is_dir():  # no system renames onto a folder that holds something
@@ -22,7 +22,7 @@ def replace(part: Path, target: Path) -> None:
     finally:
         if before.is_dir() and not target.exists():
             before.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def aside(part: Path) -> Path:
@@ -50,7 +50,8 @@ def link(original: Path, place: Path) -> None:
             shutil.copy2(original, place)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk. Raises `OSError`."""
     if path.is_dir() and sys.platform == "win32":  # Windows opens no folders, and needs it for files only
         return
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -188,7 +188,7 @@ def replacing(target: Path) -> Iterator[Path]:
     MoneError where no file can be made, or the disk refuses it in the end; an OSError of the block passes.
     """
     target = _resolved(target)
-    _sweep(target)
+    sweep(target)
     with _own_folder(target) as folder:
         part = folder / target.name
         yield part
@@ -229,7 +229,7 @@ def _new_folder(target: Path) -> Path:
         ) from None
 
 
-def _sweep(target: Path) -> None:
+def sweep(target: Path) -> None:
     """Remove the temporary folders that killed runs of the same output have left."""
     for folder in target.parent.glob(f"{glob.escape(target.name)}.????????.part"):
         if folder.is_dir():

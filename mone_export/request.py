@@ -44,6 +44,7 @@ from mone_export.paths import (
     check_temporary,
     on_one_disk,
     page_outputs,
+    sweep,
 )
 from mone_export.pruning.allocation import even_counts
 from mone_export.pruning.plan_files import load_plan, load_recipe
@@ -730,6 +731,7 @@ def check_paths(job: Job) -> None:
         check_card(Path(request.card))
     if stats is not None and stats.exists():
         inputs["--stats"] = [stats]
+        sweep(stats)
     elif request.stats is not None and stats is not None:
         outputs["--stats"] = stats
     check_outputs(outputs, inputs, overwrite=request.overwrite)

@@ -70,13 +70,15 @@ def collect(
         calibration: Calibration | None = None
         stability: Stability | None = None
         if job.saved and job.needs_statistics:
-            calibration = _completed(job, _saved(job, job.saved, model_sha256), engine, progress)
+            calibration = _saved(job, job.saved, model_sha256)
         elif job.needs_statistics:
             calibration, stability = _measured(job, model_sha256, folder, engine, progress)
         if folder is not None:
             folder.clear()
         if job.protected_texts:
             job = _with_protected(job, model_sha256, engine, progress)
+    if calibration and job.saved:  # the first process does so alone: the others have left
+        calibration = _completed(job, calibration, engine, progress)
     return job, calibration, stability
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.utils import logging as transformers_logging
 
 from mone_export.errors import MoneError
@@ -63,6 +63,7 @@ __all__ = [
     "make_buffers",
     "reading",
     "rename_source_key",
+    "weights_are_read",
     "with_experts_forward",
 ]
 
@@ -121,6 +122,23 @@ def leaves_out(module: PreTrainedModel, found: Any) -> tuple[set[str], set[str]]
     missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
     module._adjust_missing_and_unexpected_keys(found)
     return missing - found.missing_keys, unexpected - found.unexpected_keys
+
+
+@contextmanager
+def weights_are_read() -> Iterator[None]:
+    """Let `from_pretrained` read files of weights for the length of the block, not map them.
+
+    Whoever cuts a mapped file short ends a process that looks at it, by a signal. transformers itself reads
+    on Windows.
+    """
+    check_version()
+    names = vars(modeling_utils)
+    mapped = names["safe_open"]
+    names["safe_open"] = lambda *args, **named: mapped(*args, **named | {"backend": "pread"})
+    try:
+        yield
+    finally:
+        names["safe_open"] = mapped
 
 
 @contextmanager

@@ -822,6 +822,34 @@ def test_an_unexpected_error_is_one_line_and_one_event(
     assert (event["event"], event["status"]) == ("error", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "said"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")]
+)
+def test_a_second_signal_does_not_disturb_the_cleaning_up(
+    name: str, status: int, said: str, small: Path, text: Path, tmp_path: Path
+) -> None:
+    """A process of its own is ended while it writes, and once more while it removes what it has written."""
+    code = f"""
+import os, shutil, signal, sys, time
+from mone_export import cli, paths
+from mone_export.source.llamacpp import Conversion
+def stop(*_, **__):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(30)
+def remove(*arguments, **named):
+    os.kill(os.getpid(), signal.{name})
+    removed(*arguments, **named)
+Conversion.write_tensors, removed, shutil.rmtree = stop, shutil.rmtree, remove
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    arguments = [str(small), "--ratio", "0.5", "-f", str(text), *SMALL_TEXT, "-q"]
+    command = [sys.executable, "-c", code, *arguments, "-o", str(tmp_path / "model.gguf")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    assert result.stderr == f"mone-export: {said}; nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_termination_unwinds_like_an_interruption(small: Path, text: Path, tmp_path: Path) -> None:
     """A process of its own is ended while it writes."""
     code = """

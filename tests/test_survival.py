@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mone_export import files
 from mone_export.artifacts import Calibration, ExpertStats
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
@@ -104,6 +105,33 @@ def test_two_processes_give_the_statistics_of_one(
             a, b = getattr(found.layers[layer], field.name), getattr(stats_of_layer, field.name)
             # batches are cut elsewhere: float32 matrix products of another height, then float64 sums
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
+def test_two_processes_measure_what_saved_statistics_lack(small: Path, text: Path, tmp_path: Path) -> None:
+    """A run that was ended has saved statistics without sensitivities: the first process adds them, alone."""
+    stats = tmp_path / "stats"
+    options = command(small, text, tmp_path / "x.gguf", "--stats", stats, "--novice", "mean")
+    subprocess.run([sys.executable, "-m", "mone_export", *options], env=ENVIRONMENT, check=True, timeout=300)
+    wanted = Calibration.load(stats)
+    assert wanted.sensitivity
+    replace(wanted, sensitivity={}).save(stats)
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mone_export"]
+    subprocess.run([*two, *options], env=ENVIRONMENT, check=True, timeout=300)
+    assert Calibration.load(stats).sensitivity == wanted.sensitivity
+
+
+def test_a_finished_step_is_on_the_disk_with_what_it_begins_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append(path.name))
+    folder = WorkFolder(tmp_path, {"model": "same"})
+    assert flushed == ["job.json.part", tmp_path.name]
+    folder.states.mkdir()
+    for name in ("0-0.pt", "0-1.pt", "1-0.pt"):
+        (folder.states / name).write_bytes(b"state")
+    folder.save(1, {})
+    assert sorted(flushed[2:4]) == ["0-0.pt", "0-1.pt"] and flushed[4] == "1.safetensors"
 
 
 def test_a_process_that_dies_ends_all(small: Path, text: Path, tmp_path: Path) -> None:

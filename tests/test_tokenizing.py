@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from vocabularies import CONTROL, KINDS, MIXED, QWEN, SOURCES, byte_level, fast
 from mone_export.calibration.corpus import make_corpus, read_corpus
 from mone_export.calibration.documents import Document
 from mone_export.errors import MoneError
+from mone_export.source import open_source
 from mone_export.source.tokenizing import Encoder, control_tokens, load_tokenizer
 
 
@@ -163,6 +165,18 @@ def written(
     else:
         model = save_tiny("OlmoeForCausalLM", folder / "model")
     return load_tokenizer(model), convert_upstream(model, folder / "x.gguf", "f32")
+
+
+def test_pieces_of_one_number_are_one_line(tmp_path: Path) -> None:
+    for file in open_source("demo").folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    first, second = rules["model"]["merges"][0], rules["model"]["merges"][1]
+    pieces = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in (first, second)]
+    rules["model"]["vocab"][pieces[0]] = rules["model"]["vocab"][pieces[1]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(MoneError, match="cannot use the tokenizer in .*out of vocabulary"):
+        Encoder(load_tokenizer(tmp_path))
 
 
 @pytest.mark.upstream

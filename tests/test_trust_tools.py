@@ -31,7 +31,15 @@ def test_a_fault_trial_fails_where_the_output_is_made_in_place() -> None:
     assert status == 1 and "neither the old one nor the new one" in found["failures"][0]["wrong"][0]
 
 
-@pytest.mark.parametrize("reader", ["statistics", "plan"])
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+def test_a_fault_trial_fails_where_a_rename_comes_before_the_flush() -> None:
+    one = ("--trials", "1", "--fault", "power cut")
+    assert figures("faults.py", *one)[0] == 0
+    status, found = figures("faults.py", *one, "--without", "flush")
+    assert status == 1 and any("is not flushed" in wrong for wrong in found["failures"][0]["wrong"])
+
+
+@pytest.mark.parametrize("reader", ["statistics", "plan", "index"])
 def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found

@@ -3,7 +3,7 @@
 import ctypes
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mone_export import runtime
+from mone_export.calibration.cut_short import cut_short
 from mone_export.calibration.eval_callback import EvalCallback, Tap, ggml
 from mone_export.errors import MoneError
 from mone_export.llama_options import LlamaOptions
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml_log_level; debug: a line for every tensor
 _N_SEQ = 64  # rows of one batch
+_PATIENCE = 0.2  # seconds
 
 
 class LlamaModel:
@@ -205,12 +207,18 @@ class LlamaModel:
     def _in_worker(self, call: Callable[[], Any]) -> Any:
         """Return what a call of llama.cpp returns; an exception here, Ctrl-C for one, ends it first."""
         future = self._worker.submit(call)
-        try:
-            return future.result()
-        except BaseException:
-            self._seam.interrupt()
-            wait([future])
-            raise
+        with cut_short() as files:
+            try:
+                while _runs(future) and not files:
+                    pass
+                if files:
+                    raise MoneError(f"{files[0]} became shorter while llama.cpp read it: get it again")
+            except BaseException:
+                self._seam.interrupt()
+                while _runs(future):
+                    pass
+                raise
+        return future.result()
 
 
 class _Log:
@@ -252,6 +260,11 @@ def _log() -> _Log:
 
     llama_cpp.llama_backend_init()
     return _Log()
+
+
+def _runs(future: Future[Any]) -> bool:
+    """Wait for a call, but no longer than a signal may wait for its handler; returns whether it goes on."""
+    return bool(wait([future], timeout=_PATIENCE).not_done)
 
 
 def _one_thread(call: Callable[..., Any], *args: Any) -> Any:

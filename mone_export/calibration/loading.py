@@ -27,6 +27,7 @@ from mone_export.source.shape import (
     resolve_device,
     skeleton,
 )
+from mone_export.transformers_internals import weights_are_read
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +126,16 @@ def load_module(path: Path, *, device: str, dtype: torch.dtype) -> PreTrainedMod
     """Load all weights, unpacked where the checkpoint is quantised."""
     config = unpacking(read_config(path))
     try:
-        loaded: Any = auto_class(config).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            # to a GPU at once: the whole model need not fit into the machine's memory besides
-            device_map={"": device} if device.startswith("cuda") else None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
+        with weights_are_read():
+            loaded: Any = auto_class(config).from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                # to a GPU at once: the whole model need not fit into the machine's memory besides
+                device_map={"": device} if device.startswith("cuda") else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except torch.OutOfMemoryError:
         raise MoneError(f"{path} does not fit the memory of {device}: pass --stream on") from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -40,6 +40,10 @@ def joined() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise MoneError("another of the processes has ended: what it said last says why") from None
     finally:
         torch.distributed.destroy_process_group()
 

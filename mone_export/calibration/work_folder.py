@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mone_export import files
 from mone_export.artifacts import ExpertStats, load_layers, save_layers
 from mone_export.errors import MoneError
 from mone_export.locks import NoLocksError, locked
@@ -45,7 +46,7 @@ class WorkFolder:
             if not found:
                 part = folder / "job.json.part"
                 part.write_text(json.dumps(dict(job), indent=1), encoding="utf-8")
-                part.replace(folder / "job.json")
+                files.replace(part, folder / "job.json")
         except OSError as error:
             raise MoneError(f"cannot write to {folder}: {error.strerror}; choose another --workdir") from None
 
@@ -74,7 +75,12 @@ class WorkFolder:
         return load_layers(self._file(step))[1]
 
     def save(self, step: int, layers: Mapping[int, ExpertStats]) -> None:
-        """Keep the statistics of a step; once this returns, the step is finished."""
+        """Keep the statistics of a step; once this returns, the step is finished.
+
+        What the layer before has handed on is on the disk by then, too: the next step begins with it.
+        """
+        for file in self.states.glob(f"{step - 1}-*"):
+            files.flush(file)
         save_layers(self._file(step), layers, {})
 
     def forget(self, step: int) -> None:

@@ -21,7 +21,7 @@ def of_statistics(path: Path) -> Anatomy:
     head = read_layers_head(path)
     try:
         spec = head["spec"]
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="np", backend="pread") as file:
             seen = {
                 layer: int(np.count_nonzero(file.get_tensor(f"layers.{layer}.count")))
                 for layer in spec["moe_layers"]

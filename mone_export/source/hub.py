@@ -100,7 +100,9 @@ def weight_files(folder: Path) -> tuple[str, ...]:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not files or any(Path(name).name != name or name in ("", "..") for name in files):
             raise ValueError("it names no files of its own folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name in files:
+            (folder / name).exists()  # raises for names that no system takes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MoneError(f"cannot read {index}: {first_line(error)}; get the model again") from None
     return tuple(files)
 

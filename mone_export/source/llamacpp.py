@@ -229,7 +229,23 @@ def load_converter() -> tuple[Any, Any]:
         sys.path.insert(0, root)
     import conversion
 
+    gguf.utility.LocalTensor.mmap_bytes = _read
     return gguf, conversion
+
+
+def _read(tensor: Any) -> np.ndarray:
+    """Return a tensor's bytes, uint8 [n_byte], read where the converter would map them.
+
+    Whoever cuts a mapped file short ends a process that looks at it, by a signal.
+    """
+    file, n_byte = tensor.data_range.filename, tensor.data_range.size
+    try:
+        found = np.fromfile(file, np.uint8, n_byte, offset=tensor.data_range.offset)
+    except OSError as error:
+        raise MoneError(f"cannot read {file}: {error.strerror}") from None
+    if len(found) < n_byte:
+        raise MoneError(f"{file} became shorter while it was read: get it again")
+    return found
 
 
 def check_convertible(path: Path) -> None:

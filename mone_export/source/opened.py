@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,10 +177,22 @@ class Opened:
 
     def _one_expert(self, name: str, bid: int | None, position: int, expert: int) -> Any:
         """Convert a single expert of a fused tensor: what the whole conversion would give, for one slice."""
-        data = self.model_tensors[name]()[expert : expert + 1]
+        data = self._slice(self.model_tensors[name](), expert)
         if data.dtype not in (torch.float16, torch.float32):
             data = data.to(torch.float32)
         return list(self.base.modify_tensors(self, data, name, bid))[position][1][0]
+
+    def _slice(self, whole: Any, expert: int) -> Any:
+        """Return a single expert of a fused tensor (lazy): where it lies in a file, nothing else is read."""
+        stored = whole._args[0] if whole._args else None
+        if not isinstance(stored, self.library.utility.LocalTensor):
+            return whole[expert : expert + 1]
+        n_byte = stored.data_range.size // stored.shape[0]
+        start = stored.data_range.offset + expert * n_byte
+        place = replace(stored.data_range, offset=start, size=n_byte)
+        return self.lazy_tensor.from_local_tensor(
+            replace(stored, shape=(1, *stored.shape[1:]), data_range=place)
+        )
 
     def _chunked(self, name: str, whole: Any, one: Callable[[int], Any], experts: Sequence[int]) -> Any:
         """Return a tensor that is made expert by expert while it is written."""

@@ -120,11 +120,20 @@ class TransformersReader:
     """A `TextReader` of transformers' tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Copy the tokenizer's rules; its settings for padding and truncation stay its own."""
+        """Copy the tokenizer's rules; its settings for padding and truncation stay its own.
+
+        Raises `MoneError` for rules that contradict themselves.
+        """
         self._tokenizer = tokenizer
         self._sandbox = Sandbox()
-        self._plain = _plain_backend(tokenizer) if tokenizer.is_fast else None
-        bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False) for added in (False, True))
+        try:
+            self._plain = _plain_backend(tokenizer) if tokenizer.is_fast else None
+            bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False) for added in (False, True))
+        except Exception as error:  # the tokenizers library raises no class of its own
+            raise MoneError(
+                f"cannot use the tokenizer in {tokenizer.name_or_path}: {first_line(error)}; get its files "
+                "again"
+            ) from None
         self.before, self.after = around(bare["input_ids"], whole["input_ids"])
         names = set(control_tokens(tokenizer))
         self.control: Mapping[str, ControlToken] = {

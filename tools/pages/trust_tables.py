@@ -19,11 +19,16 @@ def faults_table(data: Json) -> Iterable[Row]:
 
 
 def faults_note(data: Json) -> str:
-    """Say what was run."""
+    """Say what was run, and that it can fail."""
+    controls = ", ".join(
+        f"{name} ({control['failed']} of {control['trials']}: {control['fault']})"
+        for name, control in data["controls"].items()
+    )
     return (
         f"{data['trials']} trials at random moments, {data['failed']} failed; a small random model. After "
         "each: old output, inputs and statistics whole, one line said, and the same command once more "
-        "gives the bytes of an undisturbed run."
+        "gives the bytes of an undisturbed run; after a power cut: all that a rename promises was flushed "
+        f"before it. The trials can fail: without a protection did {controls}."
     )
 
 

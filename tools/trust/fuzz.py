@@ -5,12 +5,13 @@
 
 Each reader gets sound files with bytes, lengths and places changed, cut and repeated, and with values of
 their JSON replaced by odd ones. A case is read, or refused by a `MoneError` of one line; everything else is a
-failure and is kept in `build/fuzz`: another exception, more than `SLOW` seconds, much more memory than the
-file has bytes. A reader runs in a process of its own, so that a crash is a failure, too.
+failure and is kept in `build/fuzz`: another exception, more than `SLOW` seconds of the processor's time, much
+more memory than the file has bytes. A reader runs in a process of its own, so that a crash is a failure, too.
 """
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -19,21 +20,18 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from figures import ROOT, keep
+from readers import MAKERS
 
 KEPT = ROOT / "build" / "fuzz"
 SLOW, MEMORY = 10.0, 512 * 2**20  # seconds of a case, bytes more than before
-READERS = ("statistics", "gguf", "corpus", "plan", "record")
 ODD = (None, True, -1, 0, 1, 2**31, 2**63, -(2**63), 10**30, 1e308, "", "x", "../../x", "/etc/passwd")
 ODD += ("\u0000", "\ud800", "9" * 5000, [], {}, [[]], {"": {}}, [0] * 5000)
 NUMBERS = (0, 1, 2**31 - 1, 2**31, 2**32, 2**60, 2**63 - 1, 2**63, 2**64 - 1)
 DEEP = 5000
-
-Read = Callable[[Path], object]
 
 
 def main() -> int:
@@ -42,7 +40,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="for each reader (default 60)")
-    parser.add_argument("--reader", choices=READERS, action="append", help="only this one, repeatable")
+    parser.add_argument("--reader", choices=MAKERS, action="append", help="only this one, repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", type=Path, dest="out", help="keep the figures in this file, too")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -50,7 +48,7 @@ def main() -> int:
     if args.child:
         print(json.dumps(fuzz(args.reader[0], args.seconds, args.seed)))
         return 0
-    figures = {name: in_a_process(name, args.seconds, args.seed) for name in args.reader or READERS}
+    figures = {name: in_a_process(name, args.seconds, args.seed) for name in args.reader or MAKERS}
     keep("fuzz", {"seed": args.seed, "readers": figures}, args.out)
     return int(any(found["failures"] for found in figures.values()))
 
@@ -82,17 +80,17 @@ def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
         while time.monotonic() < end:
             content = mutated(data, dice)
             broken.write_bytes(content)
-            before, start, failure = peak(), time.monotonic(), ""
+            before, start, failure = peak(), busy(), ""
             try:
                 read(broken)
                 counts["read"] += 1
             except MoneError as error:
                 failure = "" if len(str(error).splitlines()) == 1 else "a message of several lines"
                 counts["refused"] += not failure
-            except (Exception, RecursionError) as error:
+            except BaseException as error:  # a panic of a library in Rust is no Exception
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 failure = f"{type(error).__name__} in {Path(at.filename).name}:{at.lineno}: {error}"[:160]
-            took, grown = time.monotonic() - start, peak() - before
+            took, grown = busy() - start, peak() - before
             longest, most = max(longest, took), max(most, grown)
             if took > SLOW:
                 failure = "too slow"
@@ -104,7 +102,12 @@ def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
             failures.update([failure] if failure else [])
     n = sum(counts.values()) + sum(failures.values())
     figures = {"cases": n, "read": counts["read"], "refused": counts["refused"], "failures": dict(failures)}
-    return figures | {"longest_s": round(longest, 3), "memory_grown_mib": most >> 20}
+    return figures | {"busy_s": round(busy()), "longest_s": round(longest, 3), "memory_grown_mib": most >> 20}
+
+
+def busy() -> float:
+    """Return the processor's time that this process and its children have taken, in seconds."""
+    return sum(os.times()[:4])
 
 
 def peak() -> int:
@@ -172,124 +175,6 @@ def replaced(value: Any, dice: random.Random) -> Any:
         return deep
     return dice.choice(ODD)
 
-
-def statistics_file(folder: Path) -> tuple[Path, Read]:
-    """Make statistics of two small layers."""
-    from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Part
-    from mone_export.inspection.inspecting import examine
-
-    spec = MoeSpec("llama", 2, (0, 1), 4, 2, 1, 8, 16)
-    layers = {layer: ExpertStats.empty(4, 8) for layer in (0, 1)}
-    part = Part("0" * 64, {"text": 128})
-    found = Calibration(
-        spec, "0" * 64, "0" * 64, "text", 128, layers, (part,), {"a": {"b": 1}}, {"dtype": "x"}
-    )
-    found.save(path := folder / "stats")
-
-    def read(file: Path) -> object:
-        loaded = Calibration.load(file)
-        examine(str(file))
-        return [stats.count.sum() for stats in loaded.layers.values()]
-
-    return path, read
-
-
-def gguf_file(folder: Path) -> tuple[Path, Read]:
-    """Make a pruned GGUF of the demo model."""
-    from mone_export.errors import MoneError
-    from mone_export.inspection.of_gguf import of_gguf
-    from mone_export.output.redoing import redo_of
-    from mone_export.pipeline import export
-    from mone_export.source import GgufFile
-
-    path = folder / "model.gguf"
-    export("demo", ratio=0.5, outfile=path, method="drop", score="random")
-
-    def read(file: Path) -> object:
-        source = GgufFile(file)
-        refusal = None
-        for look in (lambda: source.spec, lambda: source.computing_config, lambda: source.before):
-            try:
-                look()
-            except MoneError as error:
-                refusal = error
-        for look in (lambda: of_gguf(file), lambda: redo_of(source.header)):
-            try:
-                look()
-            except MoneError as error:
-                refusal = error
-        if refusal:
-            raise refusal
-        return source
-
-    return path, read
-
-
-def corpus_file(folder: Path) -> tuple[Path, Read]:
-    """Make records: texts and chats."""
-    from mone_export.calibration.corpus import read_corpus
-    from mone_export.source import open_source
-
-    reader = open_source("demo").tokenizer()
-    chat = [{"role": "user", "content": "Hello <s> there"}, {"role": "assistant", "content": "And you"}]
-    records: list[Mapping[str, Any]] = [
-        {"messages": chat, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-        {"text": "once upon a time " * 20},
-        {"prompt": "a", "completion": "b"},
-        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
-    ]
-    path = folder / "records.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records * 2))
-    return path, lambda file: read_corpus([file], reader, n_row=1, seq_len=16)
-
-
-def plan_file(folder: Path) -> tuple[Path, Read]:
-    """Make a plan with tiers for the demo model."""
-    from mone_export.inspection.inspecting import examine
-    from mone_export.pruning.plan_files import load_plan, load_recipe
-    from mone_export.source import open_source
-
-    spec = open_source("demo").spec
-    layer = {"kept": [0], "pruned": [*range(2, spec.n_expert)], "kind": "", "scores": [1.0] * spec.n_expert}
-    layer["tiers"] = [{"width": 8, "experts": [1], "kind": ""}]
-    held = {"name": "rare", "n": 1, "corpus_sha256": "0" * 64, "n_token": 9, "n_saved": None}
-    value = {
-        "mone_plan": 2,
-        "source": {"name": "demo", "sha256": "0" * 64},
-        "calibration": {"sha256": "0" * 64, "tokens": 9},
-        "recipe": {"ratio": 0.5, "novice": "thin", "allocation": "budget"},
-        "n_expert": spec.n_expert,
-        "protected": [held | {"experts": {str(number): [0] for number in spec.moe_layers}}],
-        "layers": {str(number): layer for number in spec.moe_layers},
-    }
-    path = folder / "plan.json"
-    path.write_text(json.dumps(value))
-
-    def read(file: Path) -> object:
-        found = load_plan(file, spec, load_recipe(file))
-        examine(str(file))
-        return found
-
-    return path, read
-
-
-def record_file(folder: Path) -> tuple[Path, Read]:
-    """Make the record of a pruned file, which a page is drawn from."""
-    from mone_export.pipeline import export
-    from mone_export.publishing.record import load_record
-
-    page = folder / "page.html"
-    export("demo", ratio=0.5, outfile=folder / "x.gguf", novice="mean", n_row=4, seq_len=64, report=page)
-    return page.with_suffix(".json"), lambda file: load_record(file)
-
-
-MAKERS: Mapping[str, Callable[[Path], tuple[Path, Read]]] = {
-    "statistics": statistics_file,
-    "gguf": gguf_file,
-    "corpus": corpus_file,
-    "plan": plan_file,
-    "record": record_file,
-}
 
 if __name__ == "__main__":
     sys.exit(main())
