@@ -7,7 +7,7 @@ VENV    := .venv
 READY   := $(VENV)/ready
 
 .PHONY: demo test docs wheel check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-mutants
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -25,12 +25,15 @@ wheel: $(READY)
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
 
-# SECONDS_EACH=1200 make trust-fuzz   TRIALS=300 make trust-faults
+# SECONDS_EACH=1200 make trust-fuzz   TRIALS=300 make trust-faults   SAMPLE=150 make trust-mutants
 trust-fuzz: $(READY)
 	$(VENV)/bin/python tools/trust/fuzz.py --seconds $(or $(SECONDS_EACH),60) $(TRUST_ARGS)
 
 trust-faults: llama
 	$(VENV)/bin/python tools/trust/faults.py --trials $(or $(TRIALS),60) $(TRUST_ARGS)
+
+trust-mutants: $(READY)
+	nice $(VENV)/bin/python tools/trust/mutants.py --sample $(or $(SAMPLE),150) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
