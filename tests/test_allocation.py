@@ -55,6 +55,12 @@ def test_places_go_to_the_largest_gain() -> None:
     assert share_out(curves, 6, floors | {2: 3}) == {0: 1, 1: 2, 2: 3}, "a layer's floor comes first"
 
 
+def test_the_last_place_of_a_layer_is_given_away_too() -> None:
+    curves = {0: curve(1, 1), 1: curve(1, 2)}
+    assert share_out(curves, 3, dict.fromkeys(curves, 1)) == {0: 1, 1: 2}
+    assert share_out(curves, 4, dict.fromkeys(curves, 1)) == {0: 2, 1: 2}
+
+
 def test_a_flat_stretch_does_not_hide_a_gain_behind_it() -> None:
     curves = {0: curve(1, 0, 6, 0), 1: curve(1, 2, 0, 0)}
     assert share_out(curves, 4, dict.fromkeys(curves, 1)) == {0: 3, 1: 1}
