@@ -13,7 +13,7 @@ PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical 
 
 .PHONY: demo test test-all docs wheel lock check clean llama
 .PHONY: check-vulkan check-cuda check-arm64 check-windows
-.PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply
+.PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -35,7 +35,7 @@ wheel: $(READY)
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
 
-# SECONDS_EACH=1200 make trust-fuzz   TRIALS=300 make trust-faults
+# SECONDS_EACH=1200 make trust-fuzz   TRIALS=300 make trust-faults   SAMPLE=150 make trust-mutants
 trust-fuzz: $(READY)
 	$(VENV)/bin/python tools/trust/fuzz.py --seconds $(or $(SECONDS_EACH),60) $(TRUST_ARGS)
 
@@ -55,6 +55,9 @@ trust-supply: $(READY)
 
 lock: $(READY)
 	$(VENV)/bin/python tools/release/lock.py $(LOCK_ARGS)
+
+trust-mutants: $(READY)
+	nice $(VENV)/bin/python tools/trust/mutants.py --sample $(or $(SAMPLE),150) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mone_export.artifacts import MoeSpec, Plan, Scores
+from mone_export.artifacts import Calibration, ExpertStats, MoeSpec, Plan, Protected, Scores
 from mone_export.errors import MoneError
 from mone_export.pruning.allocation import kept_per_layer
 from mone_export.pruning.planning import plan, plan_without_scores
@@ -155,6 +155,115 @@ def test_ordinary_files_have_one_count(method: str) -> None:
 def test_plan_without_scores_has_the_counts_of_the_real_one() -> None:
     blank = plan_without_scores(spec(13), Recipe.of(0.4))
     assert [len(layer.kept) for layer in blank.layers] == [8, 8, 8]
+    assert (blank.spec, blank.recipe, blank.protected) == (spec(13), Recipe.of(0.4), ())
+    assert blank.layers[0].kept == tuple(range(8)), "the lowest ids: no score says otherwise"
+
+
+def test_a_plan_remembers_what_had_to_stay() -> None:
+    held = Protected("rare.txt", 1, "sha", 40, {0: (3,), 2: (3,), 3: (3,)})
+    table = torch.tensor([[1, 2, 3, float("inf")]] * 3, dtype=torch.float64)
+    scores = Scores(spec=spec(4), score="mone", values=table, protected=(held,))
+    assert plan(scores, ratio=0.5).protected == (held,)
+    lost = Scores(spec=spec(4), score="mone", values=-table, protected=(held,))
+    with pytest.raises(
+        MoneError, match="layer 0 keeps 2 experts, 1 fewer than must stay with --protect rare"
+    ):
+        plan(lost, ratio=0.5)
+
+
+def test_thin_experts_are_planned_elsewhere() -> None:
+    with pytest.raises(MoneError) as error:
+        planned([1.0] * 8, 0.5, novice="thin")
+    assert str(error.value) == "thin experts are fitted to a text: plan them with mone_export.plan_thin"
+    assert planned([1.0] * 8, 0, novice="thin").recipe.novice == "thin", "nothing is thin where all stay"
+
+
+def test_every_layer_must_have_its_scores() -> None:
+    table = torch.ones(2, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="zip"):
+        plan(Scores(spec=spec(8), score="mone", values=table), ratio=0.5)
+
+
+@pytest.mark.parametrize("measured", [{}, {0: 1.0, 2: 5.0, 3: 1.0}])
+def test_layers_share_out_by_sensitivity_where_it_was_measured(
+    measured: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    stats = ExpertStats.empty(8, 8)
+    one = torch.ones(8, dtype=torch.float64)
+    stats = replace(
+        stats, n_token=16, count=one.long() * 4, weight=one * 4, gated2_norm_sq_sum=one, gate_sq_sum=one
+    )
+    found = Calibration(spec(8), "", "", "", 16, dict.fromkeys((0, 2, 3), stats), sensitivity=measured)
+    values = torch.arange(24, dtype=torch.float64).reshape(3, 8)
+    chosen = plan(Scores(spec=spec(8), score="mone", values=values, calibration=found), ratio=0.5)
+    assert chosen.recipe == Recipe.of(0.5, score="mone", allocation=None if measured else "even")
+    assert list(chosen.n_kept.values()) == ([2, 8, 2] if measured else [4, 4, 4])
+    told = [record.getMessage() for record in caplog.records]
+    assert told == (
+        []
+        if measured
+        else [
+            "these statistics lack the layers' sensitivities, so every layer keeps the same number of "
+            "experts: calibrate again for better counts"
+        ]
+    )
+
+
+def test_counts_may_be_given() -> None:
+    table = torch.arange(24, dtype=torch.float64).reshape(3, 8)
+    chosen = plan(Scores(spec=spec(8), score="mone", values=table), {0: 1, 2: 8, 3: 3}, ratio=0.5)
+    assert chosen.n_kept == {0: 1, 2: 8, 3: 3}
+    assert chosen.layers[0].kept == (7,) and chosen.layers[0].pruned == tuple(range(7))
+
+
+BEFORE = replace(spec(8), kept_before=(8, 4, 2))
+
+
+def test_a_second_ratio_is_a_share_of_what_is_left() -> None:
+    blank = plan_without_scores(BEFORE, Recipe.of(0.5, min_kept=1))
+    assert blank.n_kept == {0: 4, 2: 2, 3: 1}
+    assert plan_without_scores(BEFORE, Recipe.of(0)).n_kept == {0: 8, 2: 4, 3: 2}
+    with pytest.raises(MoneError) as error:
+        plan_without_scores(BEFORE, Recipe.of(0.6, min_kept=2))
+    assert str(error.value) == (
+        "--ratio 0.6 keeps 1 of the 2 experts that layer 3 has left, fewer than 2: pass a smaller one, or "
+        "lower --min-kept (2 experts are used per token)"
+    )
+    one = replace(BEFORE, kept_before=(8, 4, 1))
+    assert plan_without_scores(one, Recipe.of(0.25, min_kept=3)).n_kept == {0: 6, 2: 3, 3: 1}, (
+        "no more are left"
+    )
+    assert plan_without_scores(one, Recipe.of(0.0)).n_kept == {0: 8, 2: 4, 3: 1}
+
+
+def test_all_experts_may_be_asked_for() -> None:
+    assert kept_per_layer(spec(16), Recipe.of(0, min_kept=16)) == 16
+    with pytest.raises(MoneError) as error:
+        kept_per_layer(spec(16), Recipe.of(0, min_kept=17))
+    assert str(error.value) == "--min-kept 17 is more than the 16 experts of a layer: pass 16 or less"
+
+
+def test_the_method_says_which_groups_and_numbers_are_in_its_way() -> None:
+    with pytest.raises(MoneError) as error:
+        kept_per_layer(replace(spec(16), n_group=2), Recipe.of(0.5, method="drop"))
+    assert str(error.value) == (
+        "--method drop takes experts out of the router, but TinyForCausalLM selects by 2 groups of experts "
+        "numbered in sequence: use --method mone"
+    )
+    with pytest.raises(MoneError) as error:
+        kept_per_layer(spec(16, top_k=4), Recipe.of(0.8, min_kept=3, method="drop"))
+    assert str(error.value) == (
+        "--min-kept 3 with --method drop: the router selects 4 experts for each token and needs that many to "
+        "choose from: pass 4 or more, or use --method mone"
+    )
+    assert kept_per_layer(replace(spec(16), n_group=2), Recipe.of(0, method="drop")) == 16, "all stay"
+
+
+def test_a_layer_without_finite_scores_competes_by_place() -> None:
+    never, one = [float("-inf")] * 8, [float("-inf")] * 6 + [2.0, 1.0]
+    assert over_model([never, one, [1.0] * 8], 0.5, min_kept=1) == [1, 2, 8]
+    zeros = [0.0] * 8
+    assert over_model([zeros, [-1.0] * 8, [1.0] * 8], 0.5, min_kept=1) == [3, 1, 8]
 
 
 GROUPED = replace(

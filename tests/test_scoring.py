@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,14 @@ from mone_export.artifacts import Calibration
 from mone_export.calibration.sums import expert_stats
 from mone_export.errors import MoneError
 from mone_export.pruning.planning import plan
-from mone_export.pruning.scoring import SCORE_NAMES, SCORES, score, score_weights, standard_deviation
+from mone_export.pruning.scoring import (
+    SCORE_NAMES,
+    SCORES,
+    random_scores,
+    score,
+    score_weights,
+    standard_deviation,
+)
 from mone_export.pruning.uncertainty import MARGIN
 from mone_export.source.shape import expert_modules
 
@@ -255,6 +264,111 @@ def test_aimer_prunes_the_evenly_spread_expert() -> None:
     assert values[0].argmin() == 3 and values[0, 3].item() == pytest.approx(-1)
 
 
-def test_unknown_score_is_refused_with_the_choices() -> None:
-    with pytest.raises(MoneError, match=r"unknown score magic: choose from mone, .*random"):
-        score(calibration(LAYER), "magic")
+@pytest.mark.parametrize("name", ["magic", "aimer", ""])
+def test_unknown_score_is_refused_with_the_choices(name: Any) -> None:
+    """`aimer` needs the weights: `score_weights`."""
+    with pytest.raises(MoneError) as error:
+        score(calibration(LAYER), name)
+    assert str(error.value) == f"unknown score {name}: choose from {', '.join(SCORES)}, random"
+
+
+def test_scores_know_their_name_and_where_they_are_from() -> None:
+    saved = calibration(LAYER)
+    for name in (*SCORES, "random"):
+        found = score(saved, name)
+        assert (found.score, found.spec, found.calibration) == (name, saved.spec, saved)
+        assert found.values.dtype == torch.float64
+    assert score(saved).score == "error" and torch.equal(score(saved).values, score(saved, "error").values)
+    alone = random_scores(saved.spec, seed=4)
+    assert (alone.score, alone.spec, alone.calibration) == ("random", saved.spec, None)
+    assert alone.values.dtype == torch.float64
+    assert torch.equal(alone.values, score(saved, "random", seed=4, guarded=False).values)
+    assert torch.equal(random_scores(saved.spec).values, random_scores(saved.spec, seed=0).values)
+    assert torch.equal(score(saved, "random").values, score(saved, "random", seed=0).values)
+
+
+@pytest.mark.parametrize("name", [*SCORES, "random"])
+def test_constants_of_an_earlier_pruning_stand_below_all(name: str) -> None:
+    saved = calibration(LAYER, LAYER)
+    pruned = replace(saved, spec=replace(saved.spec, kept_before=(4, 6)))
+    values, plain = score(pruned, name).values, score(saved, name).values
+    assert (values[0, 4:] == -torch.inf).all()
+    assert torch.equal(values[0, :4], plain[0, :4]) and torch.equal(values[1], plain[1])
+
+
+def test_super_experts_stand_above_all_unless_they_are_not_guarded() -> None:
+    stats = LAYER.stats()
+    extreme = replace(stats, max_abs=stats.max_abs * torch.tensor([1, 1, 1, 1, 1, 1e6]))
+    saved = replace(calibration(LAYER), layers={1: extreme})
+    assert score(saved).values[0, 5] == torch.inf
+    assert torch.equal(score(saved, guarded=False).values, score(calibration(LAYER)).values)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_a_number_for_every_expert(name: str) -> None:
+    """Of one that was never seen as well, before `score` puts it below all: nothing is divided by 0."""
+    for counts in ((12, 7, 1, 20, 0, 3), (1, 1, 0, 0, 0, 0), (0,) * 6):
+        values = SCORES[name].function(Layer(counts).stats())
+        assert values.isfinite().all() and (values >= 0).all()
+        assert not values[[e for e, n in enumerate(counts) if not n]].any() or name in ("variance",)
+
+
+def test_two_tokens_are_enough_for_a_variance_and_one_is_not() -> None:
+    layer = Layer(counts=(2, 1, 0, 3, 0, 0))
+    found = standard_deviation(layer.stats())
+    assert found[0].item() == pytest.approx(deviation(layer, 0), rel=1e-12)
+    assert found[1].item() == pytest.approx((deviation(layer, 0) + deviation(layer, 3)) / 2, rel=1e-12)
+    assert not standard_deviation(Layer(counts=(1, 1, 0, 0, 0, 0)).stats()).any(), (
+        "unknown in the whole layer"
+    )
+
+
+@pytest.mark.parametrize("name", ["mone-paper", "reap", "man", "msan", "variance"])
+def test_means_stay_where_each_token_counts_more_often(name: str) -> None:
+    """A weight of the text changes sums, and no mean over an expert's tokens: of a single one, too."""
+    stats = Layer(counts=(12, 7, 1, 20, 0, 3)).stats()
+    function = SCORES[name].function
+    torch.testing.assert_close(function(stats.reweighted(3.0)), function(stats), rtol=1e-12, atol=0)
+
+
+def test_scores_of_a_single_token_are_shares_of_it() -> None:
+    layer = Layer(counts=(1, 1, 0, 0, 0, 0))
+    stats = replace(
+        layer.stats(),
+        n_token=1,
+        out_m2=torch.tensor([4.0, 9, 0, 0, 0, 0]).double(),
+        count=torch.tensor([2, 2, 0, 0, 0, 0]),
+    )
+    stats = replace(stats, weight=stats.count.double())
+    wanted = float(layer.gates[0].sum()) * 2.0
+    assert SCORES["mone"].function(stats)[0].item() == pytest.approx(wanted, rel=1e-12)
+    more = replace(stats, n_token=2)
+    assert SCORES["error"].function(stats)[0].item() == pytest.approx(
+        2 * SCORES["error"].function(more)[0].item()
+    )
+
+
+@pytest.mark.parametrize("names", [("up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_aimer_takes_all_matrices_there_are(names: tuple[str, ...]) -> None:
+    """Of several shapes, some of more weights than are taken at once; what is no tensor is none of them."""
+    random = torch.Generator().manual_seed(0)
+    matrices = {
+        name: torch.randn(3, 2, 5 + 400_000 * (name == "down_proj"), generator=random) * (1 + number)
+        for number, name in enumerate(names)
+    }
+    experts = SimpleNamespace(
+        **matrices, act_fn=None, **({"up_proj": None} if "up_proj" not in names else {})
+    )
+    found = score_weights(replace(SPEC, moe_layers=(7,), n_expert=3), [(7, experts)])
+    assert found.values.shape == (1, 3) and found.values.dtype == torch.float64
+    for e in range(3):
+        w = torch.cat([matrix[e].flatten() for matrix in matrices.values()]).double()
+        wanted = -w.abs().mean() / w.square().mean().sqrt()
+        assert found.values[0, e].item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+def test_experts_without_weights_are_no_division_by_zero() -> None:
+    nothing = SimpleNamespace(down_proj=torch.zeros(2, 3, 4))
+    before = replace(SPEC, moe_layers=(0,), n_expert=2, kept_before=(1,))
+    assert score_weights(before, [(0, nothing)]).values.tolist() == [[0.0, -math.inf]]
+    assert score_weights(before, [(0, nothing)]).spec is before

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -157,25 +157,27 @@ def packed_together(source: Source, outtype: str, *, mixed: bool = False) -> int
 class Layout:
     """A file before it is written: the bytes of its head, and each tensor's shape (numpy's order) and type.
 
-    `types_between` are those of the file llama-quantize makes it from, empty where there is none; `added` are
-    the tensors that only a pruned file has.
+    `between` is the file that llama-quantize makes it from, None where there is none; `added` are the tensors
+    that only a pruned file has.
     """
 
     head_size: int
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
-    types_between: Mapping[str, str] = field(default_factory=dict)
+    between: "Layout | None" = None
     added: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
         """The size of the file in bytes."""
-        return self._size(self.types)
+        return self.head_size + sum(
+            padded_bytes(self.shapes[name], kind) for name, kind in self.types.items()
+        )
 
     @property
     def size_between(self) -> int:
         """The size of the file that llama-quantize makes it from, or 0."""
-        return self._size(self.types_between) if self.types_between else 0
+        return self.between.size if self.between else 0
 
     def with_kept(self, n_kept: Mapping[int, int]) -> "Layout":
         """Return the layout with other numbers of experts, fewer than all, in pruned layers.
@@ -187,7 +189,7 @@ class Layout:
             layer, part = part_of(name) or (-1, None)
             if part == "experts" and layer in n_kept:
                 shapes[name] = (n_kept[layer], *shape[1:])
-        return replace(self, shapes=shapes)
+        return replace(self, shapes=shapes, between=self.between and self.between.with_kept(n_kept))
 
     def size_with_all(self, spec: MoeSpec) -> int:
         """Return about how many bytes the file would have with all experts there are: tensors are exact.
@@ -204,9 +206,6 @@ class Layout:
         return self.head_size + sum(
             padded_bytes(whole[name], kind) for name, kind in self.types.items() if name in whole
         )
-
-    def _size(self, types: Mapping[str, str]) -> int:
-        return self.head_size + sum(padded_bytes(self.shapes[name], kind) for name, kind in types.items())
 
 
 def layouts(
@@ -255,7 +254,7 @@ def layouts(
             for outtype in quantized:
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
                 head_size = _quantized_head(conversion, with_imatrix=imatrix)
-                found[outtype] = replace(base, head_size=head_size, types=own, types_between=base.types)
+                found[outtype] = replace(base, head_size=head_size, types=own, between=base)
     return found
 
 

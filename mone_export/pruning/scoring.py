@@ -39,9 +39,8 @@ def score(
     if name == "random":
         values = random_scores(calibration.spec, seed=seed).values
     else:
-        unseen = torch.tensor(-torch.inf, dtype=torch.float64)
         function = SCORES[name].function
-        values = torch.stack([torch.where(stats.count > 0, function(stats), unseen) for stats in layers])
+        values = torch.stack([torch.where(stats.count > 0, function(stats), -torch.inf) for stats in layers])
     scores = Scores(spec=calibration.spec, score=name, values=values, calibration=calibration)
     return _without_constants(guard(scores, calibration) if guarded else scores)
 

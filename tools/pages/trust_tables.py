@@ -125,12 +125,47 @@ def supply_note(data: Json) -> str:
     )
 
 
+def mutants_table(data: Json) -> Iterable[Row]:
+    """Yield how many mutants of each module the tests have killed."""
+    yield "module", "mutants", "tried", "killed", "survived", "killed, %"
+    for module, found in data["modules"].items():
+        numbers = [str(found[key]) for key in ("mutants", "tried", "killed", "survived", "percent")]
+        yield module, *numbers
+
+
+def mutants_survivors(data: Json) -> Iterable[Row]:
+    """Yield for each function of which mutants survived how many they are, by the reason."""
+    yield "function", "survivors", "why"
+    for module, found in data["modules"].items():
+        functions = dict.fromkeys(each["function"] for each in found["survivors"])
+        for function in functions:
+            own = [each["reason"] for each in found["survivors"] if each["function"] == function]
+            why = "; ".join(f"{n} {reason}" for reason, n in Counter(own).items())
+            yield f"{module.rpartition('/')[2]}, `{function}`", str(len(own)), why
+
+
+def mutants_note(data: Json) -> str:
+    """Say what was run."""
+    modules = data["modules"].values()
+    seeds = ", ".join(str(seed) for seed in sorted({found["seed"] for found in modules}))
+    late = sum(found["timeouts"] for found in modules)
+    return f"A random choice of each module's mutants, seed {seeds}; {late} ran into the time limit."
+
+
+def survivors_note(data: Json) -> str:
+    """Say how many there are of all that were tried."""
+    modules = data["modules"].values()
+    return f"{sum(each['survived'] for each in modules)} of {sum(each['tried'] for each in modules)} tried."
+
+
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "coverage": coverage_table,
     "faults": faults_table,
     "fuzz": fuzz_table,
     "under_load": under_load_table,
     "supply": supply_table,
+    "mutants": mutants_table,
+    "mutants/survivors": mutants_survivors,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
     "coverage": coverage_note,
@@ -138,4 +173,6 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "fuzz": fuzz_note,
     "under_load": under_load_note,
     "supply": supply_note,
+    "mutants": mutants_note,
+    "mutants/survivors": survivors_note,
 }
