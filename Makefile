@@ -7,7 +7,7 @@ VENV    := .venv
 READY   := $(VENV)/ready
 
 .PHONY: demo test docs wheel check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults
+.PHONY: check-vulkan check-cuda check-arm64 check-windows trust-fuzz trust-faults trust-sanitizers
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -31,6 +31,10 @@ trust-fuzz: $(READY)
 
 trust-faults: llama
 	$(VENV)/bin/python tools/trust/faults.py --trials $(or $(TRIALS),60) $(TRUST_ARGS)
+
+# MUTANTS=200 make trust-sanitizers
+trust-sanitizers: llama
+	nice $(VENV)/bin/python tools/trust/sanitizers.py --mutants $(or $(MUTANTS),2000) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
