@@ -3,7 +3,7 @@
 //   loader SECONDS < LIST     each file is loaded and decoded in a process of its own, which may crash
 //
 // {"file", "status": loaded | refused | undecoded | crashed | hung, "code", "peak_kib", "seconds"}; what the process says goes
-// to FILE.log. `peak_kib` counts from this program's own memory. Files of even number are mapped, others read.
+// to FILE.log. `peak_kib` counts from this program's own memory. Two files are mapped, the next two read.
 
 #include "llama.h"
 
@@ -55,7 +55,7 @@ static bool decode(llama_context * ctx, int n_vocab, int n, llama_pos start) {
 
 static Status load(const char * file, bool mapped) {
     llama_model_params model_params = llama_model_default_params();
-    model_params.use_mmap = mapped;
+    model_params.load_mode = mapped ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     llama_model * model = llama_model_load_from_file(file, model_params);
     if (!model) {
         return REFUSED;
@@ -75,6 +75,18 @@ static Status load(const char * file, bool mapped) {
     return status;
 }
 
+static long resident_kib() { // not the peak, which is inherited from what started this
+    long all = 0, resident = 0;
+    FILE * file = fopen("/proc/self/statm", "r");
+    if (file) {
+        if (fscanf(file, "%ld %ld", &all, &resident) != 2) {
+            resident = 0;
+        }
+        fclose(file);
+    }
+    return resident*(sysconf(_SC_PAGESIZE)/1024);
+}
+
 static pid_t start(const std::string & file, bool mapped) {
     const pid_t child = fork();
     if (child == 0) {
@@ -91,10 +103,11 @@ static pid_t start(const std::string & file, bool mapped) {
 int main(int argc, char ** argv) {
     const double patience = argc > 1 ? atof(argv[1]) : 60;
     llama_backend_init();
+    const long own_kib = resident_kib();
     std::string file;
     for (int number = 0; std::getline(std::cin, file); ++number) {
         const auto   before = Clock::now();
-        const pid_t  child  = start(file, number % 2 == 0);
+        const pid_t  child  = start(file, number / 2 % 2 == 0);
         const auto   passed = [&] { return std::chrono::duration<double>(Clock::now() - before).count(); };
         int          state  = 0;
         bool         hung   = false;
@@ -109,10 +122,8 @@ int main(int argc, char ** argv) {
         static const char * const names[] = { "loaded", "refused", "undecoded" };
         const bool   crashed = WIFSIGNALED(state) || WEXITSTATUS(state) > UNDECODED;
         const char * status  = hung ? "hung" : crashed ? "crashed" : names[WEXITSTATUS(state)];
-        struct rusage own = {};
-        getrusage(RUSAGE_SELF, &own);
         printf("{\"file\": \"%s\", \"status\": \"%s\", \"code\": %d, \"peak_kib\": %ld, \"seconds\": %.3f}\n", file.c_str(), status,
-               WIFSIGNALED(state) ? -WTERMSIG(state) : WEXITSTATUS(state), used.ru_maxrss - own.ru_maxrss, passed());
+               WIFSIGNALED(state) ? -WTERMSIG(state) : WEXITSTATUS(state), used.ru_maxrss - own_kib, passed());
         fflush(stdout);
     }
 }

@@ -3,10 +3,11 @@
 
     python tools/trust/sanitizers.py [--part PART ...] [--mutants 2000] [--without CHECK] [-o FILE.json]
 
-Builds the patched libraries twice, beside the other builds: with AddressSanitizer (leaks included) and UBSan,
-and with ThreadSanitizer; and once more the programs that a patch touches. The other programs are the usual
-ones, which take these libraries. `programs` runs generation, server, imatrix, quantize, split files, RPC and
-the tests of the patches under the first, `threads` generation and tests under the second, with four threads.
+Builds the patched libraries with AddressSanitizer (leaks included) and UBSan, and those of ggml, whose
+threads compute, with ThreadSanitizer, beside the other builds; and the programs that a patch touches. All
+others are the usual ones, which then take these libraries. `programs` runs generation, server, imatrix,
+quantize, split files, RPC and the tests of the patches under the first, `threads` generation and tests under
+the second.
 `mutants` gives the first one's loader broken files, half of them broken where only pruned files have
 something: they load and decode, or are refused in words; no crash, no hang, no memory beyond `MEMORY` and
 `TIMES` the file.
@@ -46,6 +47,7 @@ SOURCES = {
     "test-mul-mat-id-skip": "tests/test-mul-mat-id-skip.cpp",
 }
 LIBRARIES = ("-lllama", "-lggml", "-lggml-base", "-lggml-cpu")
+TARGETS = {"address": ("llama",), "thread": ("ggml",)}  # the threads of a model's computation are ggml's
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # every null pointer ends in AddressSanitizer; looking for them beforehand doubles the time to compile
 FLAGS = {"address": "address,undefined -fno-sanitize=null,vptr", "thread": "thread"}
@@ -104,7 +106,8 @@ class Watch:
         """Compile a program of one file against the libraries, unless it is there."""
         from mone_export import runtime
 
-        tree, program = runtime.tree(whole=True), KEPT / self.libraries.parent.name / name
+        build = self.libraries.parent  # named after its options, in a folder named after the patches
+        tree, program = runtime.tree(whole=True), KEPT / f"{build.parent.name}-{build.name}" / name
         if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
             return program
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,7 @@ def watch(kind: str, folder: Path) -> Watch:
 
     flags = COMPILED.format(FLAGS[kind])
     args = [f"-DCMAKE_{language}_FLAGS_RELEASE={flags}" for language in ("C", "CXX")]
-    build = builds.build("cpu", (*OPTIONS[kind], *args), targets=("llama",), progress=told)
+    build = builds.build("cpu", (*OPTIONS[kind], *args), targets=TARGETS[kind], progress=told)
     stock, ours = source(patched=False), source()
     prepare(stock, told)
     texts = [patch.read_text(encoding="utf-8") for patch in ours.patches]
