@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from mone_export.runtime.upstream import source
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
@@ -34,3 +36,15 @@ def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found
     assert found["readers"][reader]["cases"] > 50
+
+
+@pytest.mark.upstream
+def test_broken_ggufs_show_a_loader_that_lacks_a_check() -> None:
+    """Needs what `make trust-sanitizers` builds, in half an hour."""
+    if not list((ROOT / "build" / "sanitizers").glob(f"{source().folder.name}-cpu-*/loader")):
+        pytest.skip("no loader under sanitizers: make trust-sanitizers")
+    status, found = figures("sanitizers.py", "--part", "mutants", "--mutants", "60")
+    assert status == 0, found
+    assert found["mutants"]["ended"]["aimed, refused"] > 5
+    status, found = figures("sanitizers.py", "--mutants", "300", "--without", "sizes")
+    assert status == 1 and found["mutants"]["ours"]

@@ -63,7 +63,10 @@ def broken_ggufs_table(data: Json) -> Iterable[Row]:
     """Yield what became of the broken files, by what was broken."""
     ends = ("loaded", "refused", "undecoded", "crashed", "hung")
     yield "broken", "files", *ends
-    for kind, what in (("aimed", "what only pruned files have"), ("bytes", "any bytes")):
+    for kind, what in (
+        ("aimed", "experts: counts, tiers, slots, types, shapes, names"),
+        ("bytes", "any bytes"),
+    ):
         found = [data["mutants"]["ended"].get(f"{kind}, {end}", 0) for end in ends]
         yield what, str(sum(found)), *map(str, found)
 

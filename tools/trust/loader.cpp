@@ -3,7 +3,7 @@
 //   loader SECONDS < LIST     each file is loaded and decoded in a process of its own, which may crash
 //
 // {"file", "status": loaded | refused | undecoded | crashed | hung, "code", "peak_kib", "seconds"}; what the process says goes
-// to FILE.log. `peak_kib` counts from this program's own memory. Two files are mapped, the next two read.
+// to FILE.log. `peak_kib` is all that the process has had in memory. Two files are mapped, the next two read.
 
 #include "llama.h"
 
@@ -75,18 +75,6 @@ static Status load(const char * file, bool mapped) {
     return status;
 }
 
-static long resident_kib() { // not the peak, which is inherited from what started this
-    long all = 0, resident = 0;
-    FILE * file = fopen("/proc/self/statm", "r");
-    if (file) {
-        if (fscanf(file, "%ld %ld", &all, &resident) != 2) {
-            resident = 0;
-        }
-        fclose(file);
-    }
-    return resident*(sysconf(_SC_PAGESIZE)/1024);
-}
-
 static pid_t start(const std::string & file, bool mapped) {
     const pid_t child = fork();
     if (child == 0) {
@@ -103,7 +91,6 @@ static pid_t start(const std::string & file, bool mapped) {
 int main(int argc, char ** argv) {
     const double patience = argc > 1 ? atof(argv[1]) : 60;
     llama_backend_init();
-    const long own_kib = resident_kib();
     std::string file;
     for (int number = 0; std::getline(std::cin, file); ++number) {
         const auto   before = Clock::now();
@@ -123,7 +110,7 @@ int main(int argc, char ** argv) {
         const bool   crashed = WIFSIGNALED(state) || WEXITSTATUS(state) > UNDECODED;
         const char * status  = hung ? "hung" : crashed ? "crashed" : names[WEXITSTATUS(state)];
         printf("{\"file\": \"%s\", \"status\": \"%s\", \"code\": %d, \"peak_kib\": %ld, \"seconds\": %.3f}\n", file.c_str(), status,
-               WIFSIGNALED(state) ? -WTERMSIG(state) : WEXITSTATUS(state), used.ru_maxrss - own_kib, passed());
+               WIFSIGNALED(state) ? -WTERMSIG(state) : WEXITSTATUS(state), used.ru_maxrss, passed());
         fflush(stdout);
     }
 }

@@ -12,6 +12,7 @@ the second.
 something: they load and decode, or are refused in words; no crash, no hang, no memory beyond `MEMORY` and
 `TIMES` the file.
 
+The sound files stay in `build/sanitizers`, with what is said about broken ones that show a fault.
 A report is ours if one of its places is a line that a patch has written; others are upstream's, and named.
 `--without CHECK` gives the mutants to a loader that lacks one of our checks, to show that they find it.
 Prints its figures as JSON; returns 1 where a check failed.
@@ -27,8 +28,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,13 @@ def sound_files(folder: Path) -> dict[str, Path]:
         "whole": {"ratio": 0, "outtype": "q8_0"},
         "novices": {"ratio": 0.5, "novice": "mean", "outtype": "q8_0"},
         "thin": {"ratio": 0.5, "novice": "thin", "outtype": "f16"},
-        "mixed": {"fit": 5_000_000},
+        "mixed": {"fit": 5_000_000},  # types expert by expert
     }
     files = {}
     for name, options in wanted.items():
         files[name] = folder / f"{name}.gguf"
-        export("demo", outfile=files[name], n_row=16, seq_len=128, **options)
+        if not files[name].exists():
+            export("demo", outfile=files[name], n_row=16, seq_len=128, **options)
     return files
 
 
@@ -209,7 +211,8 @@ def small_files(folder: Path) -> dict[str, Path]:
         parts = taken_apart(tiny_gguf(name, folder))
         for kind, change in (("tiers", tiered), ("novices", untiered)):
             file = folder / f"{name.replace(' ', '-')}-{kind}-f32.gguf"
-            file.write_bytes(put_together(change(parts, fates_for(parts))))
+            if not file.exists():
+                file.write_bytes(put_together(change(parts, fates_for(parts))))
             files[f"{name}, {kind}"] = quantised(file, "Q8_0")
     return files
 
@@ -220,7 +223,7 @@ def programs(watched: Watch, files: Mapping[str, Path], grouped: Path, folder: P
     text.write_text("\n\n".join(path.read_text() for path in sorted((ROOT / "mone_export").glob("*.py"))[:6]))
     for name, file in files.items():
         generation(watched, name, file)
-        watched.run(f"server, {name}", lambda env, file=file: served(watched.usual, file, env))  # type: ignore[misc]
+        watched.run(f"server, {name}", partial(served, watched.usual, file))
         imatrix, small = folder / f"{name}.imatrix", folder / f"{name}-q4.gguf"
         options = ("-m", file, "-f", text, "-o", imatrix, "-c", 128, "--chunks", 2, "-t", 2)
         watched.program(f"imatrix, {name}", "llama-imatrix", *options)
@@ -232,18 +235,18 @@ def programs(watched: Watch, files: Mapping[str, Path], grouped: Path, folder: P
     watched.program("layers dropped", "llama-quantize", "--prune-layers", 1, file, less, "copy")
     generation(watched, "layers dropped", less)
     watched.program("split", "llama-gguf-split", "--split-max-tensors", 10, file, part)
-    generation(watched, "a split file", folder / "part-00001-of-99999.gguf")
-    watched.program("merge", "llama-gguf-split", "--merge", folder / "part-00001-of-99999.gguf", whole)
+    first = next(folder.glob("part-00001-of-*.gguf"), part)
+    generation(watched, "a split file", first)
+    watched.program("merge", "llama-gguf-split", "--merge", first, whole)
     generation(watched, "slots and tiers", grouped)
-    watched.run("RPC", lambda env: through_rpc(watched, file, env))
+    watched.run("RPC", partial(through_rpc, watched, file))
     watched.program("save and load again", "test-llama-archs", "-a", "^(olmoe|qwen3moe)$")
     tests(watched)
 
 
 def generation(watched: Watch, what: str, file: Path, *options: object, n_thread: int = 2) -> None:
     """Have a model continue a text, its prompt in batches of several sizes."""
-    first = next(iter(sorted(file.parent.glob(file.name.replace("99999", "*")))), file)
-    fixed = ("-m", first, "-p", PROMPT * 3, "-n", 16, "-c", 256, "-t", n_thread, "-b", 32, "-ub", 16)
+    fixed = ("-m", file, "-p", PROMPT * 3, "-n", 16, "-c", 256, "-t", n_thread, "-b", 32, "-ub", 16)
     fixed += ("--temp", 0, "--ignore-eos", "-no-cnv", "-fit", "off", "--no-warmup")
     watched.program(f"generation, {what}", "llama-completion", *fixed, *options)
 
@@ -361,7 +364,8 @@ def mutants(
     from gguf_parts import taken_apart
 
     program, sound = loader(watched, args.without), {name: taken_apart(file) for name, file in files.items()}
-    verdicts, step = Verdicts(watched.lines), 50
+    verdicts, step, own = Verdicts(watched.lines), 50, dict(ENVIRONMENT)
+    own["ASAN_OPTIONS"] += ":alloc_dealloc_mismatch=0"  # the loader's operator new is its own
     for start in range(0, args.mutants, step):
         made = [broken(number, sound, args.seed) for number in range(start, min(start + step, args.mutants))]
         places = [folder / f"{each.number}.gguf" for each in made]
@@ -369,7 +373,7 @@ def mutants(
             place.write_bytes(each.content)
         names = "".join(f"{place}\n" for place in places)
         done = subprocess.run(
-            [program, str(SLOW)], input=names, capture_output=True, text=True, env=os.environ | ENVIRONMENT
+            [program, str(SLOW)], input=names, capture_output=True, text=True, env=os.environ | own
         )
         found = [json.loads(line) for line in done.stdout.splitlines()]
         for each, place, became in zip(made, places, found, strict=True):
@@ -395,10 +399,11 @@ def main() -> int:
     args = parser.parse_args()
     parts = args.part or (("mutants",) if args.without else PARTS)
     figures: dict[str, Any] = {"seed": args.seed, "without": args.without}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        files, small = sound_files(folder), small_files(folder)
-        runs: list[dict[str, Any]] = []
+    (made := KEPT / "files").mkdir(parents=True, exist_ok=True)
+    files, small = sound_files(made), small_files(made)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         if set(parts) & {"programs", "mutants"}:
             watched = watch("address", folder)
             if "programs" in parts:
@@ -414,9 +419,17 @@ def main() -> int:
             tests(watched)
             runs += watched.runs
     figures["runs"] = runs
-    keep("sanitizers", figures, args.out)
+    keep("sanitizers", joined(figures, args.out), args.out)
     failed = any(run["ours"] or run["failure"] for run in runs)
     return int(failed or bool(figures.get("mutants", {}).get("ours")))
+
+
+def joined(figures: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """Return figures with those that a file has of other parts, so that each can run by itself."""
+    old = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
+    again = {run["under"] for run in figures["runs"]}
+    runs = [run for run in old.get("runs", ()) if run["under"] not in again] + figures["runs"]
+    return {"mutants": old.get("mutants"), **figures, "runs": runs}
 
 
 if __name__ == "__main__":
