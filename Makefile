@@ -13,7 +13,7 @@ PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical 
 
 .PHONY: demo test test-all docs wheel lock check clean llama
 .PHONY: check-vulkan check-cuda check-arm64 check-windows
-.PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants
+.PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants trust-sanitizers
 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
@@ -58,6 +58,10 @@ lock: $(READY)
 
 trust-mutants: $(READY)
 	nice $(VENV)/bin/python tools/trust/mutants.py --sample $(or $(SAMPLE),150) $(TRUST_ARGS)
+
+# MUTANTS=200 make trust-sanitizers
+trust-sanitizers: llama
+	nice $(VENV)/bin/python tools/trust/sanitizers.py --mutants $(or $(MUTANTS),2000) $(TRUST_ARGS)
 
 check-vulkan: $(READY)
 	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null

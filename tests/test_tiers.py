@@ -307,3 +307,17 @@ def test_hostile_file_is_refused(case: str, sound: Parts, tmp_path: Path) -> Non
     with pytest.raises(MoneError, match=message) as refused:
         LlamaModel(file, LlamaOptions(n_threads=1))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [in_version_1, with_tiers])
+def test_experts_without_an_up_projection_are_refused(
+    make: Callable[[str, Path], Path], folder: Path, tmp_path: Path
+) -> None:
+    """The loader of this architecture does not ask for it."""
+    file = tmp_path / "model.gguf"
+    parts = taken_apart(make("mimo2", folder))
+    gone = [name for name in parts.tensors if "ffn_up_exps.weight" in name]
+    assert gone
+    file.write_bytes(put_together(without(*gone)(parts)))
+    with pytest.raises(MoneError, match=r"layer \d has experts without an up projection"):
+        LlamaModel(file, LlamaOptions(n_threads=1))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mone_export.runtime.upstream import source
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
@@ -77,3 +79,15 @@ def test_a_few_tests_are_too_few(tmp_path: Path) -> None:
     assert status == 1 and found["percent"] < found["asked_percent"]
     assert found["tests"] == {"passed": 9, "failed": 0, "skipped": 0}
     assert 0 < found["branches"][0] < found["branches"][1] and len(found["lowest"]) == 10
+
+
+@pytest.mark.upstream
+def test_broken_ggufs_show_a_loader_that_lacks_a_check() -> None:
+    """Needs what `make trust-sanitizers` builds, in half an hour."""
+    if not list((ROOT / "build" / "sanitizers").glob(f"{source().folder.name}-cpu-*/loader")):
+        pytest.skip("no loader under sanitizers: make trust-sanitizers")
+    status, found = figures("sanitizers.py", "--part", "mutants", "--mutants", "60")
+    assert status == 0, found
+    assert found["mutants"]["ended"]["aimed, refused"] > 5
+    status, found = figures("sanitizers.py", "--mutants", "300", "--without", "sizes")
+    assert status == 1 and found["mutants"]["ours"]

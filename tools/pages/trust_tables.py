@@ -158,6 +158,49 @@ def survivors_note(data: Json) -> str:
     return f"{sum(each['survived'] for each in modules)} of {sum(each['tried'] for each in modules)} tried."
 
 
+    )
+
+
+def sanitizers_table(data: Json) -> Iterable[Row]:
+    """Yield what ran under which sanitizer, and whose reports came of it."""
+    yield "under", "what", "runs", "seconds", "failed", "reports of ours", "of upstream's"
+    names = {"address": "AddressSanitizer, UBSan", "thread": "ThreadSanitizer"}
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for run in data["runs"]:
+        groups.setdefault((run["under"], run["what"].split(",")[0]), []).append(run)
+    for (under, what), runs in groups.items():
+        seconds, failed = sum(run["seconds"] for run in runs), sum(bool(run["failure"]) for run in runs)
+        reports = [sum(sum(run[whose].values()) for run in runs) for whose in ("ours", "upstream")]
+        yield names[under], what, str(len(runs)), f"{seconds:.0f}", str(failed), *map(str, reports)
+
+
+def sanitizers_note(data: Json) -> str:
+    """Say what was run."""
+    return "Failed: a program that did not end as it should. A report is ours if a line of a patch led to it."
+
+
+def broken_ggufs_table(data: Json) -> Iterable[Row]:
+    """Yield what became of the broken files, by what was broken."""
+    ends = ("loaded", "refused", "undecoded", "crashed", "hung")
+    yield "broken", "files", *ends
+    for kind, what in (
+        ("aimed", "experts: counts, tiers, slots, types, shapes, names"),
+        ("bytes", "any bytes"),
+    ):
+        found = [data["mutants"]["ended"].get(f"{kind}, {end}", 0) for end in ends]
+        yield what, str(sum(found)), *map(str, found)
+
+
+def broken_ggufs_note(data: Json) -> str:
+    """Say what was run, and what was found."""
+    found = data["mutants"]
+    crashes = ", ".join(f"{n} × {name}" for name, n in found["upstream"].items()) or "none"
+    return (
+        f"Faults of ours: {sum(found['ours'].values())}. Longest file {found['longest_s']} s, most memory "
+        f"{found['peak_mib']} MiB. Upstream's faults, by kind, function and file: {crashes}."
+    )
+
+
 TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "coverage": coverage_table,
     "faults": faults_table,
@@ -166,6 +209,8 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "supply": supply_table,
     "mutants": mutants_table,
     "mutants/survivors": mutants_survivors,
+    "sanitizers": sanitizers_table,
+    "sanitizers/files": broken_ggufs_table,
 }
 NOTES: dict[str, Callable[[Json], str]] = {
     "coverage": coverage_note,
@@ -175,4 +220,6 @@ NOTES: dict[str, Callable[[Json], str]] = {
     "supply": supply_note,
     "mutants": mutants_note,
     "mutants/survivors": survivors_note,
+    "sanitizers": sanitizers_note,
+    "sanitizers/files": broken_ggufs_note,
 }
