@@ -158,9 +158,6 @@ def survivors_note(data: Json) -> str:
     return f"{sum(each['survived'] for each in modules)} of {sum(each['tried'] for each in modules)} tried."
 
 
-    )
-
-
 def sanitizers_table(data: Json) -> Iterable[Row]:
     """Yield what ran under which sanitizer, and whose reports came of it."""
     yield "under", "what", "runs", "seconds", "failed", "reports of ours", "of upstream's"
