@@ -18,7 +18,7 @@ ADDRESS = f"""
     #1 0x55d2 in main {TREE}/tools/main.cpp:3
 
 0x602000000014 is located 0 bytes to the right of 4-byte region allocated by thread T0 here:
-    #0 0x7f in operator new(unsigned long) /place/loader.cpp:30
+    #0 0x7f in operator new(unsigned long) tools/trust/loader.cpp:30
 SUMMARY: AddressSanitizer: heap-buffer-overflow {TREE}/src/a.cpp:12 in llama_model_base
 """
 LEAK = f"""

@@ -19,6 +19,7 @@ LARGEST = 2**24  # bytes of a tensor that is made to fit its shape
 OURS = re.compile(r"(mone\.format_version|.*\.expert_(kept_count|tier_count|tier_sizes))$")
 NEAR = re.compile(r".*\.(expert_\w+|block_count|feed_forward_length|leading_dense_block_count)$")
 TENSORS = re.compile(r"blk\.\d+\.(ffn_\w*exps|ffn_exps_slot|ffn_gate_tid2eid|ffn_gate_inp|exp_probs_b)\b.*")
+OUR_TENSORS = re.compile(r"blk\.\d+\.(ffn_\w+_exps\.t\d+\..*|ffn_exps_slot)")
 EXPERTS = re.compile(r"blk\.\d+\.ffn_\w*exps.*\.weight")
 NUMBERS = (0, 1, 2, 3, 5, 7, 8, 9, 64, 255, 1024, 1025, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 PLAIN = {0: "b", 1: "b", 2: "H", 3: "H", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -29,26 +30,51 @@ Change = Callable[[Parts, random.Random], Parts]
 
 @dataclass(frozen=True)
 class Broken:
-    """A broken file: what it was, what is wrong with it, its bytes."""
+    """A broken file: what it was, what is wrong with it, its bytes.
+
+    `only_ours`: all that is wrong is in what ordinary files do not have, so that no other check can find it.
+    """
 
     number: int
     of: str
     wrong: str
     content: bytes
+    only_ours: bool = False
 
 
-def broken(number: int, sound: Mapping[str, Parts], seed: int = 0) -> Broken:
-    """Return a broken file: those of even numbers are aimed, of the others any byte of the head is."""
+def broken(number: int, sound: Mapping[str, Parts], seed: int = 0, only: str | None = None) -> Broken:
+    """Return a broken file: those of even numbers are aimed, of the others any byte of the head is.
+
+    With `only`, a name of `CHANGES`, every file is aimed, and that is what is changed.
+    """
     dice = random.Random(f"{seed} {number}")
     name = [*sound][number // 2 % len(sound)]
-    if number % 2:
+    if number % 2 and not only:
         return Broken(number, name, "bytes", mutated(put_together(sound[name]), dice))
     parts, wrong = sound[name], []
-    for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        what = dice.choice([*CHANGES])
+    for _ in range(1 if only else dice.choice((1, 1, 1, 2, 3))):
+        what = only or dice.choice([*CHANGES])
         parts = CHANGES[what](parts, dice)
         wrong.append(what)
-    return Broken(number, name, ", ".join(wrong), put_together(parts))
+    ours = _only_ours(sound[name], parts)
+    return Broken(number, name, ", ".join(wrong), put_together(parts), ours)
+
+
+def _only_ours(before: Parts, after: Parts) -> bool:
+    keys = {*before.keys.items()} ^ {*after.keys.items()}
+    names = {*before.tensors, *after.tensors}
+    changed = [name for name in names if before.tensors.get(name) != after.tensors.get(name)]
+    return all(OURS.fullmatch(name) for name, _ in keys) and all(
+        OUR_TENSORS.fullmatch(name) and not _as_in_any_file(before, after, name) for name in changed
+    )
+
+
+def _as_in_any_file(before: Parts, after: Parts, name: str) -> bool:
+    """Whether only the numbers or the type of weights differ, which can be as odd in any file."""
+    one, other = before.tensors.get(name), after.tensors.get(name)
+    if one is None or other is None or one.kind == GGMLQuantizationType.I32:
+        return False
+    return one.shape == other.shape
 
 
 def numbers_of(stored: bytes) -> list[Any]:
