@@ -370,7 +370,7 @@ def test_too_little_disk_is_one_line_before_any_work(
     monkeypatch.setattr(
         "mone_export.source.checkpoint.fingerprint", None
     )  # would be the first reading of weights
-    export().is_one_line(r"has 1\.00 kB free, the export needs \d+ kB: free some space, choose another -o")
+    export().is_one_line(r"has 1\.00 kB free, the export needs [\d.]+ MB: free some space, choose another -o")
 
 
 def test_statistics_in_an_impossible_place_are_refused_before_any_work(
