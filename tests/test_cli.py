@@ -491,7 +491,7 @@ def test_dry_run_writes_nothing_and_its_bytes_are_the_real_files(
     kept = 16 - round(16 * ratio)
     if ratio:
         assert f"keep {kept} of 16 experts on average" in outcome.out
-        assert re.search(r"size     about \d+ kB, \d+% of about \d+ kB", outcome.out)
+        assert re.search(r"size     about [\d.]+ [kM]B, \d+% of about [\d.]+ MB", outcome.out)
         options = [*options, "--allocate", "even"]
         outcome = export("--dry-run", *options, ratio=ratio)
     (announced,) = re.findall(r"\((\d+) bytes\)", outcome.out)
