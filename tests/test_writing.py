@@ -425,7 +425,8 @@ def test_novices_that_are_not_finite_are_never_written(
     calibration = calibrated("small")
     decision = chosen(calibration, 0.5, novice="mean")
     out_mean = calibration.layers[1].out_mean.clone()
-    out_mean[decision.layers[1].pruned[0], 3] = value
+    seen = next(expert for expert in decision.layers[1].pruned if calibration.layers[1].count[expert])
+    out_mean[seen, 3] = value
     broken = dict(calibration.layers) | {1: replace(calibration.layers[1], out_mean=out_mean)}
     with pytest.raises(MoneError, match=r"layer 1: .* not finite"):
         write(small, replace(calibration, layers=broken), decision, tmp_path / "model.gguf")
