@@ -209,7 +209,7 @@ def test_the_command_prints_a_table_and_json(
         ({"attention__head_count": "few"}, "is few, not a whole number"),
         ({"expert_tier_count": 1, "expert_tier_sizes": 3}, "its tiers are not 1 for each of 5 layers"),
         ({"expert_tier_count": 2**31}, "its tiers are not"),
-        ({"expert_tier_count": 1, "expert_tier_sizes": [999] * 5}, "layer 0 has more than 16 experts"),
+        ({"expert_tier_count": 1, "expert_tier_sizes": [999] * 5}, "layer 0 has more than 32 experts"),
     ],
 )
 def test_keys_of_another_form_are_one_line(
