@@ -133,7 +133,7 @@ def main() -> int:
 
 
 def made(folder: Path, kinds: Sequence[str]) -> dict[str, Path]:
-    """Make the demo's files: unpruned, and pruned in some ways."""
+    """Make the demo's files: unpruned, and pruned in some ways; in F32, so that batches round alike."""
     from mone_export.cli import main as export
 
     text = folder / "text.txt"
@@ -143,7 +143,7 @@ def made(folder: Path, kinds: Sequence[str]) -> dict[str, Path]:
     options |= {kind: ("--ratio", "0.5", *stats, *KINDS[kind]) for kind in kinds}
     files = {name: folder / f"{name.replace(' ', '-')}.gguf" for name in options}
     for name, file in files.items():
-        if export(["demo", "-q", "-o", str(file), *options[name]]):
+        if export(["demo", "-q", "--outtype", "f32", "-o", str(file), *options[name]]):
             raise SystemExit(f"the file of {name} cannot be made")
     return files
 
