@@ -77,7 +77,7 @@ def test_a_few_tests_are_too_few(tmp_path: Path) -> None:
     few = ("tests/test_allocation.py", "--numprocesses", "0")
     status, found = figures("branches.py", "--folder", str(tmp_path), *few)
     assert status == 1 and found["percent"] < found["asked_percent"]
-    assert found["tests"] == {"passed": 9, "failed": 0, "skipped": 0}
+    assert found["tests"]["passed"] > 5 and not found["tests"]["failed"]
     assert 0 < found["branches"][0] < found["branches"][1] and len(found["lowest"]) == 10
 
 
