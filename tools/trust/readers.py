@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 Read = Callable[[Path], object]
 
 
@@ -161,11 +159,9 @@ def in_a_folder(name: str, folder: Path) -> tuple[Path, Read]:
 def split_model(folder: Path) -> None:
     """Write a tiny model whose tensors lie in two files, with the demo model's tokenizer and a card."""
     from safetensors.torch import load_file, save_file
+    from tiny import save_small
 
     from mone_export.source import open_source
-
-    sys.path.append(str(ROOT / "tests"))
-    from tiny import save_small
 
     save_small(folder, num_hidden_layers=1)
     (folder / "tokenizer.model").unlink()

@@ -166,7 +166,8 @@ def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> d
     tally, again = judged(load.answers, expected), judged(after, expected)
     slope, error = growth(memory)
     failures = [*broken, *tally.wrong[:5], *again.wrong[:5], *load.accepted]
-    if seconds >= 2 * WARM and slope - 2 * error > GROWTH:
+    long_enough = seconds >= 2 * WARM
+    if long_enough and slope - 2 * error > GROWTH:
         failures.append(f"memory grows by {slope:.0f} +- {error:.0f} KiB a minute")
     if server.process.returncode:
         failures.append(f"the server ends with {server.process.returncode}")
@@ -177,7 +178,9 @@ def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> d
         "cancelled": load.n_cancelled,
         "malformed": {str(status): n for status, n in sorted(load.statuses.items())},
         "memory_mib": round(memory[-1][1] / 2**20, 1),
-        "growth_kib_per_minute": {"slope": round(slope, 2), "error": round(error, 2)},
+        "growth_kib_per_minute": {"slope": round(slope, 2), "error": round(error, 2)}
+        if long_enough
+        else None,
         "failures": failures,
     }
 
