@@ -1,9 +1,9 @@
 """What happens when somebody cuts a file short that llama.cpp has mapped.
 
 The system sends SIGBUS to a thread that looks at what is gone, and that would end the process, with no line
-said and its temporary files left. Python runs a signal's handler in the main thread, while the other one
-tries again and again. The handler puts zeros in the place of the mapping, and so all calls come to an end;
-what they computed is of no use.
+said and its temporary files left. The handler puts zeros in the place of the mapping, so that the thread goes
+on; what it computes is of no use. It is the C library's, called in that thread: Python's own runs in the main
+thread, into which the other one, trying again and again, would call it faster than it returns.
 """
 
 import ctypes
@@ -14,35 +14,37 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 _MAPS = Path("/proc/self/maps")
 _FIXED = 0x10  # MAP_FIXED of Linux, which Python's mmap has no name for
+_HANDLER, _DEFAULT = ctypes.CFUNCTYPE(None, ctypes.c_int), None  # SIG_DFL is a null pointer
 
 
 @contextmanager
 def cut_short() -> Iterator[list[Path]]:
     """Yield a list that gets the mapped files which are cut short during the block.
 
-    It is for the main thread while others work, and it must be back in Python every now and then. Elsewhere,
-    and on systems other than Linux, the list stays empty, and SIGBUS ends the process.
+    It is for the main thread while others work in calls that hold no lock of Python's. In other threads, and
+    on systems other than Linux, the list stays empty, and SIGBUS ends the process.
     """
     found: list[Path] = []
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         yield found
         return
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
 
-    def handle(*_: Any) -> None:
-        if files := list(_replaced()):
-            found.extend(files)
-        else:  # it comes again, and ends the process
-            signal.signal(signal.SIGBUS, signal.SIG_DFL)
+    def handle(_: int) -> None:
+        found.extend(_replaced())
+        if not found:  # it comes again, and ends the process
+            library.signal(signal.SIGBUS, _DEFAULT)
 
-    before = signal.signal(signal.SIGBUS, handle)
+    handler = _HANDLER(handle)
+    before = library.signal(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
     try:
         yield found
     finally:
-        signal.signal(signal.SIGBUS, before or signal.SIG_DFL)
+        library.signal(signal.SIGBUS, before)
 
 
 def _replaced() -> Iterator[Path]:
