@@ -19,7 +19,7 @@ from hub_server import hub_server
 from safetensors.torch import load_file, save_file
 from tiny import save_small
 
-from mone_export import cli_inspect
+from mone_export import cli, cli_eval, cli_inspect
 from mone_export.errors import MoneError
 from mone_export.inspection.inspecting import examine
 from mone_export.output.writing import OUTTYPES
@@ -291,6 +291,27 @@ def test_what_is_none_of_them_is_one_line(content: bytes, says: str, tmp_path: P
     (file := tmp_path / "file").write_bytes(content)
     with pytest.raises(MoneError, match=says):
         examine(str(file))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("mmproj", "a projector of images, no language model"), ("model", "a vocabulary and no weights")],
+)
+def test_ggufs_of_no_language_model_are_one_line(
+    kind: str, says: str, demo_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = taken_apart(demo_gguf)
+    typed = parts.keys | {"general.type": key("general.type", kind)}
+    tensors = {} if kind == "model" else parts.tensors
+    (file := tmp_path / "x.gguf").write_bytes(put_together(replace(parts, keys=typed, tensors=tensors)))
+    for main, options in (
+        (cli_inspect.main, []),
+        (cli_eval.main, []),
+        (cli.main, ["--ratio", "0.5", "--dry-run"]),
+    ):
+        assert main([str(file), *options]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line and "pass the model's own GGUF" in line
 
 
 def test_a_name_that_is_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

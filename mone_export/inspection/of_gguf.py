@@ -25,7 +25,7 @@ from mone_export.source.gguf_format import (
     part_of,
     tier_tensor,
 )
-from mone_export.source.gguf_header import Header, TensorInfo, read_header
+from mone_export.source.gguf_header import Header, TensorInfo, read_model
 from mone_export.source.gguf_types import gguf_constants
 from mone_export.source.pruned_before import kept_counts
 
@@ -48,7 +48,7 @@ def of_gguf(path: Path, *, n_ctx: int | None = None) -> Anatomy:
 
     Raises `MoneError` for what is no GGUF of a language model, or broken.
     """
-    header = read_header(path)
+    header = read_model(path)
     arch = header.value("general.architecture")
     n_block = header.integer(f"{arch}.block_count")
     if not isinstance(arch, str) or not 0 < n_block <= _MOST_LAYERS:

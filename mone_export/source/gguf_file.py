@@ -18,7 +18,7 @@ from mone_export.runtime import Progress
 from mone_export.source.fingerprints import remembered
 from mone_export.source.gguf_conversion import GgufConversion
 from mone_export.source.gguf_format import holds_ids, novice_tensor
-from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_header
+from mone_export.source.gguf_header import SHARD, Header, TensorInfo, read_model
 from mone_export.source.gguf_types import block_of, dequantize
 from mone_export.source.opened import Edits
 from mone_export.source.pruned_before import PrunedBefore, kept_counts, pruned_before
@@ -50,7 +50,7 @@ class GgufFile:
     @cached_property
     def header(self) -> Header:
         """Its keys and tensors; raises `MoneError` for what is no GGUF, or broken."""
-        return read_header(self.path)
+        return read_model(self.path)
 
     @property
     def files(self) -> list[Path]:

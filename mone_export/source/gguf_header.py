@@ -26,6 +26,7 @@ FORMATS: Mapping[int, str] = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_NO_MODELS = {"mmproj": "a projector of images", "adapter": "an adapter", "imatrix": "an importance matrix"}
 _FIRST_READ = 2**20  # bytes of a head; most vocabularies need some more
 _MOST_KEYS, _MOST_TENSORS, _MOST_DIMS, _LONGEST_NAME = 2**16, 2**20, 4, 63  # ggml's, or far above any model
 
@@ -118,6 +119,16 @@ def read_header(path: Path) -> Header:
     if count not in (0, len(files)):
         raise MoneError(f"{path} is one of {count} files: keep them together, under the names they came with")
     return Header(keys, tensors, files)
+
+
+def read_model(path: Path) -> Header:
+    """Read the head of a language model; raises `MoneError` for other files, what else a GGUF may be too."""
+    header = read_header(path)
+    if what := _NO_MODELS.get(str(header.value("general.type"))):
+        raise MoneError(f"{path} is {what}, no language model: pass the model's own GGUF")
+    if not header.tensors:
+        raise MoneError(f"{path} holds a vocabulary and no weights: pass the model's own GGUF")
+    return header
 
 
 def shards(path: Path) -> list[Path]:
