@@ -22,7 +22,7 @@ from mone_export.errors import MoneError, first_line
 from mone_export.source import Checkpoint, open_source
 from mone_export.source.shape import expert_modules, skeleton
 from mone_export.source.weights import NOVICE
-from mone_export.transformers_internals import check_version
+from mone_export.transformers_internals import check_version, weights_are_read
 
 
 def load_pruned(model: str | Path, **options: Any) -> PreTrainedModel:
@@ -50,9 +50,10 @@ def load_pruned(model: str | Path, **options: Any) -> PreTrainedModel:
     own = type(blank)
     short = _shortened(own, plan)
     try:
-        module: PreTrainedModel = short.from_pretrained(
-            source.folder, config=blank.config, **{"dtype": "auto", **options}
-        )
+        with weights_are_read():
+            module: PreTrainedModel = short.from_pretrained(
+                source.folder, config=blank.config, **{"dtype": "auto", **options}
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise MoneError(f"cannot load {model}: {first_line(error)}; is it complete?") from None
     module.__class__ = own
