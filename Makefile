@@ -11,6 +11,9 @@ LOCKED  := $(PIP) --require-hashes --no-deps
 LOCKS   := tools/release/requirements
 PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
+# what is compiled is kept: tests start thousands of commands, none of which need compile the package again
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-all docs wheel lock check clean llama
 .PHONY: check-vulkan check-cuda check-arm64 check-windows
 .PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants trust-sanitizers
@@ -18,11 +21,11 @@ PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical 
 demo: llama
 	$(VENV)/bin/python tools/demo.py
 
-# all tests but those marked nightly; test-all runs these, too
-test: llama
+# all tests but those marked nightly; test-all runs these, too; both compile what tests run, the wheel's llama.cpp included
+test: llama wheel
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: llama
+test-all: llama wheel
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 
 docs: $(READY)

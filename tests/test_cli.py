@@ -839,6 +839,7 @@ def stop(*_, **__):
 def remove(*arguments, **named):
     os.kill(os.getpid(), signal.{name})
     removed(*arguments, **named)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 Conversion.write_tensors, removed, shutil.rmtree = stop, shutil.rmtree, remove
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -53,7 +53,10 @@ HARMLESS: list[Case] = [
 ]
 REFUSED: list[Case] = [
     *(("mixtral", "head_dim", value) for value in (0, -16, "16", 15, 3.5, True)),
-    *(("mixtral", "num_hidden_layers", value) for value in (0, 1, 2, 4, 9, -1, None, "3", 2.5, ABSENT)),
+    *(
+        ("mixtral", "num_hidden_layers", value)
+        for value in (0, 1, 2, 4, 9, 2**31, -1, None, "3", 2.5, ABSENT)
+    ),
     *(("mixtral", "vocab_size", value) for value in (None, 0, -5, 10, 399, 401, "400", ABSENT)),
     *(("mixtral", "num_local_experts", value) for value in (0, None, 8, 12, 17, -1, "16", 16.0, ABSENT)),
     *(

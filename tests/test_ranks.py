@@ -1,8 +1,11 @@
 """Several processes at one calibration: each has its own device, the first decides what concerns all."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,32 @@ def test_more_processes_than_gpus_are_refused(three_of_two: None, monkeypatch: p
 
 def test_a_process_that_has_not_joined_others_decides_for_itself(three_of_two: None) -> None:
     assert from_first("own") == "own"
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_another_answers_signals(small: Path, tmp_path: Path) -> None:
+    """The second of two never comes, since it was killed; torchrun ends the first then by SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    command = [sys.executable, "-m", "mone_export", small, "--ratio", "0.5", "-o", tmp_path / "x.gguf"]
+    waiting = subprocess.Popen(command, env=os.environ | ranks, stderr=subprocess.PIPE, text=True)
+    while waiting.poll() is None:  # until it listens for the other
+        with socket.socket() as other:
+            if not other.connect_ex(("127.0.0.1", int(port))):
+                break
+        time.sleep(0.1)
+    time.sleep(1)
+    waiting.send_signal(signal.SIGTERM)
+    _, said = waiting.communicate(timeout=20)
+    assert waiting.returncode == 143 and said.endswith("mone-export: terminated; nothing was written\n"), said
 
 
 @pytest.mark.slow

@@ -7,9 +7,12 @@ die, torchrun ends the others.
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from typing import TypeVar
 
 from mone_export.artifacts import ExpertStats
@@ -37,15 +40,35 @@ def joined() -> Iterator[None]:
         yield
         return
     # gloo: what travels lies in the machine's memory, sums
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    _answering(partial(torch.distributed.init_process_group, "gloo", timeout=_PATIENCE))
     try:
         yield
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+    except Exception as error:  # not a signal: then a call to the others may be under way
+        torch.distributed.destroy_process_group()
+        if not isinstance(error, RuntimeError) or "gloo" not in str(error):
             raise
         raise MoneError("another of the processes has ended: what it said last says why") from None
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
+
+
+def _answering(call: Callable[[], T]) -> T:
+    """Return what a call gives that waits for other ranks, and answer signals meanwhile.
+
+    Python answers between two steps of the main thread, and such a call may be a step of hours: it is made in
+    a thread of its own, which nobody waits for once a signal has come.
+    """
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not found.done():
+        wait_for([found], timeout=0.1)
+    return found.result()
 
 
 def own_device(device: str) -> str:
@@ -77,14 +100,14 @@ def from_first(value: T) -> T:
     if n_rank() == 1 or not torch.distributed.is_initialized():
         return value
     values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
+    _answering(partial(torch.distributed.broadcast_object_list, values, src=0))
     return values[0]
 
 
 def wait() -> None:
     """Return when all ranks have come this far."""
     if n_rank() > 1:
-        torch.distributed.barrier()
+        _answering(torch.distributed.barrier)
 
 
 def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
@@ -94,7 +117,7 @@ def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
     result = {}
     for layer, own in layers.items():  # one layer at a time: they may be large
         parts: list[ExpertStats | None] | None = [None] * n_rank() if rank() == 0 else None
-        torch.distributed.gather_object(own, parts)
+        _answering(partial(torch.distributed.gather_object, own, parts))
         if parts is not None:
             result[layer] = reduce(ExpertStats.merge, (part for part in parts if part is not None))
     return result

@@ -27,7 +27,7 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _NO_MODELS = {"mmproj": "a projector of images", "adapter": "an adapter", "imatrix": "an importance matrix"}
-_FIRST_READ = 2**20  # bytes of a head; most vocabularies need some more
+_FIRST_READ = 2**24  # bytes; heads with the largest vocabularies have about as many
 _MOST_KEYS, _MOST_TENSORS, _MOST_DIMS, _LONGEST_NAME = 2**16, 2**20, 4, 63  # ggml's, or far above any model
 
 

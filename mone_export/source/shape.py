@@ -6,6 +6,7 @@ its own: transformers names an expert stack the same way in every family that us
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,6 +62,7 @@ _LEAST: Mapping[str, float] = {
     "rms_norm_eps": 0,
     "rope_theta": 1,
 }
+_OF_LAYERS, _MOST_LAYERS = re.compile(r"layers?$|depth$"), 2000  # several times as many as any model's
 # quantised checkpoints that transformers unpacks on any device, and llama.cpp's converter as well
 _UNPACKED = ("mxfp4", "fp8")
 
@@ -128,12 +130,26 @@ def auto_class(config: Any) -> Any:
 
 def skeleton(config: Any) -> "PreTrainedModel":
     """Build a model without weights, on torch's meta device."""
+    _refuse_endless(config)
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = auto_class(config).from_config(config)
     except Exception as error:  # what a model's constructor makes of an odd config is no closed list
         raise misfit("build", config, error) from None
     return skeleton
+
+
+def _refuse_endless(config: Any) -> None:
+    """Refuse counts of layers that nobody could wait for."""
+    parts = [config.to_dict()]
+    for part in parts:  # which grows: a config may hold others
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            if _OF_LAYERS.search(str(key)) and isinstance(value, int) and value > _MOST_LAYERS:
+                raise MoneError(
+                    f"{arch_of(config)} has {value} layers by its config.json ({key}): compare it with the "
+                    "published model's"
+                )
 
 
 def misfit(what: str, config: Any, error: BaseException) -> MoneError:
