@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,3 +204,17 @@ def test_the_text_of_the_tests_is_the_known_one() -> None:
     """It moves with the pinned transformers: then state it anew, and look at tests that fail besides."""
     found = hashlib.sha256(fixed_text().encode("utf-8")).hexdigest()
     assert found == "b408bc8a47ab04c72be552cff44339d965b958c6d1c1fb5a63763fa69b8ad46e"
+
+
+@pytest.mark.slow
+def test_every_tool_starts() -> None:
+    """Each as people start it, all at a time: what it imports is there."""
+    texts = {file: file.read_text() for file in (ROOT / "tools").rglob("*.py")}
+    files = [file for file, text in texts.items() if "add_argument" in text and "__main__" in text]
+    runs = {
+        file: subprocess.Popen([sys.executable, file, "--help"], stdout=subprocess.PIPE, text=True)
+        for file in files
+    }
+    said = {file: run.communicate()[0] for file, run in runs.items()}
+    assert len(runs) > 10 and not [file for file, run in runs.items() if run.returncode]
+    assert not [file for file, text in said.items() if not text.startswith("usage: ")]

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "release")]
 
 from measuring import environment  # noqa: E402  (neighbours, which import the checkout's own package)
 from measuring.bytes import FRACTIONS, measure_bytes  # noqa: E402

@@ -6,7 +6,7 @@ import sys
 from measuring import Json, pairwise, programs, scratch, spread
 from measuring.speed import REPETITIONS, TESTS, bench
 from models.random_gguf import BLOCK_TYPES, SHAPES, write_model
-from release.wheels import compiled
+from wheels import compiled
 
 RATIO = 0.5
 
