@@ -25,7 +25,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "release")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tools" / name) for name in ("pages", "release"))]
+
+import readme_tables  # noqa: E402
 
 from measuring import environment  # noqa: E402  (neighbours, which import the checkout's own package)
 from measuring.bytes import FRACTIONS, measure_bytes  # noqa: E402
@@ -40,7 +42,6 @@ from measuring.server import measure_server  # noqa: E402
 from measuring.speed import add_options as add_speed_options  # noqa: E402
 from measuring.wheel import add_options as add_wheel_options  # noqa: E402
 from models.random_gguf import BLOCK_TYPES, SHAPES  # noqa: E402
-from pages import readme_tables  # noqa: E402
 
 OUT = ROOT / "docs" / "measurements"
 

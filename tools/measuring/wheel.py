@@ -3,10 +3,11 @@
 import argparse
 import sys
 
+from wheels import compiled
+
 from measuring import Json, pairwise, programs, scratch, spread
 from measuring.speed import REPETITIONS, TESTS, bench
 from models.random_gguf import BLOCK_TYPES, SHAPES, write_model
-from wheels import compiled
 
 RATIO = 0.5
 
