@@ -151,6 +151,7 @@ def test_a_layer_without_experts_is_told_from_the_original_and_the_original_is_n
     assert "drift" not in found["zeroed"].differences["greedy"]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.upstream
 def test_whichever_layer_it_is_and_not_a_file_that_hardly_strays(

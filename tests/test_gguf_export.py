@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
 ROWS: Mapping[str, Any] = {"n_row": 16, "seq_len": 256}
 TOKENS = list(range(300, 364))
-N_KILL = [4, pytest.param(10, marks=pytest.mark.nightly)]
+N_KILL = [2, pytest.param(10, marks=pytest.mark.nightly)]
 # a step after every batch, and slow batches, so that kills hit all there is to hit
 SLOW = """
 import sys, time

@@ -44,7 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5])
+@pytest.mark.parametrize("ratio", [pytest.param(0.25, marks=pytest.mark.nightly), 0.5])
 def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp_path: Path) -> None:
     outfile = tmp_path / "model.gguf"
     options: dict[str, Any] = {"files": [text], "n_row": 8, "seq_len": 128, "novice": "least-squares"}
@@ -70,7 +70,10 @@ def assert_same(nmse: Tensor) -> None:
     assert nmse.sort().values[-2] < LIMIT and nmse.max() < 0.01, nmse
 
 
-@pytest.mark.parametrize(("method", "ratio"), [("drop", 0.25), ("drop", 0.5), ("dern", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "ratio"),
+    [pytest.param("drop", 0.25, marks=pytest.mark.nightly), ("drop", 0.5), ("dern", 0.5)],
+)
 def test_unpatched_llama_cpp_runs_ordinary_files(
     folder: Path, method: str, ratio: float, text: Path, tmp_path: Path, stock_libraries: Path
 ) -> None:

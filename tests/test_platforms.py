@@ -66,7 +66,7 @@ def test_modules_keep_their_promises(platform: str) -> None:
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("platform", ["win32", "darwin"])
+@pytest.mark.parametrize("platform", ["win32", pytest.param("darwin", marks=pytest.mark.nightly)])
 def test_an_export_writes_the_same_bytes(platform: str, text: Path, tmp_path: Path) -> None:
     """Twice, so that outputs are replaced; with statistics, a work folder, a page, a matrix."""
     programs = tmp_path / "programs"

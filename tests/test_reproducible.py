@@ -35,6 +35,7 @@ RECIPES = {
     "mean": ("--ratio", "0.5", "--novice", "mean", "--allocate", "sensitivity"),
     "streamed": ("--ratio", "0.5", "--novice", "mean", "--stream", "on"),
 }
+LATER = ("mean", "streamed")  # by night
 
 Run = Callable[..., Path]
 
@@ -67,7 +68,9 @@ def written(folder: Path) -> Mapping[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", ["thin", *(pytest.param(name, marks=pytest.mark.nightly) for name in LATER)]
+)
 def test_neither_folder_nor_time_zone_language_or_hash_seed_changes_a_byte(
     recipe: str, small: Path, run: Run
 ) -> None:
@@ -96,7 +99,7 @@ def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("recipe", ["thin", "mean"])
+@pytest.mark.parametrize("recipe", ["thin", pytest.param("mean", marks=pytest.mark.nightly)])
 def test_a_gguf_is_the_same_with_any_number_of_threads(recipe: str, demo_gguf: Path, run: Run) -> None:
     """llama.cpp computes each row by itself; the page, which has the command, names the number."""
     one, two = (

@@ -22,7 +22,7 @@ from mone_export.pipeline import export
 
 pytestmark = pytest.mark.slow
 
-N_KILL = [6, pytest.param(20, marks=pytest.mark.nightly)]
+N_KILL = [3, pytest.param(20, marks=pytest.mark.nightly)]
 # a step after every batch, and slow batches, so that kills hit all there is to hit
 SLOW = """
 import sys, time

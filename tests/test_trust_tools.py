@@ -33,6 +33,7 @@ def test_a_fault_trial_fails_where_the_output_is_made_in_place() -> None:
     assert status == 1 and "neither the old one nor the new one" in found["failures"][0]["wrong"][0]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 def test_a_fault_trial_fails_where_a_rename_comes_before_the_flush() -> None:
     one = ("--trials", "1", "--fault", "power cut")
@@ -41,13 +42,16 @@ def test_a_fault_trial_fails_where_a_rename_comes_before_the_flush() -> None:
     assert status == 1 and any("is not flushed" in wrong for wrong in found["failures"][0]["wrong"])
 
 
-@pytest.mark.parametrize("reader", ["statistics", "plan", "index"])
+@pytest.mark.parametrize(
+    "reader", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("statistics", "plan")), "index"]
+)
 def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found
     assert found["readers"][reader]["cases"] > 50
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.upstream
 def test_a_server_keeps_its_answers_under_load() -> None:

@@ -36,6 +36,13 @@ FAMILIES_OF = {
     "q8_0": ("Qwen3MoeForCausalLM", "GptOssForCausalLM"),
 }
 CASES = [(family, outtype) for outtype, families in FAMILIES_OF.items() for family in families]
+ONE_OF_EACH = dict(CASES)  # every family in one type, every type
+PARAMS = [
+    pytest.param(
+        case, marks=[pytest.mark.slow, *([] if case in ONE_OF_EACH.items() else [pytest.mark.nightly])]
+    )
+    for case in CASES
+]
 SMALL = ("small", "f32")
 
 
@@ -87,7 +94,7 @@ def upstream(
     return contents
 
 
-@pytest.fixture(params=[SMALL, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES)], ids="-".join)
+@pytest.fixture(params=[SMALL, *PARAMS], ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
