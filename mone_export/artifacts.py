@@ -254,11 +254,15 @@ class ChannelStats:
         return ChannelStats(*(getattr(self, name) + getattr(other, name) for name in _CHANNEL_TENSORS))
 
     def save(self, folder: Path, layer: int) -> None:
-        """Write a layer's sums to a safetensors file in a folder, the second moments in float32."""
+        """Write a layer's sums to a safetensors file in a folder, half of the second moments, in float32."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        tensors = {name: getattr(self, name) for name in _CHANNEL_TENSORS} | {"second": self.second.float()}
+        places = _lower_half(self.second.shape[-1])
+        half = torch.empty(len(self.second), len(places), dtype=torch.float32)
+        for own, matrix in zip(half, self.second, strict=True):
+            own.copy_(matrix.flatten()[places])
+        tensors = {name: getattr(self, name) for name in _CHANNEL_TENSORS} | {"second": half}
         file = _channel_file(folder, layer)
         try:
             save_file(tensors, part := file.with_suffix(".part"))
@@ -279,11 +283,22 @@ class ChannelStats:
         """Read what `save` wrote; the second moments stay in float32."""
         from safetensors.torch import load_file
 
-        return cls(**load_file(_channel_file(folder, layer), backend="pread"))
+        tensors = load_file(_channel_file(folder, layer), backend="pread")
+        half, size = tensors.pop("second"), tensors["first"].shape[1]
+        second, places = half.new_zeros(len(half), size, size), _lower_half(size)
+        for matrix, own in zip(second, half, strict=True):
+            matrix.view(-1)[places] = own
+            matrix += matrix.tril(-1).T
+        return cls(**tensors, second=second)
 
 
 def _channel_file(folder: Path, layer: int) -> Path:
-    return folder / f"layer-{layer}.safetensors"
+    return folder / f"layer-{layer}.half.safetensors"
+
+
+def _lower_half(size: int) -> Tensor:
+    """Return the places in a flat [size, size] matrix that are not above its diagonal."""
+    return torch.ones(size, size, dtype=torch.bool).tril().flatten().nonzero().squeeze(1)
 
 
 _CHANNEL_TENSORS = tuple(field.name for field in fields(ChannelStats))

@@ -31,7 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "diff", "text", "json", "yaml"}
 HUB_ID = "allenai/OLMoE-1B-7B-0125"
 GGUFS = ("OLMoE-1B-7B-Q4_K_M.gguf", "model-Q4_K_M.gguf")
-CUT = {"llama-perplexity": "-c 64 --chunks 2"}
+CUT = {"llama-perplexity": "-c 64 --chunks 2", "mone-eval": "--chunks 2"}
 SERVERS = ("llama-server", "ggml-rpc-server")
 
 # what is not run, by a pattern of its beginning, and why; `mone-export` lines are still read by its parser

@@ -385,7 +385,7 @@ def test_a_work_folder_keeps_the_second_pass(command: Command, text: Path, tmp_p
     assert "second pass  " in first.err and "second pass  " not in again.err
     assert "the second pass is in" in again.err
     assert (tmp_path / "more.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
-    (tmp_path / "work" / "rank-0" / "channels" / "layer-1.safetensors").unlink()  # as if killed in it
+    (tmp_path / "work" / "rank-0" / "channels" / "layer-1.half.safetensors").unlink()  # as if killed in it
     command(*options, "-o", tmp_path / "again.gguf").is_fine()
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "half.gguf").read_bytes()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mone_export.calibration.sums import expert_stats
 from mone_export.pruning import thinning
 from mone_export.pruning.damage import error_left
 from mone_export.pruning.novices import novices
-from mone_export.pruning.thinning import refit, thin, widths_of
+from mone_export.pruning.thinning import channel_bytes, refit, thin, widths_of
 
 N_EXPERT, SIZE, WIDTH = 3, 12, 7
 WIDTHS = (0, 4, 8, 12)
@@ -180,3 +181,16 @@ def test_widths_have_whole_blocks(size: int, block: int, widths: tuple[int, ...]
     spec = MoeSpec("TinyForCausalLM", 2, (1,), 8, 2, 1, 64, size)
     assert widths_of(spec, block) == widths
     assert widths_of(replace(spec, expert_size=256), 256) == (0, 256)
+
+
+def test_half_of_a_matrix_is_kept_on_disk_and_all_of_it_comes_back(tmp_path: Path) -> None:
+    """As many bytes as `channel_bytes` says, about."""
+    spec = MoeSpec("llama", 1, (0,), 4, 2, 1, 8, 64)
+    made = torch.rand(4, 64, 64, dtype=torch.float64)
+    sums = ChannelStats(torch.ones(4, dtype=torch.int64), torch.rand(4), torch.rand(4, 64), made @ made.mT)
+    sums.save(tmp_path, 0)
+    back = ChannelStats.load(tmp_path, 0)
+    assert torch.equal(back.second, sums.second.float().tril() + sums.second.float().tril(-1).mT)
+    assert torch.equal(back.first, sums.first)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == pytest.approx(channel_bytes(spec), rel=0.05)

@@ -128,7 +128,7 @@ def thin(
 
 def channel_bytes(spec: MoeSpec) -> int:
     """Return how many bytes the files of all layers take, about."""
-    return 4 * len(spec.moe_layers) * spec.n_expert * spec.expert_size * (spec.expert_size + 2)
+    return 2 * len(spec.moe_layers) * spec.n_expert * spec.expert_size * (spec.expert_size + 5)
 
 
 def down_projections(experts: Any) -> list[Tensor]:

@@ -28,7 +28,8 @@ that llama.cpp gives of the unpruned file and PyTorch's of the checkpoint.
 ARCHS = """
 Architectures by llama.cpp's names, each as a tiny random GGUF of its own test's shape with more experts than
 are used: half of them replaced, by statistics from llama.cpp. NMSE: of the pruned file's logits, to those of
-the unpruned file with the novices put into its graph. {known}have no road from a checkpoint here.
+the unpruned file with the novices put into its graph. Among those without a road from a checkpoint here are
+{known}.
 """
 
 
@@ -76,7 +77,7 @@ def _facts(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _known(archs: list[dict[str, Any]]) -> str:
     named = [f"{row['known_as']} ({row['name']})" for row in archs if row["known_as"]]
-    return f"{', '.join(named[:-1])} and {named[-1]} "
+    return f"{', '.join(named[:-1])} and {named[-1]}"
 
 
 def _arch(row: dict[str, Any]) -> tuple[str, ...]:

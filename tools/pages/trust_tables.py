@@ -118,10 +118,10 @@ def verdict(failed: Sequence[str], sound: str) -> str:
 
 def supply_note(data: Json) -> str:
     """Say what the words mean."""
+    oldest = "; lowest-direct: the oldest that `pyproject.toml` allows" if data.get("claims") else ""
     return (
-        "Locked: the versions that `make` installs, on Python 3.11 tested by `make test`; lowest-direct: the "
-        "oldest that `pyproject.toml` allows. The runtime's wheel was not built twice; a test packs the same "
-        "files twice."
+        f"Locked: the versions that `make` installs, on Python 3.11 tested by `make test`{oldest}. The "
+        "runtime's wheel was not built twice; a test packs the same files twice."
     )
 
 
