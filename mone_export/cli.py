@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mone_export import __version__
@@ -125,13 +126,16 @@ def _known(error: Exception) -> str:
 def _stoppable() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C for the length of the block; a second one does not disturb the first.
 
-    What is cleaned up then would be left half removed otherwise.
+    What is cleaned up then would be left half removed otherwise. One that comes while an object is finalised
+    waits for the end of that: Python would report what is raised there, and go on.
     """
     stopped = False
 
-    def stop(number: int, _frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
-        if not stopped:
+        if _finalises(frame):
+            threading.Timer(0.05, _send, (number,)).start()
+        elif not stopped:
             stopped = True
             raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -146,6 +150,24 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send(number: int) -> None:
+    """Send a signal to the main thread, which may be asleep."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _finalises(frame: FrameType | None) -> bool:
+    """Say whether a frame is part of a `__del__`, or of a finaliser of the module `weakref`."""
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "__del__" or (name == "__call__" and frame.f_globals.get("__name__") == "weakref"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -822,6 +822,35 @@ def test_an_unexpected_error_is_one_line_and_one_event(
     assert (event["event"], event["status"]) == ("error", 1)
 
 
+@pytest.mark.parametrize("kind", ["__del__", "finalize"])
+def test_a_signal_waits_for_the_end_of_a_finaliser(kind: str, small: Path, tmp_path: Path) -> None:
+    """Such as one that removes a temporary folder: what is raised there is printed by Python, and lost."""
+    code = f"""
+import os, signal, sys, time, weakref
+from mone_export import cli, pipeline
+def remove():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print("removed", flush=True)
+class Folder:
+    if "{kind}" == "__del__":
+        def __del__(self):
+            remove()
+    else:
+        def __init__(self):
+            weakref.finalize(self, remove)
+def stop(*_, **__):
+    Folder()
+    time.sleep(30)
+pipeline.export = stop
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", code, str(small), "--ratio", "0.5", "-o", str(tmp_path / "model.gguf")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (143, "removed\n")
+    assert result.stderr == "mone-export: terminated; nothing was written\n"
+
+
 @pytest.mark.parametrize(
     ("name", "status", "said"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")]
 )

@@ -130,6 +130,7 @@ def test_file_is_made_and_run_without_a_compiler(installed: Environment, novice_
     assert said == complete(runtime.path("cpu"), novice_file).text
 
 
+@pytest.mark.nightly  # minutes; tests/test_proofs.py checks those of the native build
 def test_devices_can_be_checked(installed: Environment) -> None:
     said = json.loads(installed.run("mone-llama", "check", "--json"))
     (cpu,) = [device for device in said["devices"] if device["device"] == "CPU"]

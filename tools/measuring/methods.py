@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from measuring import Json
+from measuring.baselines import flap, without_layers
 
 SEQ_LEN = 512
 # model -> the kind of its calibration text, and a kind unlike it
@@ -92,6 +93,17 @@ STOCK = (
     Variant("dern", "gate"),
     Variant("merge", "frequency"),
 )
+# one of each system that the exporter is compared with, and its own: constants, thin experts
+SYSTEMS = (
+    Variant("mone", "error", "thin", "budget"),
+    Variant("mone", "error", "least-squares", "sensitivity"),
+    PAPER,
+    Variant("drop", "reap"),
+    Variant("dern", "gate"),
+    Variant("merge", "frequency"),
+    Variant("flap", "fluctuation"),
+    Variant("layers", "angle"),
+)
 VARIANTS = {
     "always": ALWAYS,
     "contenders": CONTENDERS,
@@ -99,6 +111,7 @@ VARIANTS = {
     "ways": WAYS,
     "controls": CONTROLS,
     "stock": STOCK,
+    "systems": SYSTEMS,
 }
 
 
@@ -238,7 +251,11 @@ def pruned(
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score, score_weights
 
-    if variant.method in ("merge", "narrow") or variant.way in ("scale", "gains"):
+    if variant.method == "flap":
+        with flap(model, corpus, ratio) as module:
+            yield module
+        return
+    if variant.method in ("merge", "narrow", "layers") or variant.way in ("scale", "gains"):
         yield _ordinary(model, calibration, corpus, variant, ratio)
         return
     recipe = recipe_of(variant, ratio, seed=seed)
@@ -277,11 +294,13 @@ def pruned(
 
 
 def _ordinary(model: Any, calibration: Any, corpus: Any, variant: Variant, ratio: float) -> Any:
-    """Return the model of an ordinary file: narrower, merged, or mended experts."""
+    """Return the model of an ordinary file: narrower, merged, or mended experts, or fewer layers."""
     from measuring.ordinary import mended, merged
     from mone_export.pruning.planning import plan
     from mone_export.pruning.scoring import score
 
+    if variant.method == "layers":
+        return without_layers(model.module, corpus, ratio)
     if variant.method == "merge":
         return merged(model, corpus, calibration, round((1 - ratio) * model.spec.n_expert))
     if variant.method == "narrow":

@@ -410,6 +410,15 @@ STOCK = {
     ("merge", "frequency", "none", ""): "MC-SMoE",
     THIN: "thin, patched runtime",
 }
+SYSTEMS = {
+    DEFAULT: "constants",
+    ("mone", "mone", "mean", ""): "the MoNE paper's",
+    REAP: "REAP",
+    ("dern", "gate", "none", ""): "DERN",
+    ("merge", "frequency", "none", ""): "MC-SMoE",
+    ("flap", "fluctuation", "none", ""): "FLAP in experts",
+    ("layers", "angle", "none", ""): "whole layers",
+}
 MENDED = {
     "REAP": REAP,
     "dropped by error": ("drop", "error", "none", ""),
@@ -424,6 +433,16 @@ def methods_stock(data: Json) -> Iterable[Row]:
     for model, ratio, text in _stock_cells(data):
         own = [run[text]["kl"] for run in by_way[model, ratio, REAP].values()]
         cells = (_times(by_way, model, ratio, text, way, digits=3, base=REAP) for way in STOCK)
+        yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
+
+
+def methods_systems(data: Json) -> Iterable[Row]:
+    """Yield the divergence of thin experts, and how many times as far other systems stray."""
+    yield "model", "experts' bytes gone", "text", "**thin experts**", *SYSTEMS.values()
+    by_way = _by_way(data)
+    for model, ratio, text in _stock_cells(data):
+        own = [run[text]["kl"] for run in by_way[model, ratio, THIN].values()]
+        cells = (_times(by_way, model, ratio, text, way, base=THIN) for way in SYSTEMS)
         yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
 
 
@@ -864,6 +883,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "methods/thin": methods_thin,
     "methods/controls": methods_controls,
     "methods/stock": methods_stock,
+    "methods/systems": methods_systems,
     "methods/mended": methods_mended,
     "methods/thinshort": methods_thin_short,
     "methods/thinhalf": methods_thin_half,
@@ -889,7 +909,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     ),
     "protect": protect_note,
     **dict.fromkeys(
-        (f"methods/{view}" for view in ("thin", "thinshort", "controls", "stock", "mended")),
+        (f"methods/{view}" for view in ("thin", "thinshort", "controls", "stock", "systems", "mended")),
         methods_thin_note,
     ),
     "speed/thin": speed_thin_note,
