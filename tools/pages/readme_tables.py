@@ -442,7 +442,7 @@ def methods_systems(data: Json) -> Iterable[Row]:
     by_way = _by_way(data)
     for model, ratio, text in _stock_cells(data):
         own = [run[text]["kl"] for run in by_way[model, ratio, THIN].values()]
-        cells = (_times(by_way, model, ratio, text, way, base=THIN) for way in SYSTEMS)
+        cells = (_times(by_way, model, ratio, text, way, digits=0, base=THIN) for way in SYSTEMS)
         yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
 
 
