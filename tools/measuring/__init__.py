@@ -87,3 +87,13 @@ def ask_perplexity(bin_dir: Path, file: Path, text: Path, pattern: str, *options
         if found := re.search(pattern, output):
             return found
     raise SystemExit(f"llama-perplexity ended with {done.returncode} and gave no result: {output[-2000:]}")
+
+
+def with_constants(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
+    """Run an experts module, and add each expert's constant, [n_expert, d], weighted as its output is."""
+    import torch
+
+    from mone_export.calibration.observer import run_experts
+
+    spread = torch.zeros(len(ids), len(constants)).scatter_(1, ids, weights)
+    return run_experts(module, hidden, ids, weights) + spread @ constants

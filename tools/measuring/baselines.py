@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from measuring import with_constants
+
 
 def without_layers(module: Any, corpus: Any, ratio: float) -> Any:
     """Return the model without the consecutive layers that turn the hidden states least.
@@ -66,12 +68,7 @@ def flap(model: Any, corpus: Any, ratio: float) -> Iterator[Any]:
     from mone_export.artifacts import ChannelStats
     from mone_export.calibration.channels import measure_channels
     from mone_export.calibration.masking import standing_in
-    from mone_export.calibration.observer import run_experts
     from mone_export.source.shape import expert_modules
-
-    def forward(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
-        spread = torch.zeros(len(ids), len(constants)).scatter_(1, ids, weights)
-        return run_experts(module, hidden, ids, weights) + spread @ constants
 
     modules, scores, means = dict(expert_modules(model.module)), {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +88,7 @@ def flap(model: Any, corpus: Any, ratio: float) -> Iterator[Any]:
         pruned = (scores[layer] <= limit)[:, None]
         constants = (before[layer].double() * pruned * means[layer][:, None]).sum(2).float()
         module.down_proj.data = before[layer].masked_fill(pruned, 0)
-        forwards[module] = partial(forward, module, constants)
+        forwards[module] = partial(with_constants, module, constants)
     try:
         with standing_in(forwards):
             yield model.module

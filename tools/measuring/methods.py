@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measuring import Json
+from measuring import Json, with_constants
 from measuring.baselines import flap, without_layers
 
 SEQ_LEN = 512
@@ -366,16 +366,11 @@ def thinned(model: Any, calibration: Any, thinner: Any, chosen: Any) -> Iterator
     import torch
 
     from mone_export.calibration.masking import standing_in
-    from mone_export.calibration.observer import run_experts
     from mone_export.output.thin_experts import constants as with_tiers
     from mone_export.pruning.novices import novices
     from mone_export.source.shape import expert_modules
 
     modules, before, forwards = dict(expert_modules(model.module)), {}, {}
-
-    def forward(module: Any, constants: Any, hidden: Any, ids: Any, weights: Any) -> Any:
-        spread = torch.zeros(len(ids), len(constants)).scatter_(1, ids, weights)
-        return run_experts(module, hidden, ids, weights) + spread @ constants
 
     for layer in chosen.layers:
         module, number = modules[layer.layer], layer.layer
@@ -392,7 +387,7 @@ def thinned(model: Any, calibration: Any, thinner: Any, chosen: Any) -> Iterator
                 module.down_proj.data[expert][:, channels] = thinner.down(
                     number, expert, tier.width, whole
                 ).float()
-        forwards[module] = partial(forward, module, constants)
+        forwards[module] = partial(with_constants, module, constants)
     try:
         with standing_in(forwards):
             yield model.module

@@ -34,9 +34,9 @@ def faults_note(data: Json) -> str:
 
 def fuzz_table(data: Json) -> Iterable[Row]:
     """Yield what became of the broken files that each reader was given."""
-    yield "reader", "files", "read", "refused", "failed", "longest, s", "memory grown, MiB"
+    yield "reader", "minutes", "files", "read", "refused", "failed", "longest, s", "memory grown, MiB"
     for name, found in data["readers"].items():
-        numbers = [found[key] for key in ("cases", "read", "refused")]
+        numbers = [f"{found['seconds'] / 60:g}", *(found[key] for key in ("cases", "read", "refused"))]
         numbers += [sum(found["failures"].values()), found["longest_s"], found["memory_grown_mib"]]
         yield name, *map(str, numbers)
 

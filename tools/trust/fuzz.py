@@ -42,26 +42,30 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each reader (default 60)")
     parser.add_argument("--reader", choices=MAKERS, action="append", help="only this one, repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", type=Path, dest="out", help="keep the figures in this file, too")
+    parser.add_argument(
+        "-o", type=Path, dest="out", help="put the figures into this file; other readers' stay"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(fuzz(args.reader[0], args.seconds, args.seed)))
         return 0
     figures = {name: in_a_process(name, args.seconds, args.seed) for name in args.reader or MAKERS}
-    keep("fuzz", {"seed": args.seed, "readers": figures}, args.out)
+    before = json.loads(args.out.read_text())["readers"] if args.out and args.out.exists() else {}
+    keep("fuzz", {"readers": before | figures}, args.out)
     return int(any(found["failures"] for found in figures.values()))
 
 
 def in_a_process(name: str, seconds: float, seed: int) -> dict[str, Any]:
-    """Fuzz a reader in a process of its own."""
+    """Fuzz a reader in a process of its own; the figures say when, for how long, with which seed."""
+    how = {"date": time.strftime("%Y-%m-%d"), "seconds": seconds, "seed": seed}
     command = [sys.executable, __file__, "--child", "--reader", name]
     command += ["--seconds", str(seconds), "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds * 3 + 300, check=False)
     if done.returncode:
         end = done.stderr.strip().splitlines()[-1:]
-        return {"cases": 0, "failures": {f"the process ended with {done.returncode}: {end}": 1}}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        return how | {"cases": 0, "failures": {f"the process ended with {done.returncode}: {end}": 1}}
+    return how | json.loads(done.stdout.splitlines()[-1])
 
 
 def fuzz(name: str, seconds: float, seed: int) -> dict[str, Any]:
