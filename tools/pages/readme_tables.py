@@ -427,22 +427,23 @@ MENDED = {
 
 
 def methods_stock(data: Json) -> Iterable[Row]:
-    """Yield REAP's divergence in an ordinary file, and how many times as far others of its size stray."""
-    yield "model", "experts' bytes gone", "text", "REAP", *STOCK.values()
-    by_way = _by_way(data)
-    for model, ratio, text in _stock_cells(data):
-        own = [run[text]["kl"] for run in by_way[model, ratio, REAP].values()]
-        cells = (_times(by_way, model, ratio, text, way, digits=3, base=REAP) for way in STOCK)
-        yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
+    """Return REAP's divergence in an ordinary file, and how many times as far others of its size stray."""
+    return _compared(data, REAP, "REAP", STOCK, digits=3)
 
 
 def methods_systems(data: Json) -> Iterable[Row]:
-    """Yield the divergence of thin experts, and how many times as far other systems stray."""
-    yield "model", "experts' bytes gone", "text", "**thin experts**", *SYSTEMS.values()
+    """Return the divergence of thin experts, and how many times as far other systems stray."""
+    return _compared(data, THIN, "**thin experts**", SYSTEMS, digits=0)
+
+
+def _compared(
+    data: Json, base: tuple[str, ...], name: str, others: dict[tuple[str, ...], str], *, digits: int
+) -> Iterable[Row]:
+    yield "model", "experts' bytes gone", "text", name, *others.values()
     by_way = _by_way(data)
     for model, ratio, text in _stock_cells(data):
-        own = [run[text]["kl"] for run in by_way[model, ratio, THIN].values()]
-        cells = (_times(by_way, model, ratio, text, way, digits=0, base=THIN) for way in SYSTEMS)
+        own = [run[text]["kl"] for run in by_way[model, ratio, base].values()]
+        cells = (_times(by_way, model, ratio, text, way, digits=digits, base=base) for way in others)
         yield model, f"{ratio:.0%}", text, f"{statistics.mean(own):.2g}", *cells
 
 
