@@ -1,4 +1,4 @@
-# make demo | test | test-all | docs | wheel | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | test-all | docs | wheel | wheel-aarch64 | wheel-vulkan | wheel-cuda | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. What is installed is locked with its hashes in tools/release/requirements (make lock writes them). On a
 # machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves the download of the CUDA libraries; where
 # pip has such an index of its own, or PIP_FIND_LINKS, PyTorch alone comes from there by its version.
@@ -34,6 +34,10 @@ docs: $(READY)
 
 wheel: $(READY)
 	$(VENV)/bin/python tools/release/wheels.py
+
+# wheel-aarch64, wheel-vulkan, wheel-cuda: in a folder of their own below dist/
+wheel-%: $(READY)
+	$(VENV)/bin/python tools/release/wheels.py --kind $* --out dist/$*
 
 check: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh
@@ -77,6 +81,7 @@ check-arm64: $(READY)
 	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || \
 		{ echo "needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 	$(VENV)/bin/mone-llama build > /dev/null
+	$(MAKE) wheel-aarch64
 	CHECK_ARM64=1 $(VENV)/bin/python -m pytest -s tests/test_arm64.py $(PYTEST_ARGS)
 
 check-windows: llama

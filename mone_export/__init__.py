@@ -1,13 +1,9 @@
 """Fit a mixture-of-experts model into less memory: experts become novices in a GGUF for llama.cpp."""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("mone-export")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0.0.0"
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Plan, Report, Scores

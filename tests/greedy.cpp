@@ -5,6 +5,7 @@
 // Standard output: int32 [N] the tokens generated; float32 [n_token + N, n_vocab] the logits after each token of the
 // prompt and of the answer. Standard error: llama.cpp's log, and the features of the CPU.
 
+#include "ggml-backend.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -20,6 +21,7 @@ int main(int argc, char ** argv) {
     const int n_predict = atoi(argv[2]);
     const int n_prompt  = argc - 3;
 
+    ggml_backend_load_all(); // where kernels lie in libraries of their own, beside the program
     fprintf(stderr, "%s\n", llama_print_system_info());
     llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     if (!model) {

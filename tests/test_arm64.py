@@ -1,36 +1,37 @@
-"""The runtime compiled for ARM, run by qemu-user, against this machine: `make check-arm64`."""
+"""The wheel for 64-bit ARM, cross-compiled and run by qemu-user, against this machine: `make check-arm64`."""
 
 import os
 import platform
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from programs import PROMPT, complete
 
 from mone_export import runtime
 from mone_export.pipeline import export
+from mone_export.runtime.builds import TOOLS
 from mone_export.source import open_source
 from mone_export.source.tokenizing import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
+ROOT = Path(__file__).parents[1]
 COMPILER = "aarch64-linux-gnu-g++"
-QEMU = ("qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
-CROSS = (
-    "-DCMAKE_SYSTEM_NAME=Linux",  # this is what makes CMake compile for another machine
-    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-    "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
-    f"-DCMAKE_CXX_COMPILER={COMPILER}",
-    "-DGGML_NATIVE=OFF",
-    "-DGGML_RPC=OFF",
-)
-# the variants, and what llama.cpp must say of each: whether its kernels use the instructions
-FEATURES = {"armv8.2-a+dotprod": "DOTPROD = 1", "armv8.2-a+dotprod+i8mm": "MATMUL_INT8 = 1"}
+QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+# a Raspberry Pi 3, a 5, and all that qemu knows; and what llama.cpp must say of the kernels it chose for each
+CPUS = {
+    "cortex-a53": "NEON = 1",
+    "cortex-a76": "DOTPROD = 1",
+    "max": "SVE = 1",
+}
+KINDS = {"armv8.0_1", "armv8.2_1", "armv8.2_2", "armv8.2_3", "armv8.6_1", "armv8.6_2"}
 PROMPTS = (
     'def read_file(path):\n    """Read a file and return',
     "class Node:\n    def __init__(self, value):\n        self.value = value\n",
@@ -48,16 +49,30 @@ class Answer(NamedTuple):
     log: str
 
 
-@pytest.fixture(scope="module", params=FEATURES)
-def arm_program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs and libraries in the wheel of `make wheel-aarch64`."""
     if "CHECK_ARM64" not in os.environ:
-        pytest.skip("compiles llama.cpp twice: make check-arm64")
+        pytest.skip("cross-compiles llama.cpp: make check-arm64")
     for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (QEMU[0], "qemu-user")):
         if shutil.which(tool) is None:
             pytest.fail(f"no {tool} here: apt install {package}")
-    cmake_args = (*CROSS, f"-DGGML_CPU_ARM_ARCH={request.param}")
-    libraries = runtime.build(cmake_args=cmake_args, targets=("llama",)).bin
-    return compiled(COMPILER, libraries, tmp_path_factory.mktemp("arm") / request.param)
+    (wheel,) = (ROOT / "dist" / "aarch64").glob("mone_llama-*_aarch64.whl")
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", end=" ")
+    folder = tmp_path_factory.mktemp("wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    (found,) = folder.glob("mone_llama/*/cpu/bin")
+    for file in found.iterdir():
+        file.chmod(0o755)
+    return found
+
+
+@pytest.fixture(scope="module")
+def arm_program(programs: Path) -> Path:
+    return compiled(
+        COMPILER, programs, programs / "greedy"
+    )  # beside the libraries, which ggml looks for there
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +97,7 @@ def compiled(compiler: str, libraries: Path, program: Path) -> Path:
     """Compile `greedy.cpp` against the libraries of a build."""
     tree = runtime.tree(whole=True)
     include = [f"-I{tree / part / 'include'}" for part in (".", "ggml")]
-    link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu"]
+    link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lllama", "-lggml", "-lggml-base"]
     source = Path(__file__).with_name("greedy.cpp")
     command = [compiler, "-std=c++17", "-O2", *include, source, "-o", program, *link]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -100,23 +115,41 @@ def answer(command: Sequence[str | Path], model: Path, prompt: Sequence[int]) ->
     return Answer(tokens.tolist(), logits.reshape(len(prompt) + N_PREDICT, -1).astype(np.float64), log)
 
 
+def test_wheel_holds_programs_for_every_cpu(programs: Path) -> None:
+    names = {file.name for file in programs.iterdir()}
+    assert {*TOOLS, "libllama.so", "libmtmd.so"} <= names
+    assert {name for name in names if "ggml-cpu" in name} == {f"libggml-cpu-{kind}.so" for kind in KINDS}
+    for name in TOOLS:
+        head = (programs / name).read_bytes()[:20]
+        assert head[:4] == b"\x7fELF" and head[18:] == b"\xb7\0"  # EM_AARCH64
+
+
+def test_program_of_the_wheel_says_what_this_machine_says(programs: Path, novice_file: Path) -> None:
+    command = [*QEMU, programs / "llama-completion", "-m", novice_file, "-p", PROMPT, "-n", "8", "-no-cnv"]
+    done = subprocess.run([*command, "--temp", "0", "-t", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.partition(PROMPT)[2].rstrip().removesuffix("[end of text]").rstrip()
+    assert said and complete(runtime.path("cpu"), novice_file).text.startswith(said)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
 def test_greedy_text_is_that_of_this_machine(
-    arm_program: Path, program: Path, novice_file: Path, prompts: Sequence[list[int]]
+    cpu: str, arm_program: Path, program: Path, novice_file: Path, prompts: Sequence[list[int]]
 ) -> None:
     lengths = []
     for prompt in prompts:
-        found = answer([*QEMU, arm_program], novice_file, prompt)
+        found = answer([*QEMU, "-cpu", cpu, arm_program], novice_file, prompt)
         expected = answer([program], novice_file, prompt)
-        assert FEATURES[arm_program.name] in found.log
+        assert CPUS[cpu] in found.log
         repacked = re.search(r"CPU_REPACK model buffer size = +([\d.]+) MiB", found.log)
-        assert repacked and float(repacked[1]) > 1
+        assert (repacked is not None and float(repacked[1]) > 1) == (cpu != "cortex-a53")
         n_same = len(os.path.commonprefix([found.tokens, expected.tokens]))
         n_comparable = len(prompt) + n_same  # the last of these logits chose the first token that differs
         error, size = (
             np.square(values[:n_comparable]).sum()
             for values in (found.logits - expected.logits, expected.logits)
         )
-        print(f"{arm_program.name}, {novice_file.stem}: {n_same} tokens, NMSE {error / size:.1e}", end=" ")
+        print(f"{cpu}, {novice_file.stem}: {n_same} tokens, NMSE {error / size:.1e}", end=" ")
         assert error < 1e-3 * size
         if n_same < N_PREDICT:
             second, best = np.sort(expected.logits[n_comparable - 1])[-2:]

@@ -250,7 +250,7 @@ def test_file_without_a_usable_tokenizer_is_one_line(
         "missing": "cannot read the tokenizer in .*missing.gguf: .*No such file",
     }.items():
         with pytest.raises(MoneError, match=message) as error:
-            GgufReader(tmp_path / f"{name}.gguf")
+            GgufReader(tmp_path / f"{name}.gguf").ids("a")
         assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
 
@@ -272,4 +272,4 @@ def test_transformers_is_not_imported_and_nothing_is_said(tmp_path: Path) -> Non
 def test_python_without_llama_cpp_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(MoneError, match="is read by llama.cpp: run `mone-llama build`"):
-        GgufReader(tmp_path / "x.gguf")
+        GgufReader(tmp_path / "x.gguf").ids("a")

@@ -87,7 +87,7 @@ def test_wheels_replace_their_own_files_only(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name).write_text("old")
     main = wheels()["main"]
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
-    for name in ("compiled", "stage", "packed", "materials"):
+    for name in ("check_tools", "compiled", "stage", "packed", "materials"):
         monkeypatch.setitem(main.__globals__, name, lambda *_: None)
     new = "mone_export-1-py3-none-any.whl"
     monkeypatch.setitem(main.__globals__, "run", lambda *_, **__: (tmp_path / new).write_text("new"))
@@ -103,6 +103,7 @@ def test_same_files_make_the_same_wheel(tmp_path: Path, monkeypatch: pytest.Monk
     """Packed in another folder, under another umask and at another time."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1580601600")
     made = wheels()
+    runtimes = vars(sys.modules["runtimes"])
     found = []
     for umask, mode in ((0o022, 0o755), (0o077, 0o700)):
         folder = tmp_path / str(umask)
@@ -111,16 +112,16 @@ def test_same_files_make_the_same_wheel(tmp_path: Path, monkeypatch: pytest.Monk
         try:
             info.mkdir(parents=True)
             (info / "METADATA").write_text(
-                made["METADATA"].format(version="0.1.0", release="x", python=">=3.11")
+                runtimes["METADATA"].format(name="mone_llama", version="0.1.0", summary="x", python=">=3.11")
             )
-            (info / "WHEEL").write_text(made["WHEEL"])
+            (info / "WHEEL").write_text(runtimes["WHEEL"].format(machine=made["KINDS"]["cpu"].machine))
             library = folder / "stage" / "mone_llama" / "libx.so"
             library.parent.mkdir()
             command = ["cc", "-shared", "-nostdlib", "-x", "c", os.devnull, "-o", str(library)]
             subprocess.run(command, check=True)
             library.chmod(mode)
             os.utime(library, (10**9 + umask, 10**9 + umask * 1000))
-            made["packed"](folder, folder / "out")
+            made["packed"](made["KINDS"]["cpu"], folder, folder / "out")
         finally:
             os.umask(before)
         (wheel,) = (folder / "out").iterdir()
@@ -194,7 +195,8 @@ def test_runtime_says_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest
     ids=["no build", "of other patches", "of the same source"],
 )
 def test_wheel_leaves_a_linked_build_in_use(built: str | None, loaded: str, tmp_path: Path) -> None:
-    made = wheels()
+    wheels()
+    made = vars(sys.modules["runtimes"])
     folder = tmp_path / "package" / "llama_cpp"
     folder.mkdir(parents=True)
     text = f"import os\nimport pathlib\nprint(str({made['FOLDER']}))\n"

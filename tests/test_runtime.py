@@ -377,6 +377,14 @@ def test_wheel_serves_without_a_build(
     assert not state.exists()
 
 
+def test_wheel_of_a_gpu_adds_a_library(release: Path, site: Path) -> None:
+    programs = write_wheel(site, runtime.source().folder.name)
+    with pytest.raises(MoneError, match="run `mone-llama build --backend vulkan`"):
+        runtime.path("vulkan")
+    (programs / runtime.library("ggml-vulkan")).touch()
+    assert runtime.path("vulkan") == runtime.path("cpu") == programs
+
+
 def test_own_build_comes_before_the_wheel(
     release: Path, tools: Path, site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

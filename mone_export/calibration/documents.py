@@ -10,7 +10,6 @@ import bz2
 import codecs
 import gzip
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -31,6 +30,8 @@ from mone_export.errors import MoneError, first_line
 from mone_export.source.tokenizing import TextReader, as_reader
 
 if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -480,13 +481,24 @@ def _manual_topics() -> dict[str, str]:
 
 
 def _package_descriptions() -> dict[str, str]:
+    from importlib.metadata import distributions  # which brings a reader of mails
+
     texts = {}
-    for distribution in importlib.metadata.distributions():
-        metadata: Any = distribution.metadata  # an email.message.Message: the description is field or body
-        text = metadata["Description"] or str(metadata.get_payload())
-        if text and text.strip():
-            texts[f"package/{metadata['Name']}"] = text
+    for distribution in distributions():
+        name, text = _described(distribution)
+        if text.strip():
+            texts[f"package/{name}"] = text
     return texts
+
+
+def _described(distribution: "Distribution") -> tuple[str, str]:
+    """Return a package's name and long description, which is the body of its metadata, or a field."""
+    fields, _, body = (distribution.read_text("METADATA") or "").partition("\n\n")
+    name = re.search("^Name: *(.*)", fields, re.M)
+    if name and body and not re.search("^Description:", fields, re.M):
+        return name[1], body
+    metadata: Any = distribution.metadata  # an email.message.Message, which takes ten times as long
+    return metadata["Name"], metadata["Description"] or str(metadata.get_payload())
 
 
 def _docstrings(source: str) -> str:

@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.runtime.toolchain import Backend, Toolchain, cpu_identity, gpu_identity, n_core, search_path
+from mone_export.runtime.toolchain import (
+    Backend,
+    Toolchain,
+    cpu_identity,
+    gpu_identity,
+    library,
+    n_core,
+    search_path,
+)
 from mone_export.runtime.upstream import (
     Progress,
     Source,
@@ -101,6 +109,11 @@ class Build:
         """The folder of programs and shared libraries."""
         return self.folder / "bin"
 
+    def runs_on(self, backend: Backend) -> bool:
+        """Whether it was made for a backend, or has its library, as where the wheel of a GPU was added."""
+        added = backend != "cpu" and (self.bin / library(f"ggml-{backend}")).is_file()
+        return added or backend == self.backend
+
     @staticmethod
     def load(folder: Path) -> "Build | None":
         """The finished build in `folder`, or None."""
@@ -164,7 +177,7 @@ def path(backend: Backend | None = None, *, patched: bool = True) -> Path:
     """The `bin` folder of the newest build with the tools for this CPU (and `backend`); builds nothing."""
     state = source(patched=patched)
     usable = (item for item in finished(state) if "llama-cli" in item.targets)
-    fitting = [item for item in usable if backend in (None, item.backend)]
+    fitting = [item for item in usable if backend is None or item.runs_on(backend)]
     if not fitting:
         options = (f" --backend {backend}" if backend else "") + ("" if patched else " --stock")
         wheel = wheel_folder() if patched and not state.packaged else None

@@ -24,7 +24,7 @@ from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
 from mone_export.source.gguf_format import INPUTS_KEY, MEASURED_KEY, OPTIONS_KEY
 from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
-from mone_export.source.gguf_types import block_of, dequantize, gguf_library, kind_for, quantize
+from mone_export.source.gguf_types import block_of, dequantize, gguf_constants, kind_for, quantize
 from mone_export.source.opened import Derived, Edits
 
 _CHUNK = 2**23  # bytes that are copied at a time
@@ -254,13 +254,11 @@ def _rows(info: TensorInfo, axis: int, own: Sequence[int], others: np.ndarray | 
     """Return a tensor of some of its own slices along its last axis and, after them, `others`."""
     size = info.size // info.shape[axis]
     pieces: list[Slice | Made | bytes] = []
-    for expert in own:
-        last = pieces[-1] if pieces else None
-        offset = info.offset + expert * size
-        if isinstance(last, Slice) and last.offset + last.size == offset:
-            pieces[-1] = last._replace(size=last.size + size)  # neighbours are copied in one
-        else:
-            pieces.append(Slice(info.file, offset, size))
+    begin = 0
+    for end in range(1, len(own) + 1):
+        if end == len(own) or own[end] != own[end - 1] + 1:  # neighbours are copied in one
+            pieces.append(Slice(info.file, info.offset + own[begin] * size, (end - begin) * size))
+            begin = end
     n_row = len(own)
     if others is not None:
         pieces.append(others.tobytes())
@@ -317,7 +315,7 @@ def _reserve(file: FileIO, size: int) -> None:
 
 def _entry(kind: str, value: Any) -> Entry:
     """Return a key's value as a GGUF stores it."""
-    number = int(gguf_library().GGUFValueType[kind])
+    number = int(gguf_constants().GGUFValueType[kind])
     if isinstance(value, list):
         packed = b"".join(_packed(number, item) for item in value)
         return Entry(ARRAY, struct.pack("<IQ", number, len(value)) + packed)

@@ -105,7 +105,9 @@ class GgufFile:
         return pruned_before(self.header, self.spec)
 
     def known_from(self, saved: Calibration | None) -> None:
-        """Take nothing from statistics made before: the head says it all."""
+        """Take nothing from statistics made before: the head says it all. Without them, text will be read."""
+        if saved is None and self.spec:
+            self.tokenizer()  # which is loaded from now on, beside what follows
 
     def fetch(self, *, progress: Progress | None = None) -> None:
         """Bring the weights, which are here already."""
@@ -116,6 +118,10 @@ class GgufFile:
 
     def tokenizer(self) -> "TextReader":
         """Return its own tokenizer, which is llama.cpp's."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> "TextReader":
         from mone_export.source.gguf_tokenizing import GgufReader
 
         return GgufReader(self.files[0])

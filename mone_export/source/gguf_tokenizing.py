@@ -4,13 +4,13 @@ The tokenizer is llama.cpp's, of the model loaded without its weights; a `Sandbo
 """
 
 import ctypes
-import functools
 import logging
 import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 _SHORT = 1024  # characters of a text that any stack has room for
 _STACK = 1 << 28  # bytes; the system gives no more of them than are used
+_TEMPLATE = "tokenizer.chat_template"
 _SPECIAL = {  # a template's name of a token: a GGUF's
     "bos_token": "bos",
     "eos_token": "eos",
@@ -37,28 +38,41 @@ class GgufReader:
     """A `TextReader` of a GGUF."""
 
     def __init__(self, path: Path) -> None:
-        """Load the tokenizer, no weights; raises `MoneError` when llama.cpp finds none that it can use."""
-        self._llama = _library()
-        self._model = _load(self._llama, path)
-        weakref.finalize(self, self._llama.llama_model_free, self._model).atexit = False
-        self._vocab = self._llama.llama_model_get_vocab(self._model)
-        if self._llama.llama_vocab_type(self._vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:
-            raise MoneError(
-                f"{path} holds no tokenizer (tokenizer.ggml.model is {self._value('tokenizer.ggml.model')}): "
-                "convert the model again together with its tokenizer's files"
-            )
-        self.before, self.after = around(self._tokens("a"), self._tokens("a", add_special=True))
-        self.control: Mapping[str, ControlToken] = self._control()
-        template = "tokenizer.chat_template"
-        self._template, self._with_tools = self._value(template), self._value(f"{template}.tool_use")
-        ids = {name: self._value(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
-        self._special = {name: self._name(int(found)) for name, found in ids.items() if found}
-        self._sandbox = Sandbox()
+        """Begin to load the tokenizer, no weights, in a thread: it takes up to half a second.
+
+        Whatever is asked first waits for it; it raises `MoneError` when llama.cpp finds none that it can use.
+        """
+        self._path, self._sandbox = path, Sandbox()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._loading = thread.submit(_load, path)
+        thread.shutdown(wait=False)
 
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
         return bool(self._template)
+
+    @cached_property
+    def before(self) -> list[int]:
+        """The special tokens in front of a document."""
+        return self._around[0]
+
+    @cached_property
+    def after(self) -> list[int]:
+        """The special tokens at its end."""
+        return self._around[1]
+
+    @cached_property
+    def control(self) -> Mapping[str, ControlToken]:
+        """The tokens that llama.cpp finds in a text by name when it is told to, and only then."""
+        llama, found = self._llama, {}
+        for token in range(llama.llama_vocab_n_tokens(self._vocab)):
+            attr = llama.llama_vocab_get_attr(self._vocab, token)
+            is_control = attr & (llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN)
+            if is_control and (name := self._name(token)):
+                strips = (llama.LLAMA_TOKEN_ATTR_LSTRIP, llama.LLAMA_TOKEN_ATTR_RSTRIP)
+                found[name] = ControlToken(token, *(bool(attr & side) for side in strips))
+        return found
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text alone."""
@@ -72,9 +86,44 @@ class GgufReader:
         With `asking` it ends where the model's answer begins. Like transformers, this gives the template
         nothing but plain values.
         """
-        template = self._with_tools if tools and self._with_tools else self._template
+        with_tools = self._value(f"{_TEMPLATE}.tool_use") if tools else ""
+        template = with_tools or self._template
         given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": asking}
         return self._sandbox.render(prefix + template, self._special | given)
+
+    @property
+    def _llama(self) -> Any:
+        return _library()
+
+    @cached_property
+    def _model(self) -> Any:
+        model = self._loading.result()
+        weakref.finalize(self, self._llama.llama_model_free, model).atexit = False
+        return model
+
+    @cached_property
+    def _vocab(self) -> Any:
+        vocab = self._llama.llama_model_get_vocab(self._model)
+        if self._llama.llama_vocab_type(vocab) == self._llama.LLAMA_VOCAB_TYPE_NONE:
+            kind = self._value("tokenizer.ggml.model")
+            raise MoneError(
+                f"{self._path} holds no tokenizer (tokenizer.ggml.model is {kind}): convert the model again "
+                "together with its tokenizer's files"
+            )
+        return vocab
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        return around(self._tokens("a"), self._tokens("a", add_special=True))
+
+    @cached_property
+    def _template(self) -> str:
+        return self._value(_TEMPLATE)
+
+    @cached_property
+    def _special(self) -> dict[str, str]:
+        ids = {name: self._value(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+        return {name: self._name(int(found)) for name, found in ids.items() if found}
 
     def _tokens(self, text: str, *, add_special: bool = False) -> list[int]:
         content = text.encode()
@@ -85,17 +134,6 @@ class GgufReader:
                 self._vocab, content, len(content), found, len(found), add_special, False
             )
         return list(found[:n_token])
-
-    def _control(self) -> dict[str, ControlToken]:
-        """Return the tokens that llama.cpp finds in a text by name when it is told to, and only then."""
-        llama, found = self._llama, {}
-        for token in range(llama.llama_vocab_n_tokens(self._vocab)):
-            attr = llama.llama_vocab_get_attr(self._vocab, token)
-            is_control = attr & (llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN)
-            if is_control and (name := self._name(token)):
-                strips = (llama.LLAMA_TOKEN_ATTR_LSTRIP, llama.LLAMA_TOKEN_ATTR_RSTRIP)
-                found[name] = ControlToken(token, *(bool(attr & side) for side in strips))
-        return found
 
     def _name(self, token: int) -> str:
         name: bytes = self._llama.llama_vocab_get_text(self._vocab, token)
@@ -127,8 +165,9 @@ def _library() -> Any:
     return llama_cpp
 
 
-def _load(llama: Any, path: Path) -> Any:
+def _load(path: Path) -> Any:
     """Return a model without its weights; what llama.cpp says of it is said at debug level."""
+    llama = _library()
     listener, errors = _listener()
     errors.clear()
     llama.llama_log_set(listener, None)
@@ -145,7 +184,7 @@ def _load(llama: Any, path: Path) -> Any:
     return model
 
 
-@functools.cache
+@cache
 def _listener() -> tuple[Any, list[str]]:
     """Return a function for llama.cpp's log, which must live as long as the process, and errors it heard."""
     llama, errors = _library(), list[str]()

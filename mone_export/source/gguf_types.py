@@ -53,9 +53,9 @@ def gguf_constants() -> Any:
 
 def padded_bytes(shape: Sequence[int], type_name: str) -> int:
     """Return how many bytes of a file a tensor takes, of a shape in elements and a type such as `q4_k`."""
-    gguf = gguf_library()
     _, n_block, n_byte = block_of(type_name)
-    return int(gguf.GGUFWriter.ggml_pad(math.prod(shape) // n_block * n_byte, gguf.GGUF_DEFAULT_ALIGNMENT))
+    n, alignment = math.prod(shape) // n_block * n_byte, gguf_constants().GGUF_DEFAULT_ALIGNMENT
+    return int(-(-n // alignment) * alignment)
 
 
 def block_of(type_name: str) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mone_export.errors import MoneError, first_line
 from mone_export.source.sandbox import Sandbox
@@ -87,17 +87,20 @@ class ControlToken(NamedTuple):
     takes_right: bool = False
 
 
-@runtime_checkable
 class TextReader(Protocol):
-    """What reading texts takes of a model's tokenizer, of whatever kind it is.
+    """What reading texts takes of a model's tokenizer, of whatever kind it is."""
 
-    `before` and `after` are the ids around a document, usually one BOS and nothing. `control` are the tokens
-    that only a chat template can yield, by name.
-    """
+    @property
+    def before(self) -> list[int]:
+        """The ids in front of a document, usually one BOS."""
 
-    before: list[int]
-    after: list[int]
-    control: Mapping[str, ControlToken]
+    @property
+    def after(self) -> list[int]:
+        """The ids at its end, usually none."""
+
+    @property
+    def control(self) -> Mapping[str, ControlToken]:
+        """The tokens that only a chat template can yield, by name."""
 
     @property
     def has_template(self) -> bool:
@@ -164,8 +167,9 @@ class TransformersReader:
 
 
 def as_reader(tokenizer: "TextReader | PreTrainedTokenizerBase") -> TextReader:
-    """Return the reader of a tokenizer, which may be one already."""
-    return tokenizer if isinstance(tokenizer, TextReader) else TransformersReader(tokenizer)
+    """Return the reader of a tokenizer, which may be one already; it is asked nothing: it may load still."""
+    known: Any = tokenizer
+    return known if hasattr(type(known), "render") else TransformersReader(known)
 
 
 class Encoder:
