@@ -70,9 +70,11 @@ trust-mutants: $(READY)
 trust-sanitizers: llama
 	nice $(VENV)/bin/python tools/trust/sanitizers.py --mutants $(or $(MUTANTS),2000) $(TRUST_ARGS)
 
-check-vulkan: $(READY)
-	$(VENV)/bin/mone-llama build --backend vulkan > /dev/null
-	$(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
+# with what is installed without a compiler: the wheel and, beside it, the library of the Vulkan wheel
+check-vulkan: wheel wheel-vulkan
+	rm -rf build/vulkan
+	$(PIP) --quiet --no-deps --no-index --target build/vulkan dist/mone_llama-*.whl dist/vulkan/*.whl
+	PYTHONPATH=build/vulkan $(VENV)/bin/python -m pytest -s tests/test_gpu.py -k vulkan $(PYTEST_ARGS)
 
 check-cuda: $(READY)
 	$(VENV)/bin/python tools/patches/check_cuda.py

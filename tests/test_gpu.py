@@ -1,6 +1,7 @@
 """A GPU backend against the CPU: chosen cases of test-backend-ops, logits, experts placed apart.
 
-Runs on each backend that is built: `mone-llama build --backend vulkan` (a software device will do) or `cuda`.
+Runs on each backend that is there: built with `mone-llama build --backend cuda` or `vulkan` (a software
+device will do), or from the wheels, as `make check-vulkan` does.
 """
 
 import os

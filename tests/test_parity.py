@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from llama_logits import logits
@@ -100,3 +101,17 @@ def test_unpatched_llama_cpp_runs_ordinary_files(
         nmse = nmse_per_position(torch.from_numpy(found), wanted)
         print(f"{folder.name} {method} {ratio} batch {n_batch}: largest NMSE {nmse.max():.1e}")
         assert_same(nmse)
+
+
+@pytest.mark.nightly  # `test_run.py` does it with the demo model
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+def test_unpruned_files_give_equal_logits_patched_and_unpatched(
+    folder: Path, outtype: str, tmp_path: Path, stock_libraries: Path
+) -> None:
+    outfile, tokens = tmp_path / "model.gguf", list(range(3, 3 + N_TOKEN))
+    export(str(folder), ratio=0, outfile=outfile, outtype=outtype)
+    for n_batch in (N_TOKEN, 1):
+        patched = logits(outfile, tokens, n_batch=n_batch)
+        stock = logits(outfile, tokens, n_batch=n_batch, libraries=stock_libraries)
+        np.testing.assert_array_equal(patched, stock)
+    print(f"{folder.name} {outtype}: {patched.size} logits equal, bit by bit")

@@ -115,6 +115,14 @@ def test_registers_are_compared_kernel_by_kernel() -> None:
     )
     with pytest.raises(check_cuda["MoneError"], match="no kernel f<1"):
         pairs({"f<1": 40}, {"g": 40})
+    said = "".join(
+        f"ptxas info    : Compiling entry function '_Z{name}v' for 'sm_90'\n    0 bytes stack frame\n{line}\n"
+        for name, line in (
+            ("1f", "ptxas info    : Used 40 registers, used 0 barriers, 400 bytes cmem[0]"),
+            ("1g", "ptxas info    : Used 20 registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]"),
+        )
+    )
+    assert check_cuda["uses_in"](said) == {"f": (40, 0), "g": (20, 512)}
 
 
 @pytest.mark.slow

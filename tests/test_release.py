@@ -70,15 +70,32 @@ def test_container_installs_the_wheels_and_no_compiler() -> None:
     assert mount[0] == "dist" and f"pip install --no-cache-dir {mount[1]}/*.whl" in runs[-1]
 
 
+def test_workflow_gathers_every_file_once(tmp_path: Path) -> None:
+    release = yaml.safe_load(WORKFLOW.read_text())["jobs"]["release"]
+    gathered = next(step["run"] for step in release["steps"] if "find " in step.get("run", ""))
+    for name in ("wheel/dist/a.whl", "wheel/dist/SHA256SUMS", "wheel-vulkan/dist/vulkan/b.whl"):
+        (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made" / name).write_text(name)
+    subprocess.run(["sh", "-c", gathered], cwd=tmp_path, check=True)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"SHA256SUMS", "a.whl", "b.whl"}
+    listed = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
+    assert [line.split()[1] for line in listed] == ["a.whl", "b.whl"]
+
+
 def test_workflow_calls_the_targets_of_the_makefile() -> None:
-    """Besides them only the release itself: nothing is built in a way that is not tried here."""
-    (job,) = yaml.safe_load(WORKFLOW.read_text())["jobs"].values()
-    commands = [step["run"] for step in job["steps"] if "run" in step]
-    checks = 'make trust-supply TRUST_ARGS="--only lock audit builds"'
-    assert commands[:-1] == ["make test", checks, "make wheel"]
-    assert commands[-1].startswith("gh release create ")
-    for command in commands[:-1]:
-        dry = ["make", "-n", *shlex.split(command)[1:]]
+    """Besides them only packages and the release itself: nothing is built in a way that is not tried here."""
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    rows = jobs["make"]["strategy"]["matrix"]["include"]
+    targets = [row[key] for row in rows for key in ("first", "target") if key in row]
+    assert {"test", "wheel", "check-arm64", "wheel-aarch64", "wheel-vulkan", "check-windows"} <= {*targets}
+    commands = [step["run"] for step in jobs["make"]["steps"] if "run" in step]
+    assert commands[0].startswith("sudo apt-get update ")
+    assert commands[1:] == ["make ${{ matrix.first }}", "make ${{ matrix.target }}"]
+    checks, gathered, released = [step["run"] for step in jobs["release"]["steps"] if "run" in step]
+    assert subprocess.run(["sh", "-n", "-c", gathered]).returncode == 0
+    assert released.startswith("gh release create ")
+    for arguments in [[target] for target in targets] + [shlex.split(checks)[1:]]:
+        dry = ["make", "-n", *arguments]
         assert subprocess.run(dry, cwd=ROOT, capture_output=True).returncode == 0
 
 

@@ -3,7 +3,8 @@
 
     python tools/patches/check_cuda.py [--arch ARCH ...] [FILE.cu ...]    default: all that the patches reach
 
-Then compare the kernels' registers with stock llama.cpp's: unflagged nodes must not get kernels with more.
+Then compare the kernels' registers and shared memory with stock llama.cpp's: unflagged nodes must not get
+kernels with more, so that as many of their blocks run at a time.
 Needs nvcc, 12.8 or newer. The headers of cuBLAS come with the CUDA toolkit, else from PyPI's nvidia-cublas (a
 large download, made once; only the headers are kept, in the cache).
 """
@@ -18,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -91,32 +93,45 @@ def compile_all(
 
 
 def compare_all(nvcc: str, headers: Path, files: Sequence[Path], architectures: Sequence[str]) -> int:
-    """Print how the kernels' registers differ from stock's; 1 if unflagged nodes get more."""
+    """Print how the kernels' registers and shared memory differ from stock's; 1 if unflagged nodes get more.
+
+    With as many of both, and launched alike, as many blocks of a kernel fit on a multiprocessor.
+    """
     trees = [runtime.tree(patched=False), runtime.tree(whole=True)]
     names = [
         file.name for file in files if "__global__" in (trees[0] / FOLDER / file.name).read_text("utf-8")
     ]
     status = 0
     for name, arch in ((name, arch) for name in names for arch in architectures):
-        compiled = [registers(nvcc, headers, tree / FOLDER / name, arch) for tree in trees]
+        compiled = [used(nvcc, headers, tree / FOLDER / name, arch) for tree in trees]
         plain, flagged = pairs(*compiled)
-        worse = {kernel: counts for kernel, counts in plain.items() if counts[1] > counts[0]}
-        more = sum(ours > theirs for theirs, ours in flagged.values())
-        print(
-            f"registers {name} sm_{arch}: {len(plain)} kernels of unflagged nodes, {len(worse)} above stock",
-            end="",
-        )
+        worse = {kernel: uses for kernel, uses in plain.items() if _above(*uses)}
+        differ = sum(theirs != ours for theirs, ours in plain.values())
+        more = sum(_above(*uses) for uses in flagged.values())
+        found = f"{len(plain)} kernels of unflagged nodes, {differ} differ from stock, {len(worse)} above"
+        print(f"registers and shared memory, {name} sm_{arch}: {found}", end="")
         print(f"; {len(flagged)} of flagged ones, {more} above" if flagged else "", flush=True)
         print("".join(f"    {kernel}: {a} -> {b}\n" for kernel, (a, b) in worse.items()), end="")
         status = status or int(bool(worse))
     return status
 
 
+class Use(NamedTuple):
+    """What a kernel takes of a multiprocessor: registers of a thread, bytes of shared memory of a block."""
+
+    registers: int
+    shared: int
+
+
+def _above(theirs: Use, ours: Use) -> bool:
+    return ours.registers > theirs.registers or ours.shared > theirs.shared
+
+
 def pairs(
-    stock: Mapping[str, int], patched: Mapping[str, int]
-) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-    """Each kernel's count before and after, for unflagged and for flagged nodes (last template argument)."""
-    found: tuple[dict[str, tuple[int, int]], ...] = ({}, {})
+    stock: Mapping[str, Use], patched: Mapping[str, Use]
+) -> tuple[dict[str, tuple[Use, Use]], dict[str, tuple[Use, Use]]]:
+    """Each kernel's use before and after, for unflagged and for flagged nodes (last template argument)."""
+    found: tuple[dict[str, tuple[Use, Use]], ...] = ({}, {})
     for kernel, count in stock.items():
         plain = kernel if kernel in patched else f"{kernel}, false"
         if plain not in patched:
@@ -127,8 +142,8 @@ def pairs(
     return found[0], found[1]
 
 
-def registers(nvcc: str, headers: Path, file: Path, arch: str) -> dict[str, int]:
-    """The registers of each kernel of a file, by its name without parameters."""
+def used(nvcc: str, headers: Path, file: Path, arch: str) -> dict[str, Use]:
+    """What each kernel of a file uses, by its name without parameters."""
     tree = file.parents[len(FOLDER.parts)]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *FLAGS, f"-arch=sm_{arch}", *_includes_of(nvcc, headers, tree), "-Xptxas", "-v"]
@@ -136,16 +151,18 @@ def registers(nvcc: str, headers: Path, file: Path, arch: str) -> dict[str, int]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MoneError(f"nvcc failed: {result.stdout + result.stderr}")
-    return registers_in(result.stdout + result.stderr)
+    return uses_in(result.stdout + result.stderr)
 
 
-def registers_in(output: str) -> dict[str, int]:
-    """Registers by kernel, from what `-Xptxas -v` prints."""
-    found = re.findall(r"Compiling entry function '(\S+)'.*?Used (\d+) registers", output, re.DOTALL)
-    names = "\n".join(name for name, _ in found)
+def uses_in(output: str) -> dict[str, Use]:
+    """What each kernel uses, from what `-Xptxas -v` prints."""
+    kernel = r"Compiling entry function '(\S+)'.*?Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?"
+    found = re.findall(kernel, output, re.DOTALL)
+    names = "\n".join(name for name, *_ in found)
     plain = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
     kernels = (re.split(r">\(|(?<=\w)\(", name)[0] for name in plain.splitlines())
-    return {kernel: int(count) for kernel, (_, count) in zip(kernels, found, strict=True)}
+    uses = (Use(int(count), int(shared or 0)) for _, count, shared in found)
+    return dict(zip(kernels, uses, strict=True))
 
 
 def changed_files(tree: Path) -> list[Path]:
