@@ -8,6 +8,7 @@
     python tools/measure.py protect      KL divergence on a rare text with and without --protect
     python tools/measure.py bytes        KL divergence at equal bytes: prune, or only quantise?
     python tools/measure.py roads        from a checkpoint or from a GGUF: KL divergence, speed
+    python tools/measure.py dry          a GGUF's dry run, from start to end
     python tools/measure.py memory       peak memory of the writing stage
     python tools/measure.py server       resident memory of llama-server
     python tools/measure.py wheel        llama.cpp for any x86-64 CPU against that for this one
@@ -32,6 +33,7 @@ import readme_tables  # noqa: E402
 from measuring import environment  # noqa: E402  (neighbours, which import the checkout's own package)
 from measuring.bytes import FRACTIONS, measure_bytes  # noqa: E402
 from measuring.calibrate import measure_calibrate  # noqa: E402
+from measuring.dry import measure_dry  # noqa: E402
 from measuring.large import measure_large  # noqa: E402
 from measuring.memory import measure_memory  # noqa: E402
 from measuring.methods import MODELS, VARIANTS, measure_methods  # noqa: E402
@@ -41,6 +43,7 @@ from measuring.roads import measure_roads  # noqa: E402
 from measuring.server import measure_server  # noqa: E402
 from measuring.speed import add_options as add_speed_options  # noqa: E402
 from measuring.wheel import add_options as add_wheel_options  # noqa: E402
+from models.hollow_gguf import MODELS as HOLLOW  # noqa: E402
 from models.random_gguf import BLOCK_TYPES, SHAPES  # noqa: E402
 
 OUT = ROOT / "docs" / "measurements"
@@ -150,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     roads.add_argument("--rounds", type=int, default=5)
     roads.add_argument("-t", "--threads", type=int, default=2)
     roads.set_defaults(measure=measure_roads)
+
+    dry = commands.add_parser("dry", parents=[common], help="a GGUF's dry run, from start to end")
+    dry.add_argument("models", nargs="*", default=list(HOLLOW), help=f"of {', '.join(HOLLOW)}")
+    dry.add_argument("--rounds", type=int, default=9)
+    dry.set_defaults(measure=measure_dry)
 
     memory = commands.add_parser("memory", parents=[common], help="peak memory of the writing stage")
     memory.set_defaults(measure=measure_memory)

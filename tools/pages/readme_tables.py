@@ -732,6 +732,24 @@ def roads_note(data: Json) -> str:
     )
 
 
+def dry_table(data: Json) -> Iterable[Row]:
+    """Yield the seconds of a dry run by model."""
+    yield "model", "size", "tokens in its vocabulary", "dry run"
+    for name, seconds in data["seconds"].items():
+        size = f"{data['sizes'][name] / 1e9:.1f} GB"
+        yield name, size, f"{data['tokens'][name]:,}", f"{spread_of(seconds)} s"
+
+
+def dry_note(data: Json) -> str:
+    """Say what was run."""
+    settings = data["settings"]
+    return (
+        f"`mone-export FILE --ratio 0.5 --dry-run` from start to end, median of {settings['rounds']} "
+        f"(smallest to largest). Files with the shape and head of these models in {settings['weights']}, a "
+        "vocabulary made up, and holes in place of weights."
+    )
+
+
 def memory_table(data: Json) -> Iterable[Row]:
     """Yield the peak memory of writing against the bar."""
     yield "checkpoint's experts", "outtype", "largest layer", "bar", "peak", "before", "time"
@@ -894,6 +912,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "bytes/half": bytes_half,
     "memory": memory_table,
     "roads": roads_table,
+    "dry": dry_table,
     "server": server_table,
     "wheel": wheel_table,
     "large": large_table,
@@ -918,6 +937,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
     **dict.fromkeys(("bytes", "bytes/short"), bytes_note),
     "memory": memory_note,
     "roads": roads_note,
+    "dry": dry_note,
     "server": server_note,
     "wheel": wheel_note,
     "large": large_note,
