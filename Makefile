@@ -1,4 +1,4 @@
-# make demo | test | test-all | docs | wheel | wheel-aarch64 | wheel-vulkan | wheel-cuda | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
+# make demo | test | test-all | docs | wheel | wheel-aarch64 | wheel-vulkan | wheel-cuda | lock | check | check-vulkan | check-cuda | check-arm64 | check-windows | check-container | clean    BACKEND=cpu|cuda|vulkan   PYTHON=python3
 # Everything is made once and reused. What is installed is locked with its hashes in tools/release/requirements (make lock writes them). On a
 # machine without a GPU, PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU wheels saves the download of the CUDA libraries; where
 # pip has such an index of its own, or PIP_FIND_LINKS, PyTorch alone comes from there by its version.
@@ -15,7 +15,7 @@ PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical 
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-all docs wheel lock check clean llama
-.PHONY: check-vulkan check-cuda check-arm64 check-windows
+.PHONY: check-vulkan check-cuda check-arm64 check-windows check-container
 .PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants trust-sanitizers
 
 demo: llama
@@ -85,6 +85,10 @@ check-arm64: $(READY)
 	$(VENV)/bin/mone-llama build > /dev/null
 	$(MAKE) wheel-aarch64
 	CHECK_ARM64=1 $(VENV)/bin/python -m pytest -s tests/test_arm64.py $(PYTEST_ARGS)
+
+# by chroot, as root; wheels of PyTorch in a folder: CONTAINER_ARGS="--arg PIP_FIND_LINKS=DIR --folder DIR"
+check-container: wheel
+	$(VENV)/bin/python tools/release/container.py $(CONTAINER_ARGS)
 
 check-windows: llama
 	nice $(VENV)/bin/python tools/release/windows.py
