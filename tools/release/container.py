@@ -23,10 +23,10 @@ from mone_export.errors import MoneError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = Path(__file__).with_name("Containerfile")
-NEEDED = ("/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")  # to reach package indexes
+RESOLVER = "etc/resolv.conf"
 TRIED = (
     "mone-export demo --ratio 0.5 -o x.gguf",
-    "$(mone-llama path)/llama-completion -m x.gguf -p 'def read_file(path):' -n 16 --temp 0 -no-cnv",
+    "$(mone-llama path)/llama-completion -m x.gguf -p 'def read_file(path):' -n 16 --temp 0 -no-cnv 2> /dev/null",
 )
 _MOUNT = re.compile(r"--mount=type=bind,source=([^,\s]+),target=(\S+)\s*")
 
@@ -72,9 +72,7 @@ def run_steps(
         if name == "FROM":
             release = rest.rpartition(":")[2].removesuffix("-slim")
             _checked(["debootstrap", "--variant=minbase", release, str(root)])
-            for file in NEEDED:
-                (root / file[1:]).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, root / file[1:])
+            shutil.copy(Path("/", RESOLVER), root / RESOLVER)
         elif name == "RUN":
             mounts = {target: str(ROOT / source) for source, target in _MOUNT.findall(rest)}
             _inside(root, _MOUNT.sub("", rest), environment, seen | mounts)
