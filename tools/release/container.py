@@ -24,9 +24,10 @@ from mone_export.errors import MoneError
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = Path(__file__).with_name("Containerfile")
 RESOLVER = "etc/resolv.conf"
+PROMPT = "def read_file(path):"
 TRIED = (
     "mone-export demo --ratio 0.5 -o x.gguf",
-    "$(mone-llama path)/llama-completion -m x.gguf -p 'def read_file(path):' -n 16 --temp 0 -no-cnv 2> /dev/null",
+    f"$(mone-llama path)/llama-completion -m x.gguf -p '{PROMPT}' -n 16 --temp 0 -no-cnv 2> /dev/null",
 )
 _MOUNT = re.compile(r"--mount=type=bind,source=([^,\s]+),target=(\S+)\s*")
 
