@@ -6,6 +6,7 @@ device will do), or from the wheels, as `make check-vulkan` does.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,10 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
 @pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 def test_skipped_rows_are_zero_or_the_bias(gpu: Gpu, cases: str) -> None:
     command = [gpu.bin_folder / "test-backend-ops", "test", "-o", "MUL_MAT_ID", "-b", gpu.device, "-p", cases]
-    result = subprocess.run(command, env=gpu.env, capture_output=True, text=True, check=False)
+    for _ in range(6 if gpu.software else 1):  # lavapipe frees some of its own objects twice: docs/gpu.md
+        result = subprocess.run(command, env=gpu.env, capture_output=True, text=True, check=False)
+        if result.returncode != -signal.SIGABRT:
+            break
     assert result.returncode == 0, result.stdout[-2000:]
     passed = re.search(r"(\d+)/\1 tests passed", result.stdout)
     assert passed and int(passed[1]) > 0 and "not supported" not in result.stdout, result.stdout[-2000:]
