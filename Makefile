@@ -14,7 +14,7 @@ PYTEST   = PYTHONHASHSEED=0 $(VENV)/bin/python -m pytest --numprocesses logical 
 # what is compiled is kept: tests start thousands of commands, none of which need compile the package again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all docs wheel lock check clean llama
+.PHONY: demo test test-all docs wheel lock check clean llama stock
 .PHONY: check-vulkan check-cuda check-arm64 check-windows check-container
 .PHONY: trust-fuzz trust-faults trust-server trust-coverage trust-supply trust-mutants trust-sanitizers
 
@@ -22,10 +22,10 @@ demo: llama
 	$(VENV)/bin/python tools/demo.py
 
 # all tests but those marked nightly; test-all runs these, too; both compile what tests run, the wheel's llama.cpp included
-test: llama wheel
+test: llama stock wheel
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: llama wheel
+test-all: llama stock wheel
 	$(PYTEST) -m "" $(PYTEST_ARGS)
 
 docs: $(READY)
@@ -95,6 +95,11 @@ check-windows: llama
 
 llama: $(READY)
 	$(VENV)/bin/mone-llama build --backend $(BACKEND) > /dev/null
+
+# llama.cpp without the patches, as far as tests compare with it
+stock: $(READY)
+	$(VENV)/bin/mone-llama build --stock --target llama > /dev/null
+	$(VENV)/bin/mone-llama build --stock --target ggml-rpc-server > /dev/null
 
 $(READY): pyproject.toml $(wildcard $(LOCKS)/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
