@@ -154,6 +154,16 @@ def speed_thin(data: Json) -> Iterable[Row]:
                 yield case["shape"], case["weights"], f"{thin}, to {other}", size, *map(spread_of, ratios)
 
 
+def speed_unpruned(data: Json) -> Iterable[Row]:
+    """Yield the unpruned file's speed with the patches, relative to without them, and to itself."""
+    yield "shape", "type", "test", "with the patches, to without", "a copy of the file, to the file"
+    for case in data["cases"]:
+        for test in SPEED_TESTS:
+            ratios = case["summary"][test]["speed_ratios"]
+            cells = (spread_of(ratios[name]["cpu_ms"]) for name in ("full / full on stock", "copy / full"))
+            yield case["shape"], case["weights"], test, *cells
+
+
 def speed_cases(data: Json) -> Iterator[tuple[Json, float]]:
     """Yield every shape and type with every ratio."""
     for case in data["cases"]:
@@ -890,6 +900,7 @@ TABLES: dict[str, Callable[[Json], Iterable[Row]]] = {
     "speed/q4": speed_q4,
     "speed/spread": speed_spread_table,
     "speed/thin": speed_thin,
+    "speed/unpruned": speed_unpruned,
     "calibrate": calibrate_table,
     "quality": quality_table,
     "methods": methods_table,
@@ -932,7 +943,7 @@ NOTES: dict[str, Callable[[Json], str]] = {
         (f"methods/{view}" for view in ("thin", "thinshort", "controls", "stock", "systems", "mended")),
         methods_thin_note,
     ),
-    "speed/thin": speed_thin_note,
+    **dict.fromkeys(("speed/thin", "speed/unpruned"), speed_thin_note),
     "gpu": gpu_note,
     **dict.fromkeys(("bytes", "bytes/short"), bytes_note),
     "memory": memory_note,
