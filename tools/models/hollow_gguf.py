@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.random_gguf import SHAPES, Shape
+from models.random_gguf import SHAPES, Shape, add_dimensions
 
 WEIGHTS = "Q2_K"
 MODELS = {
@@ -33,17 +33,7 @@ def write_hollow(file: Path, shape: Shape) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(file, shape.arch)
-    writer.add_block_count(shape.n_layer)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_expert_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.n_vocab)
+    add_dimensions(writer, shape)
     writer.add_expert_count(shape.n_expert)
     writer.add_expert_used_count(shape.top_k)
     _add_vocabulary(writer, shape.n_vocab)

@@ -72,17 +72,7 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     novices = form in ("novices", "thin", "skipped")
     n_kept, tiers = _tiers(shape, form, n_kept)
     writer = gguf.GGUFWriter(file, shape.arch)
-    writer.add_block_count(shape.n_layer)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_expert_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape.n_vocab)
+    add_dimensions(writer, shape)
     writer.add_tokenizer_model("no_vocab")
     writer.add_expert_count(n_kept if form == "hard" else shape.n_expert)
     writer.add_expert_used_count(shape.top_k // 2 if form == "half-used" else shape.top_k)
@@ -106,6 +96,21 @@ def write_model(file: Path, shape: Shape, weights: str, form: Form, n_kept: int)
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def add_dimensions(writer: Any, shape: Shape) -> None:
+    """Add the keys that say how large a model is, except its experts."""
+    writer.add_block_count(shape.n_layer)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_expert_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.n_vocab)
 
 
 class _Matrices:
