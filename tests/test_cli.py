@@ -31,6 +31,8 @@ from mone_export.pruning.scoring import SCORES
 from mone_export.recipe import NOVICE_NAMES, SCORE_NAMES
 from mone_export.request import Request, prepare
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 Change = Callable[[Path], None]
 SMALL_TEXT = ["--chunks", "2", "-c", "32"]
 CONSTANTS = ["--novice", "least-squares"]  # as `--allocate` means, and what has no second pass

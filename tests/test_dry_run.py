@@ -8,6 +8,8 @@ import pytest
 
 import mone_export
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 HEAVY = ("torch", "transformers", "safetensors")
 
 

@@ -18,6 +18,8 @@ from mone_export import pipeline
 from mone_export.calibration import rows
 from mone_export.locks import locked
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 Limit = Callable[[int], AbstractContextManager[Path]]
 
 

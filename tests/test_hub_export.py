@@ -14,6 +14,8 @@ import pytest
 from hub_server import HubServer, hub_server
 from tiny import save_small
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 ID = "someone/tiny-MoE"
 WEIGHTS = "model.safetensors"
 README = """---

@@ -23,6 +23,8 @@ from mone_export.pruning.scoring import SCORES, score
 from mone_export.source import open_source
 from mone_export.source.tokenizing import load_tokenizer
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 TENSORS = [field.name for field in fields(ExpertStats) if field.name != "n_token"]
 TOLERANCE = 1e-11  # of float64 sums over the same rows, batched the same way
 

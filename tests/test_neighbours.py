@@ -42,6 +42,8 @@ from mone_export.recipe import Recipe
 from mone_export.source import llamacpp, open_source
 from mone_export.source.shape import auto_class, expert_modules
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 TOKENS = torch.randint(3, 400, (2, 40), generator=torch.Generator().manual_seed(1))
 CONSTANTS = ("--novice", "least-squares")
 

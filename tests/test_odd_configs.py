@@ -204,6 +204,7 @@ def with_value(folder: Path, models: dict[str, Path], case: Case) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HARMLESS, ids=named)
 def test_harmless_value_gives_a_file(
     models: dict[str, Path], case: Case, tmp_path: Path, export: Callable[[Path], tuple[int, str, Path]]
@@ -304,6 +305,7 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_TOKENIZERS)
 def test_broken_tokenizer_gives_a_file_or_one_line(
     models: dict[str, Path], name: str, tmp_path: Path, export: Callable[[Path], tuple[int, str, Path]]

@@ -11,6 +11,8 @@ from command import Command, names
 
 from mone_export.source.llamacpp import Conversion
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("way", ["itself", "hard link", "link", "dots"])

@@ -21,6 +21,8 @@ from mone_export.publishing.record import load_record
 from mone_export.publishing.shown import FORMS, at
 from mone_export.terminal import as_size
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _EMPTY = ("meta", "link", "br", "img")  # tags that nothing ends
 _OWN = (

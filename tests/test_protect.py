@@ -34,6 +34,8 @@ from mone_export.request import Request, prepare
 from mone_export.source import open_source
 from mone_export.statistics import collect
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 RARE = "\n".join(f"{number:x} \u03b1\u03b2 <tag{number % 7}> {number * number}" for number in range(400))
 KINDS = ("even", "sensitivity", "model")
 

@@ -17,6 +17,8 @@ from mone_export.output.redoing import redo
 from mone_export.pipeline import export, rehearse
 from mone_export.source.gguf_header import read_header
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 Moved = Callable[..., Path]
 
 

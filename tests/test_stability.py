@@ -11,6 +11,8 @@ from mone_export import cli
 from mone_export.artifacts import Calibration, ExpertStats
 from mone_export.calibration.stability import Watch
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 Pruned = Mapping[int, set[int]]
 
 

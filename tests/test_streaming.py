@@ -19,6 +19,8 @@ from mone_export.pruning.planning import plan
 from mone_export.pruning.scoring import score
 from mone_export.source import open_source
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 N_ROW, SEQ_LEN, N_VOCAB = 6, 32, 400
 SUMS = [field.name for field in fields(ExpertStats)]
 

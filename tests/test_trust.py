@@ -13,6 +13,8 @@ from command import Command
 from mone_export import cli_stats
 from mone_export.artifacts import Calibration
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 Edited = Callable[..., Path]
 
 

@@ -17,6 +17,8 @@ from mone_export import pipeline
 from mone_export.artifacts import Calibration
 from mone_export.calibration import loading
 
+pytestmark = pytest.mark.slow  # a whole command each
+
 EVEN_OR_NOT = [
     ("sensitivity", "auto"),
     ("model", "auto"),

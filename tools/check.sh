@@ -6,4 +6,4 @@ ruff check .
 ruff format --check .
 mypy
 python tools/pages/readme_tables.py --check
-python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow and not upstream and not gpu"
+python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow and not upstream and not gpu and not nightly"
