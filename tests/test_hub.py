@@ -21,6 +21,8 @@ from safetensors.numpy import load_file, save_file
 from mone_export.errors import MoneError
 from mone_export.source import hub
 
+pytestmark = pytest.mark.slow  # it waits for servers
+
 ID = "someone/tiny-MoE"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
