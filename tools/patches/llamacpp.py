@@ -4,6 +4,7 @@
     python tools/patches/llamacpp.py apply   make build/llama.cpp: the pinned release, the series as commits
     python tools/patches/llamacpp.py export  write those commits to patches/
     python tools/patches/llamacpp.py check   patches/ applies to the pinned release and exports to itself
+    python tools/patches/llamacpp.py each    the libraries of a CPU build compile after each patch
     python tools/patches/llamacpp.py bump RELEASE   move the pin to another release of llama-cpp-python
 
 The pinned release carries the tag `upstream`; each commit after it is a patch. Users need none of this: they
@@ -53,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(required=True, metavar="{apply,export,check,bump}")
-    for verb in (apply, export, check, bump):
+    verbs = parser.add_subparsers(required=True, metavar="{apply,export,check,each,bump}")
+    for verb in (apply, export, check, each, bump):
         sub = verbs.add_parser(verb.__name__, help=verb.__doc__)
         sub.set_defaults(verb=verb)
         if verb is bump:
             sub.add_argument("release", help="release of llama-cpp-python, such as 0.3.36")
             sub.add_argument("--read", action="store_true", help="upstream's changed functions are read")
-        if verb is not check:
+        if verb not in (check, each):
             sub.add_argument(
                 "folder", nargs="?", type=Path, default=WORK_TREE, help="default: build/llama.cpp"
             )
@@ -103,6 +104,28 @@ def check(_args: argparse.Namespace) -> int:
     if wrong:
         raise MoneError(f"patches/ is not what an export writes ({', '.join(wrong)}): run apply, then export")
     print(f"{len(series)} patches apply and export to the same bytes")
+    return 0
+
+
+def each(_args: argparse.Namespace) -> int:
+    """Compile the libraries of a CPU build, without optimising, after each patch of the series."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, build = Path(name) / "llama.cpp", Path(name) / "build"
+        _commit_release(folder, Upstream.load(PATCHES / "UPSTREAM"))
+        _am(folder, read_series(PATCHES))
+        options = [f"-DCMAKE_{language}_FLAGS=-O0" for language in ("C", "CXX")]
+        options += ["-DCMAKE_BUILD_TYPE=None", "-DGGML_RPC=ON", "-DLLAMA_OPENSSL=OFF"]
+        for number, commit in enumerate(_git(folder, "rev-list", "--reverse", "upstream..HEAD").split(), 1):
+            _git(folder, "checkout", "--quiet", commit)
+            subject = _git(folder, "log", "-1", "--format=%s").strip()
+            for command in (
+                ["-G", "Ninja", "-S", str(folder), "-B", str(build), *options],
+                ["--build", str(build), "--target", "llama", "ggml-rpc"],
+            ):
+                done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+                if done.returncode:
+                    raise MoneError(f"after patch {number} ({subject}): {done.stdout[-2000:]}")
+            print(f"{number:3d} compiles: {subject}", flush=True)
     return 0
 
 
