@@ -53,7 +53,7 @@ TOOLS = (
 )
 LIBRARIES = ("llama", "mtmd")  # what llama-cpp-python loads, besides ggml
 # times as fast as a build for one's own CPU, in the least of the cases of docs/measurements/wheel.json
-WHEEL_SPEED = {"prompt": 1.06, "generation": 1.03}
+WHEEL_SPEED = {"prompt": 1.0, "generation": 1.0}
 
 _BACKEND_ARGS: dict[Backend, tuple[str, ...]] = {
     "cpu": (),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from wheels import compiled
+from runtimes import KINDS, compiled
 
 from measuring import Json, pairwise, programs, scratch, spread
 from measuring.speed import REPETITIONS, TESTS, bench
@@ -14,7 +14,7 @@ RATIO = 0.5
 
 def measure_wheel(args: argparse.Namespace) -> Json:
     """Time llama-bench of both builds on random files with novices, in turns that go to and fro."""
-    folders = {"native": programs(args), "wheel": compiled().bin}
+    folders = {"native": programs(args), "wheel": compiled(KINDS["cpu"]).bin}
     shape = SHAPES[args.shape]
     cases = []
     with scratch() as folder:
