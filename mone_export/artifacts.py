@@ -5,6 +5,7 @@ what it was made from, so that a stage can refuse what does not belong together.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -182,8 +183,29 @@ class ExpertStats:
         return replace(self, **{name: getattr(self, name) * factor**n for name, n in powers.items()})
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InputSums:
+    """What went into a matrix, or into each of a stack of them, for importance matrices; float64."""
+
+    squares: Tensor  # [n_matrix, n_in] sum over rows of each input channel's square
+    n_row: Tensor  # rows: [n_matrix] of a stack of experts, else [1]
+
+    def merge(self, other: "InputSums") -> "InputSums":
+        """Return the sums of both sets of rows together."""
+        return InputSums(self.squares + other.squares, self.n_row + other.n_row)
+
+    def reweighted(self, times: float) -> "InputSums":
+        """Return the sums as they are when each row counts `times` times."""
+        return InputSums(self.squares * times, self.n_row * times)
+
+    def to(self, device: "torch.device | str") -> "InputSums":
+        """Return the sums on another device."""
+        return InputSums(self.squares.to(device), self.n_row.to(device))
+
+
 _VERSION, _READ_VERSIONS = 3, (2, 3)  # of statistics files
 _STAT_TENSORS = tuple(field.name for field in fields(ExpertStats) if field.name != "n_token")
+_SQUARES = re.compile(r"(inputs\.(.+))\.squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +333,9 @@ class Calibration:
     `parts` names the text: one part, or several where files were merged. `config` is the part of the model's
     config that decides what it computes, and `made_with` says by what it was computed (`dtype`, `device`,
     versions); both are empty in files of earlier versions. `sensitivity` says for each layer how much
-    harm an error in it does, as `pruning.allocation` defines it; empty where that was not measured.
+    harm an error in it does, as `pruning.allocation` defines it; empty where that was not measured. `inputs`
+    are those of the layers' matrices, by the names that `calibration.input_sums` says; empty where nobody
+    asked for them.
     """
 
     spec: MoeSpec
@@ -324,6 +348,7 @@ class Calibration:
     config: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     sensitivity: Mapping[int, float] = field(default_factory=dict)
+    inputs: Mapping[str, InputSums] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file whose metadata holds everything that is not a tensor."""
@@ -338,13 +363,14 @@ class Calibration:
             "parts": [asdict(part) for part in self.parts],
             "sensitivity": {str(layer): value for layer, value in self.sensitivity.items()},
         }
-        save_layers(Path(path), self.layers, header)
+        save_found(Path(path), {**self.layers, **self.inputs}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Read what `save` wrote; `MoneError` when the file is something else."""
         path = Path(path)
-        header, layers = load_layers(path)
+        header, found = load_found(path)
+        layers, inputs = by_layer(found), by_matrix(found)
         try:
             lists = {key: tuple(value) for key, value in header["spec"].items() if isinstance(value, list)}
             spec = MoeSpec(**header["spec"] | lists)
@@ -360,6 +386,7 @@ class Calibration:
                 layers={layer: layers[layer] for layer in spec.moe_layers},
                 parts=tuple(Part(**part) for part in header["parts"]),
                 sensitivity={int(layer): value for layer, value in header.get("sensitivity", {}).items()},
+                inputs=inputs,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _not_ours(path, error) from None
@@ -377,14 +404,31 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return keys
 
 
-def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[str, Any]) -> None:
-    """Write layers' statistics to a safetensors file, whose metadata holds what is not a tensor as JSON.
+Found = Mapping[Any, ExpertStats | InputSums]
+"""What a calibration finds: each layer's statistics by its number, inputs of matrices by their names."""
+
+
+def by_layer(found: Found) -> dict[int, ExpertStats]:
+    """Return the layers' statistics among what was found, ascending."""
+    layers = sorted((key, value) for key, value in found.items() if isinstance(key, int))
+    return {layer: stats for layer, stats in layers if isinstance(stats, ExpertStats)}
+
+
+def by_matrix(found: Found) -> dict[str, InputSums]:
+    """Return the inputs of matrices among what was found."""
+    named = ((key, value) for key, value in found.items() if isinstance(key, str))
+    return {name: sums for name, sums in named if isinstance(sums, InputSums)}
+
+
+def save_found(path: Path, found: Found, header: Mapping[str, Any]) -> None:
+    """Write what was found to a safetensors file, whose metadata holds what is not a tensor as JSON.
 
     The file appears when it is complete. Raises `MoneError` when it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    layers = by_layer(found)
     n_token = {str(layer): stats.n_token for layer, stats in layers.items()}
     metadata = {"mone_calibration": json.dumps({"version": _VERSION, **header, "layer_n_token": n_token})}
     tensors = {
@@ -392,6 +436,8 @@ def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[s
         for layer, stats in layers.items()
         for name in _STAT_TENSORS
     }
+    for matrix, sums in by_matrix(found).items():
+        tensors |= {f"inputs.{matrix}.squares": sums.squares, f"inputs.{matrix}.n_row": sums.n_row}
     try:
         with replacing(path) as part:
             save_file(tensors, part, metadata=metadata)
@@ -402,24 +448,29 @@ def save_layers(path: Path, layers: Mapping[int, ExpertStats], header: Mapping[s
         ) from None
 
 
-def load_layers(path: Path) -> tuple[dict[str, Any], dict[int, ExpertStats]]:
-    """Read what `save_layers` wrote: (header, statistics by layer)."""
+def load_found(path: Path) -> tuple[dict[str, Any], Found]:
+    """Read what `save_found` wrote: (header, what was found)."""
     from safetensors import SafetensorError, safe_open
 
     header = read_layers_head(path)
     try:
         # read, not mapped: Windows would not let the file be replaced
         with safe_open(path, framework="pt", backend="pread") as file:
-            layers = {
+            found: dict[Any, ExpertStats | InputSums] = {
                 int(layer): ExpertStats(
                     n_token=n_token,
                     **{name: file.get_tensor(f"layers.{layer}.{name}") for name in _STAT_TENSORS},
                 )
                 for layer, n_token in header["layer_n_token"].items()
             }
+            for match in filter(None, map(_SQUARES.fullmatch, file.keys())):
+                squares, n_row = (file.get_tensor(f"{match[1]}.{part}") for part in ("squares", "n_row"))
+                if squares.dim() != 2 or n_row.shape not in (squares.shape[:1], (1,)):
+                    raise ValueError(f"{match[1]} is not of {len(squares)} matrices"[:80])
+                found[match[2]] = InputSums(squares, n_row)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(path, error) from None
-    return header, layers
+    return header, found
 
 
 def _check_shapes(spec: MoeSpec, layers: Mapping[int, ExpertStats]) -> None:
@@ -435,7 +486,7 @@ def _check_shapes(spec: MoeSpec, layers: Mapping[int, ExpertStats]) -> None:
 
 
 def read_layers_head(path: Path) -> dict[str, Any]:
-    """Read what `save_layers` wrote besides tensors, without PyTorch."""
+    """Read what `save_found` wrote besides tensors, without PyTorch."""
     from safetensors import SafetensorError, safe_open
 
     try:

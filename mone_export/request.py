@@ -255,7 +255,7 @@ class Job:
     @property
     def needs_statistics(self) -> bool:
         """Whether anything depends on a calibration: a choice that is still open, or the file."""
-        return len(self.candidates) > 1 or self.recipe.needs_statistics
+        return len(self.candidates) > 1 or self.recipe.needs_statistics or self.wants_imatrix
 
     @property
     def lacks_sensitivity(self) -> bool:
@@ -280,10 +280,10 @@ class Job:
 
     @property
     def rounding(self) -> Rounding:
-        """The type of the file, and the text for its importance matrix where it gets one."""
-        imatrix, text = self.request.imatrix, self.corpus if self.wants_imatrix else None
+        """The type of the file, and whether it gets an importance matrix."""
+        imatrix = self.request.imatrix
         kept = None if imatrix is None else Path(imatrix)
-        return Rounding(self.outtype, text, kept, self.request.llama, self.stated)
+        return Rounding(self.outtype, self.wants_imatrix, kept, self.stated)
 
     @property
     def wants_imatrix(self) -> bool:
@@ -328,6 +328,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     if isinstance(request.fit, str):
         request = replace(request, fit=_room(request.fit, source))
     saved = _saved(request, source)
+    request = _with_inputs(request, saved)
     _check_substituted(request, recipe, source)
     recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
@@ -352,11 +353,7 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
         _announce(job)
     if recipe.allocation == "search" and not chosen:
         _check_search(job)
-    job = _with_protected_texts(_with_text(job))
-    if job.wants_imatrix and job.corpus is None:  # there will be none
-        found = _sized(replace(request, with_imatrix=False), source, recipe, keys, progress)
-        job = replace(found, request=request, saved=saved, plan=chosen, protected_texts=job.protected_texts)
-    return job
+    return _with_protected_texts(_with_text(job))
 
 
 def _protected_text(given: str | tuple[str | Path, int]) -> tuple[Path, int]:
@@ -439,10 +436,23 @@ def _road(config: Mapping[str, Any]) -> str:
     return "a GGUF" if any("." in key for key in config) else "a checkpoint"
 
 
+def _with_inputs(request: Request, saved: Calibration | None) -> Request:
+    """Return the request, without an importance matrix where saved statistics have no inputs for one."""
+    if saved is None or saved.inputs or not request.with_imatrix:
+        return request
+    if request.imatrix is not None or request.outtype in IMATRIX_TYPES:
+        raise MoneError(
+            f"{request.stats_file} has nothing that an importance matrix could be made of: choose another "
+            "--stats file, and the text runs through the model again"
+        )
+    log.info("%s has nothing for an importance matrix: rounded without one", request.stats_file)
+    return replace(request, with_imatrix=False)
+
+
 def _with_imatrix(
     request: Request, source: Source, recipe: Recipe, outtype: str, *, mixed: bool = False
 ) -> bool:
-    """Return whether a file of a type gets an importance matrix, if there is text for it.
+    """Return whether a file of a type gets an importance matrix.
 
     Where types are `mixed`, llama-quantize rounds it whatever the type is.
     """
@@ -906,15 +916,11 @@ def _with_text(job: Job) -> Job:
     given = bool(request.files or request.datasets)
     saved_is_enough = job.saved and not given and not asks_model
     enough = saved_is_enough and not job.lacks_sensitivity
-    if not (job.wants_imatrix or (job.needs_statistics and not enough)):
+    if enough or not job.needs_statistics:
         return job
     n_row, _ = request.chunks
     whole = _text(request, job.source, n_more=HELD_OUT_ROWS if searches else 0)
     if job.saved and saved_is_enough and head(whole, n_row).sha256 != job.saved.corpus_sha256:
-        if request.imatrix is None and job.outtype not in IMATRIX_TYPES:
-            if job.wants_imatrix:
-                log.info("rounded without an importance matrix: pass the text again with -f for one")
-            return job  # what is missing cannot be measured on this text
-        log.warning("the importance matrix is made on the built-in text: pass the text again with -f")
+        return job  # what is missing cannot be measured on this text
     _check_text(job, whole)
     return replace(job, corpus=head(whole, n_row), held_out=whole.tokens[n_row:] if searches else None)

@@ -196,7 +196,11 @@ def _measured(
         raise MoneError(NO_EARLY_END)
     watch = _watch(job, job.corpus)
     calibration = engine().calibrate(
-        job.corpus, model_sha256=model_sha256, work=folder, progress=progress, watch=watch
+        job.corpus,
+        model_sha256=model_sha256,
+        work=folder,
+        progress=progress,
+        watch=watch,
     )
     if ranks.rank() == 0:
         stats = request.stats_file

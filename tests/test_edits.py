@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf_parts import Parts, Stored, key, put_together
 from torch import Tensor
 
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, LayerPlan, MoeSpec, Plan, Scores, Tier
+from mone_export.artifacts import Calibration, ExpertStats, LayerPlan, MoeSpec, Plan, Scores, Tier
 from mone_export.calibration.sums import expert_stats
 from mone_export.errors import MoneError
 from mone_export.output import writing
@@ -413,9 +413,9 @@ class Quantizer:
         self.asked.append((outtype, kinds, imatrix is not None))
         return {name: kinds.get(name, "q8_0" if info.shape[1:] else "f32") for name, info in tensors.items()}
 
-    def matrix(self, base: Path, rounding: Rounding, *, progress: Any) -> Path | None:
-        self.rounding, self.progress = rounding, progress
-        return base.with_name("imatrix.gguf") if rounding.text else None
+    def matrix(self, base: Path, *given: Any, thinner: Any) -> Path | None:
+        self.given = given
+        return base.with_name("imatrix.gguf") if given[-1].with_imatrix else None
 
 
 def show(*_: Any) -> None:
@@ -426,13 +426,12 @@ def test_other_types_are_made_from_a_file_beside_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     there = Quantizer(monkeypatch)
-    source, text = saved(tmp_path), Corpus(np.zeros((1, 2), np.int64), "text", "")
-    rounding = Rounding("q4_0", text)
+    source, rounding = saved(tmp_path), Rounding("q4_0", with_imatrix=True)
     assert write(source, STATISTICS, half(), tmp_path / "out.gguf", outtype=rounding, progress=show) == 9
     (made,) = there.made
     assert (made["outtype"], made["kinds"], made["progress"]) == ("q4_0", {}, show)
-    assert made["imatrix"] == made["base"].with_name("imatrix.gguf") and there.rounding is rounding
-    assert there.progress is show
+    assert made["imatrix"] == made["base"].with_name("imatrix.gguf")
+    assert there.given[1:] == (STATISTICS, half(), rounding) and there.given[0].path == source
     write(source, STATISTICS, half(), tmp_path / "whole.gguf")
     assert made["bytes"] == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny.gguf", "whole.gguf"]
@@ -488,7 +487,7 @@ def test_types_are_asked_for_once_and_sizes_follow(
     assert packed.head_size - plain.head_size in {more // 32 * 32, -(-more // 32) * 32}
     fewer = {1: 1, 2: 2}
     assert packed.with_kept(fewer).size_between == plain.with_kept(fewer).size < plain.size
-    assert measure(source, half(), outtype=Rounding("q8_0", Corpus(np.zeros((1, 2)), "", ""))) == (
+    assert measure(source, half(), outtype=Rounding("q8_0", with_imatrix=True)) == (
         layouts(source, half(), ("q8_0",), imatrix=True)["q8_0"].size,
         plain.size,
     )

@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import mone_export
 from mone_export.architectures import family_of
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, Plan
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, InputSums, Plan
 from mone_export.calibration.engines import InTorch
 from mone_export.calibration.llama_model import LlamaOptions
 from mone_export.calibration.loading import Model, open_streamed
@@ -57,6 +57,8 @@ FLOOR = 1e-6
 SUMS = [field.name for field in fields(ExpertStats) if field.name != "n_token"]
 EXPORTED = [row for row in ROWS if row.refused is None]
 GROUPED = [row for row in EXPORTED if row.config.get("n_group", 1) > 1]
+# matrices that are never rounded, and what no linear module of transformers takes in
+NEVER_SEEN = re.compile(r"blk\.\d+\.(ffn_gate_inp|attn_k_b|ssm_dt)\.weight")
 REFUSING = [row for row in ROWS if row.refused is not None]
 
 
@@ -250,9 +252,16 @@ def test_llama_cpp_shows_what_the_experts_do(row: Row, tmp_path: Path, record: d
             largest = max(largest, float((a - b).abs().max() / b.abs().max()))
     record.setdefault(row.name, {})["gguf"] = largest
     print(f"{row.name}: {n_other} tokens at other experts, sums within {largest:.1e}, damage {off:.1e}")
+    named = open_source(folder).named_inputs(wanted.inputs)
+    assert not named.keys() - found.inputs.keys()
+    unseen = {name for name in found.inputs.keys() - named.keys() if not NEVER_SEEN.fullmatch(name)}
+    assert not unseen
+    inputs = max(apart(named, found.inputs).values())
+    print(f"{row.name}: inputs of {len(named)} of {len(found.inputs)} matrices within {inputs:.1e}")
     if not row.as_llama_cpp:
         roughly = row.packed == "mxfp4" or row.limit >= 1e-3
         assert largest < (0.2 if roughly else 1e-3)
+        assert inputs < (0.2 if roughly else 1e-3)
         # where the body is not apart from the head, PyTorch compares logits
         assert off < (0.05 if roughly else 1e-3) or module.base_model is module
 
@@ -263,15 +272,30 @@ def test_streamed_layers_give_the_same_sums(
 ) -> None:
     """Bit for bit; and so does another process that finds the work of the first half of the layers."""
     folder = save_family(row, tmp_path / "model")
-    wanted = calibrated(folder, inspect(folder))[1].layers
+    wanted = calibrated(folder, inspect(folder))[1]
     monkeypatch.setattr(LayerFiles, "each", half_way(LayerFiles.each))
     with pytest.raises(InterruptedError):
         streamed(folder, tmp_path / "work")
     monkeypatch.undo()
     found = streamed(folder, tmp_path / "work")
-    assert found.keys() == wanted.keys()
-    for layer, stats in wanted.items():
-        assert all(torch.equal(getattr(found[layer], sums), getattr(stats, sums)) for sums in SUMS)
+    assert found.layers.keys() == wanted.layers.keys()
+    for layer, stats in wanted.layers.items():
+        assert all(torch.equal(getattr(found.layers[layer], sums), getattr(stats, sums)) for sums in SUMS)
+    assert found.inputs.keys() == wanted.inputs.keys()
+    for name, inputs in wanted.inputs.items():
+        assert torch.equal(found.inputs[name].squares, inputs.squares)
+
+
+def apart(found: Mapping[str, InputSums], wanted: Mapping[str, InputSums]) -> dict[str, float]:
+    """Return how far the inputs of matrices are from others, of the largest: by name.
+
+    With latent attention, llama.cpp's are of what attention has averaged.
+    """
+    return {
+        name: float((found[name].squares - sums.squares).abs().max() / sums.squares.max())
+        for name, sums in wanted.items()
+        if name in found and "attn_v_b" not in name
+    }
 
 
 def half_way(each: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
@@ -286,13 +310,13 @@ def half_way(each: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]
     return interrupted
 
 
-def streamed(folder: Path, workdir: Path) -> Mapping[int, ExpertStats]:
+def streamed(folder: Path, workdir: Path) -> Calibration:
     """Calibrate as `calibrated` does, layer by layer."""
     torch.manual_seed(0)
     module, files = open_streamed(folder, device="cpu", dtype=torch.float32)
     corpus = Corpus(tokens=random_tokens(16, 64), name="random", sha256="")
     model = Model(open_source(folder), module, files=files)
-    return calibrate(model, corpus, model_sha256="", work=WorkFolder(workdir, {})).layers
+    return calibrate(model, corpus, model_sha256="", work=WorkFolder(workdir, {}))
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)

@@ -45,14 +45,14 @@ def run(model: Model, rows: torch.Tensor, name: str = "text") -> Calibration:
         calibrate(model, Corpus(row[None], name, fingerprint_rows(row[None])), model_sha256="m" * 64)
         for row in rows
     ]
-    layers = {layer: parts[0].layers[layer] for layer in parts[0].layers}
+    layers, inputs = dict(parts[0].layers), dict(parts[0].inputs)
     for part in parts[1:]:
         layers = {layer: stats.merge(part.layers[layer]) for layer, stats in layers.items()}
+        inputs = {name: sums.merge(part.inputs[name]) for name, sums in inputs.items()}
     sha256 = fingerprint_rows(rows)
     part = replace(parts[0].parts[0], corpus_sha256=sha256, sources={name: rows.numel()})
-    return replace(
-        parts[0], corpus_sha256=sha256, n_token=rows.numel(), corpus_name=name, layers=layers, parts=(part,)
-    )
+    changes = {"layers": layers, "inputs": inputs, "parts": (part,)}
+    return replace(parts[0], corpus_sha256=sha256, n_token=rows.numel(), corpus_name=name, **changes)
 
 
 def assert_close(found: Calibration, wanted: Calibration) -> None:
@@ -63,6 +63,10 @@ def assert_close(found: Calibration, wanted: Calibration) -> None:
             a, b = getattr(found.layers[layer], name), getattr(stats, name)
             scale = b.abs().amax(-1, keepdim=True) if b.dim() == 2 else b.abs()
             assert ((a - b).abs() <= TOLERANCE * scale).all(), f"layer {layer}: {name}"
+    assert found.inputs.keys() == wanted.inputs.keys() and wanted.inputs
+    for matrix, sums in wanted.inputs.items():
+        torch.testing.assert_close(found.inputs[matrix].squares, sums.squares, rtol=TOLERANCE, atol=0)
+        assert torch.equal(found.inputs[matrix].n_row, sums.n_row)
 
 
 def test_sensitivities_are_the_mean_by_tokens(demo: Model, rows: torch.Tensor) -> None:
@@ -104,6 +108,18 @@ def thirds(demo: Model, rows: torch.Tensor) -> list[Calibration]:
 
 def named(parts: Sequence[Calibration]) -> dict[str, Calibration]:
     return {part.corpus_name: part for part in parts}
+
+
+def test_inputs_are_those_that_all_have_seen(thirds: list[Calibration]) -> None:
+    a, b, c = thirds
+    less = replace(c, inputs={name: sums for name, sums in c.inputs.items() if "down" in name})
+    found = merge(named([a, b, less]), weights={"a": 0.5})
+    assert found.inputs.keys() == less.inputs.keys()
+    times = 0.5 * 14 / 2, 0.5 * 14 / 12  # of the 14 rows: those of a, those of b and c
+    for name, sums in found.inputs.items():
+        wanted = times[0] * a.inputs[name].n_row + times[1] * (b.inputs[name].n_row + c.inputs[name].n_row)
+        torch.testing.assert_close(sums.n_row, wanted)
+    assert merge(named([a, replace(b, inputs={})])).inputs == {}
 
 
 def test_grouping_changes_neither_values_nor_fingerprint(thirds: list[Calibration]) -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ from tiny import TINY, random_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mone_export.artifacts import ExpertStats
+from mone_export.artifacts import ExpertStats, by_matrix
 from mone_export.calibration.observer import all_together, observe, one_by_one
 from mone_export.calibration.sums import expert_stats, grouped_stats
 from mone_export.source.shape import expert_modules
@@ -65,15 +66,21 @@ def recorded(model: nn.Module) -> Iterator[dict[int, Call]]:
         handle.remove()
 
 
+def linear(module: Any, e: int, a: Tensor, name: str) -> Tensor:
+    weight = getattr(module, name)[e]
+    bias = getattr(module, f"{name}_bias")[e] if module.has_bias else 0
+    return a @ (weight if module.is_transposed else weight.T) + bias
+
+
+def channels(module: Any, e: int, x: Tensor) -> Tensor:
+    """What expert `e` has between its projections, for rows x [n, d]."""
+    gated: Tensor = module._apply_gate(linear(module, e, x, "gate_up_proj"))
+    return gated
+
+
 def expert(module: Any, e: int, x: Tensor) -> Tensor:
     """Expert `e` alone, its output before weighting, for rows x [n, d]."""
-
-    def linear(a: Tensor, name: str) -> Tensor:
-        weight = getattr(module, name)[e]
-        bias = getattr(module, f"{name}_bias")[e] if module.has_bias else 0
-        return a @ (weight if module.is_transposed else weight.T) + bias
-
-    return linear(module._apply_gate(linear(x, "gate_up_proj")), "down_proj")
+    return linear(module, e, channels(module, e, x), "down_proj")
 
 
 Tokens = list[list[tuple[int, float, Tensor]]]  # per token, its (expert, gate, output) triples
@@ -267,6 +274,42 @@ def test_gates_are_what_multiplies_the_outputs(exact: Exact) -> None:
     for _, call, tokens in exact:
         y = torch.stack([sum(g * f for _, g, f in token) for token in tokens])
         torch.testing.assert_close(y, call.output, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", [one_by_one, all_together], ids=["cpu", "gpu"])
+def test_inputs_of_matrices_are_their_definition(model: PreTrainedModel, way: Any) -> None:
+    """Of experts by their GGUF names, of all other matrices by their own."""
+    taken: dict[str, Tensor] = {}
+
+    def take(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        taken[name] = inputs[0].flatten(0, -2).double()
+
+    hooks = [
+        module.register_forward_pre_hook(partial(take, f"{name}.weight"))
+        for name, module in model.named_modules()
+        if ".layers." in name and isinstance(module, nn.Linear)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mone_export.calibration.observer.one_by_one", way)
+        with recorded(model) as calls, observe(model, inputs=True) as found:
+            model(tokens_for(2))
+    for hook in hooks:
+        hook.remove()
+    named = by_matrix(found)
+    assert named.keys() == taken.keys() | {
+        f"blk.{layer}.ffn_{matrix}_exps.weight" for layer in calls for matrix in ("up", "down")
+    }
+    for name, rows in taken.items():
+        torch.testing.assert_close(named[name].squares[0], rows.square().sum(0), rtol=1e-5, atol=0)
+        assert named[name].n_row.tolist() == [len(rows)]
+    for layer, call in calls.items():
+        up, down = (named[f"blk.{layer}.ffn_{matrix}_exps.weight"] for matrix in ("up", "down"))
+        for e in range(call.module.num_experts):
+            rows = call.hidden[(call.index == e).any(1)]
+            for sums, inputs in ((up, rows), (down, channels(call.module, e, rows))):
+                wanted = inputs.double().square().sum(0)
+                torch.testing.assert_close(sums.squares[e], wanted, rtol=1e-4, atol=1e-9)
+                assert sums.n_row[e] == len(rows)
 
 
 def test_statistics_of_a_float32_model_differ_by_its_matrix_products_only(model: PreTrainedModel) -> None:

@@ -84,7 +84,12 @@ class Bench:
 
     def __init__(self) -> None:
         self.source = SimpleNamespace(
-            spec=TWO, computing_config={"n": 1}, fingerprint=self._fingerprint, name="model", packed=""
+            spec=TWO,
+            computing_config={"n": 1},
+            fingerprint=self._fingerprint,
+            name="model",
+            packed="",
+            direct_types=("f32",),
         )
         self.engine = FakeEngine(self.source)
         self.opened: list[Any] = []

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import mone_export as mone
 from mone_export import cli
-from mone_export.artifacts import ChannelStats, Corpus
+from mone_export.artifacts import ChannelStats, Corpus, Tier
 from mone_export.calibration.channel_sums import groups
 from mone_export.calibration.channels import measure_channels
 from mone_export.calibration.corpus import read_corpus
@@ -30,6 +30,7 @@ from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.llama_options import LlamaOptions
 from mone_export.output.importance import Rounding
 from mone_export.output.restore_check import restore_check
+from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import measure
 from mone_export.source import open_source
 from mone_export.source.gguf_types import kind_for, quantize
@@ -210,7 +211,8 @@ def test_llama_quantize_makes_any_type_of_it(with_imatrix: bool, tmp_path: Path)
     engine = mone.load(file, n_threads=1)
     calibration, outfile = mone.calibrate(engine, rows), tmp_path / "thin.gguf"
     chosen, thinner = mone.plan_thin(engine, rows, mone.score(calibration), ratio=0.5, outtype="q4_0")
-    rounding = Rounding("q4_0", rows if with_imatrix else None)
+    imatrix = tmp_path / "imatrix.gguf" if with_imatrix else None
+    rounding = Rounding("q4_0", with_imatrix, imatrix)
     size = mone.write(file, calibration, chosen, outfile, novices=thinner, outtype=rounding)
     assert measure(file, chosen, outtype=rounding)[0] == size == outfile.stat().st_size
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(outfile).tensors}
@@ -218,6 +220,32 @@ def test_llama_quantize_makes_any_type_of_it(with_imatrix: bool, tmp_path: Path)
     assert len(thin) == 3 * len(chosen.layers)
     assert {kinds[name] for name in thin} == {"Q4_0"}
     assert np.isfinite(logits(outfile, list(range(3, 60)), n_batch=57)).all()
+    if imatrix:
+        found = {tensor.name: tensor.data for tensor in GGUFReader(imatrix).tensors}
+        matrices = {name for name in kinds if "_exps." in name and name.endswith(".weight")}
+        assert {f"{name}.in_sum2" for name in matrices} <= found.keys()
+        for layer in chosen.layers:
+            for number, tier in enumerate(layer.tiers, start=1):
+                check_inputs(found, calibration, thinner, (layer.layer, number, tier))
+
+
+def check_inputs(
+    found: dict[str, Any], calibration: mone.Calibration, thinner: Thinner, place: tuple[int, int, Tier]
+) -> None:
+    """Thin experts have the inputs that whole ones had, of the channels that they keep."""
+    layer, number, tier = place
+    up, down = (calibration.inputs[f"blk.{layer}.ffn_{matrix}_exps.weight"] for matrix in ("up", "down"))
+    for row, expert in enumerate(tier.experts):
+        channels = thinner.channels(layer, expert, tier.width)
+        wanted = {
+            "gate": up.squares[expert],
+            "up": up.squares[expert],
+            "down": down.squares[expert][channels],
+        }
+        for matrix, squares in wanted.items():
+            name = f"blk.{layer}.ffn_{matrix}_exps.t{number}.weight"
+            np.testing.assert_allclose(found[f"{name}.in_sum2"][row], squares, rtol=1e-6)
+            assert found[f"{name}.counts"].ravel()[row] == down.n_row[expert]
 
 
 def test_experts_too_narrow_for_a_type_are_whole_or_constants(text: Path, tmp_path: Path) -> None:

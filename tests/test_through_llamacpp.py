@@ -25,7 +25,6 @@ from mone_export.calibration import masking, passes, sensitivity
 from mone_export.calibration import rows as steps
 from mone_export.calibration.corpus import read_corpus
 from mone_export.calibration.eval_callback import Routed, Tap
-from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
 from mone_export.calibration.loading import Model, load
 from mone_export.calibration.through_llamacpp import LlamaEngine
@@ -240,17 +239,17 @@ def test_importance_matrix_is_llama_cpps_own(
 ) -> None:
     corpus = read_corpus([text], demo.source.tokenizer(), n_row=6, seq_len=64)
     corpus.tokens[:, 0] = corpus.tokens[0, 0]  # llama-imatrix begins every chunk with BOS
-    theirs, ours, sums = tmp_path / "theirs.gguf", tmp_path / "ours.gguf", ImatrixSums()
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
     options = ("-c", 64, "-b", 64, "--chunks", 6, "-t", 1, "-fa", "off", "-ctk", "f32", "-ctv", "f32")
     run(runtime.path() / "llama-imatrix", "-m", demo_gguf, "-f", text, "-o", theirs, "--no-ppl", *options)
     with LlamaEngine(demo_gguf, demo.spec, options=EXACT) as engine:
         before = calibrated(engine, corpus)
-        engine.observe_inputs(corpus, sums)
-        assert deviation(before, calibrated(engine, corpus))[1] < 1e-12
-    squares, n_row = (
-        {name: values.numpy() for name, values in each.items()} for each in (sums.squares, sums.n_row)
-    )
-    save_imatrix(ours, squares, n_row, dataset=str(text), n_token=6 * 64, chunk_size=64)
+        seen = engine.observe(corpus, model_sha256="", config={})
+        assert deviation(before, seen)[1] < 1e-12
+    inputs = {name: (sums.squares.numpy(), sums.n_row.numpy()) for name, sums in seen.inputs.items()}
+    for layer in demo.spec.moe_layers:  # what goes into both is kept once
+        inputs[f"blk.{layer}.ffn_gate_exps.weight"] = inputs[f"blk.{layer}.ffn_up_exps.weight"]
+    save_imatrix(ours, inputs, dataset=str(text), n_token=6 * 64, chunk_size=64)
     found, wanted = gguf_file.read(ours), gguf_file.read(theirs)
     assert found.keys == wanted.keys
     assert sorted(found.tensors) == sorted(wanted.tensors)

@@ -3,6 +3,7 @@
 documents.py    files, datasets, built-in text -> documents
 corpus.py       documents -> rows of token ids
 observer.py     the reading seam: one experts' forward pass for all families, which feeds the statistics
+input_sums.py   what goes into matrices, for importance matrices; linear_inputs.py: into ordinary ones
 ranks.py        several processes share the rows
 work_folder.py  what is finished stays finished
 streaming.py    decoder layers that come one at a time

@@ -54,7 +54,7 @@ class InTorch:
         progress: Progress | None = None,
         watch: Watch | None = None,
     ) -> Calibration:
-        """Return the statistics of all experts over a text."""
+        """Return the statistics of all experts, and of the matrices' inputs, over a text."""
         return calibrate(
             self.model,
             corpus,
@@ -128,7 +128,7 @@ class InLlama(LlamaEngine):
         progress: Progress | None = None,
         watch: Watch | None = None,
     ) -> Calibration:
-        """Return the statistics of all experts over a text."""
+        """Return the statistics of all experts, and of the matrices' inputs, over a text."""
         return self.observe(
             corpus,
             model_sha256=model_sha256,

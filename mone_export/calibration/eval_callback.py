@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mone_export.calibration.imatrix_sums import ImatrixSums
+from mone_export.artifacts import InputSums
+from mone_export.calibration.input_sums import inputs_name, sums_of_routed, sums_of_rows
 from mone_export.errors import MoneError
 
 _DOWN = re.compile(rb"blk\.(\d+)\.ffn_down_exps\.weight")
+_GATE = re.compile(r"blk\.\d+\.ffn_gate_exps\.weight")
 _WEIGHTED, _LAST_HIDDEN = b"ffn_moe_weighted", b"result_norm"
 _N_ROW = 16  # of fewer rows llama.cpp's own importance matrices take no note
 _N_CHAINED = 6  # nodes between the experts' last product and their weighting: a scale, a bias
@@ -174,7 +176,7 @@ class Tap:
     layers: Collection[int] = ()
     see: Callable[[int, Routed], None] | None = None  # what `layers` did, by layer number
     masks: Mapping[int, Mask] = field(default_factory=dict)
-    imatrix: ImatrixSums | None = None  # takes the inputs of the layers' matrices
+    inputs: Callable[[str, InputSums], None] | None = None  # of the layers' matrices, by name
     hidden: Callable[[Tensor], None] | None = None  # last hidden states float32 [n_token, d]
     until: int | None = None  # the layer after whose experts the run ends; None: after the last hidden states
     logits: bool = False  # nothing ends the run
@@ -231,15 +233,16 @@ class EvalCallback:
         if self._pending:
             return True
         if node.op == self._ggml.mul_mat_id:
-            return self._tap.imatrix is not None or self._wanted_layer(node) is not None
-        if node.op == self._ggml.mul_mat and self._tap.imatrix:
+            heard = self._tap.inputs is not None and not _is_gate(node)
+            return heard or self._wanted_layer(node) is not None
+        if node.op == self._ggml.mul_mat and self._tap.inputs:
             inputs = Node.from_address(node.src[1])
             return _name_of(node).startswith("blk.") and inputs.type == 0 and inputs.ne[1] >= _N_ROW
         return name == _LAST_HIDDEN and not self._tap.logits
 
     def _computed(self, address: int, node: Node) -> bool:
-        if self._tap.imatrix and node.op in (self._ggml.mul_mat, self._ggml.mul_mat_id):
-            self._add_inputs(node, self._tap.imatrix)
+        if self._tap.inputs and node.op in (self._ggml.mul_mat, self._ggml.mul_mat_id):
+            self._hear_inputs(node, self._tap.inputs)
         if node.op == self._ggml.mul_mat_id and (layer := self._wanted_layer(node)) is not None:
             # read now: nothing keeps them until the outputs are weighted
             ids = self._ggml.values(node.src[2])[0, 0].astype(np.int64)
@@ -259,13 +262,16 @@ class EvalCallback:
             self._ended = True
         return True
 
-    def _add_inputs(self, node: Node, sums: ImatrixSums) -> None:
+    def _hear_inputs(self, node: Node, hear: Callable[[str, InputSums], None]) -> None:
+        if _is_gate(node):
+            return
+        name = inputs_name(_name_of(node))
         matrix, inputs = Node.from_address(node.src[0]), torch.from_numpy(self._ggml.values(node.src[1]))
         if node.op == self._ggml.mul_mat_id:
             ids = torch.from_numpy(self._ggml.values(node.src[2])[0, 0].astype(np.int64))
-            sums.add_routed(_name_of(node), inputs[0], ids, matrix.ne[2])
+            hear(name, sums_of_routed(inputs[0], ids, matrix.ne[2]))
         else:
-            sums.add(_name_of(node), inputs.flatten(0, 1), matrix.ne[2] * matrix.ne[3])
+            hear(name, sums_of_rows(inputs.flatten(0, 1), matrix.ne[2] * matrix.ne[3]))
 
     def _weighted(self, node: Node) -> None:
         """Take the layer whose outputs are weighted here; or note that the inputs of the next are."""
@@ -318,6 +324,11 @@ class EvalCallback:
             silenced.op = op
             self._silenced = None
         return ask
+
+
+def _is_gate(node: Node) -> bool:
+    """Return whether a product is with experts' gates, whose inputs are those of their up projections."""
+    return bool(_GATE.fullmatch(_name_of(node)))
 
 
 def _name_of(node: Node) -> str:

@@ -5,11 +5,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TypeVar
 
-from mone_export.artifacts import Calibration, ExpertStats, Part, differing
+from mone_export.artifacts import Calibration, ExpertStats, InputSums, Part, differing
 from mone_export.errors import MoneError
 
 log = logging.getLogger(__name__)
+
+Sums = TypeVar("Sums", ExpertStats, InputSums)
 
 
 def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | None = None) -> Calibration:
@@ -28,7 +31,7 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
 
     `n_token` is T, and sum c_i T_i = T too, so a score per token of the text keeps its scale. `count` stays
     the sum of the n_i: what was seen is not more because it weighs more. Sensitivities, which no text adds up
-    to, are the mean of the files' own, by c_i T_i.
+    to, are the mean of the files' own, by c_i T_i. Inputs of matrices are those that all files have seen.
 
     The merged fingerprint of the text is the SHA-256 of the parts' own, one a line, sorted, each with its
     weight unless that is 1; so it does not depend on the order of merging.
@@ -43,6 +46,10 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
     for layer in first.spec.moe_layers:
         stats = [_counted(files[name].layers[layer], times[name]) for name in ordered]
         layers[layer] = reduce(ExpertStats.merge, stats)
+    inputs = {}
+    for matrix in sorted(set(first.inputs).intersection(*(files[name].inputs for name in ordered))):
+        sums = [_counted(files[name].inputs[matrix], times[name]) for name in ordered]
+        inputs[matrix] = reduce(InputSums.merge, sums)
     parts = [
         replace(part, weight=part.weight * times[name]) for name in ordered for part in files[name].parts
     ]
@@ -58,6 +65,7 @@ def merge(files: Mapping[str, Calibration], *, weights: Mapping[str, float] | No
         layers=layers,
         parts=tuple(parts),
         sensitivity=_sensitivity([files[name] for name in ordered], [times[name] for name in ordered]),
+        inputs=inputs,
     )
 
 
@@ -130,7 +138,7 @@ def _common(files: Sequence[Calibration]) -> dict[str, str]:
     return {name: " and ".join(found) for name, found in values.items()}
 
 
-def _counted(stats: ExpertStats, times: float) -> ExpertStats:
+def _counted(stats: Sums, times: float) -> Sums:
     return stats if times == 1 else stats.reweighted(times)
 
 

@@ -14,8 +14,8 @@ uses.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mone_export.artifacts import ExpertStats
+from mone_export.artifacts import ExpertStats, InputSums
+from mone_export.calibration.input_sums import DOWN, UP, sums_of_routed
+from mone_export.calibration.linear_inputs import linear_inputs
+from mone_export.calibration.rows import Layers, add_to
 from mone_export.calibration.sums import Sums, expert_stats, grouped_stats
 from mone_export.errors import MoneError
 from mone_export.source.shape import expert_modules
@@ -39,26 +42,28 @@ _NAME = "mone_observed"
 
 
 @contextmanager
-def observe(model: PreTrainedModel) -> Iterator[dict[int, ExpertStats]]:
+def observe(model: PreTrainedModel, *, inputs: bool = False) -> Iterator[Layers]:
     """Collect the statistics of every forward pass inside the block, per layer number, on the model's device.
 
-    Every token of a batch counts: batches must hold no padding. On leaving, the model is as it was before.
-    Blocks may be nested: the outer one counts what runs in the inner one as well. Raises `MoneError` for a
-    model with several expert stacks in one layer, and for an untested version of transformers.
+    With `inputs`, what goes into the layers' matrices, too, per name (`input_sums`). Every token of a batch
+    counts: batches must hold no padding. On leaving, the model is as it was before. Blocks may be
+    nested: the outer one counts what runs in the inner one as well. Raises `MoneError` for a model with
+    several expert stacks in one layer, and for an untested version of transformers.
     """
     check_version()
-    stats: dict[int, ExpertStats] = {}
+    found: Layers = {}
     modules = _by_layer(model)
     before = [(module, _own(module)) for module in modules.values()]
     ExpertsInterface.register(_NAME, observed)
     try:
         for layer, module in modules.items():
-            module.mone_sinks = (*_sinks(module), Sink(layer, stats))
+            module.mone_sinks = (*_sinks(module), Sink(layer, found, inputs=inputs))
             if _is_behind_interface(module):
                 module.config = with_experts_forward(module.config, _NAME)
             elif "forward" not in vars(module):  # else what stands there calls `run_experts`
                 module.forward = MethodType(run_experts, module)
-        yield stats
+        with linear_inputs(model, found) if inputs else nullcontext():
+            yield found
     finally:
         for module, own in before:
             for name in _own(module).keys() - own.keys():
@@ -68,16 +73,17 @@ def observe(model: PreTrainedModel) -> Iterator[dict[int, ExpertStats]]:
 
 
 class Sink:
-    """Takes what one experts module does during one observation: it adds up in the layer's entry."""
+    """Takes what one experts module does during one observation: it adds up in the layer's entries."""
 
-    def __init__(self, layer: int, stats: dict[int, ExpertStats]) -> None:
-        """Keep layer `layer`'s sums in `stats`, the observation's; an entry is replaced, never changed."""
-        self._layer, self._stats = layer, stats
+    def __init__(self, layer: int, found: Layers, *, inputs: bool = False) -> None:
+        """Keep layer `layer`'s sums in `found`, the observation's; with `inputs`, its matrices' too."""
+        self._layer, self._found, self.inputs = layer, found, inputs
 
-    def add(self, batch: ExpertStats) -> None:
-        """Add the statistics of one call."""
-        so_far = self._stats.get(self._layer)
-        self._stats[self._layer] = so_far.merge(batch) if so_far else batch
+    def add(self, batch: ExpertStats, inputs: Sequence[InputSums] = ()) -> None:
+        """Add the statistics of one call; `inputs` are of the first and of the last matrices."""
+        add_to(self._found, self._layer, batch)
+        for name, sums in zip((UP, DOWN), inputs, strict=False) if self.inputs else ():
+            add_to(self._found, name.format(layer=self._layer), sums)
 
 
 def run_experts(module: Any, *args: Tensor, **named: Tensor) -> Tensor:
@@ -100,21 +106,35 @@ def observed(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Te
     n_token, top_k = top_k_index.shape
     ids, order = torch.sort(top_k_index.reshape(-1))  # [n_token * top_k], slots grouped by expert
     slots = Slots(ids, order, top_k_weights.reshape(-1)[order])
-    weighted, sums = (one_by_one if hidden.is_cpu else all_together)(module, hidden, slots)
+    n_expert, _, n_channel = _shape(module)
+    wanted = any(sink.inputs for sink in _sinks(module))
+    squares = torch.zeros(n_expert, n_channel, device=hidden.device) if wanted else None
+    weighted, sums = (one_by_one if hidden.is_cpu else all_together)(module, hidden, slots, squares)
     batch = replace(sums, n_token=n_token)
+    inputs: tuple[InputSums, ...] = ()
+    if squares is not None:
+        up = sums_of_routed(hidden[:, None], top_k_index, n_expert)
+        inputs = up, InputSums(squares.to(up.squares.device).double(), up.n_row.clone())
     for sink in _sinks(module):
-        sink.add(batch)
+        sink.add(batch, inputs)
     return weighted.view(n_token, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
 def observed_weighted(module: Any, hidden: Tensor) -> Tensor:
     """Do so where a block weights what goes into the experts: hidden [n_expert * n_token, d], mostly zero."""
     output: Tensor = type(module).forward(module, hidden)
-    selected = hidden.view(len(module.down_proj), -1, hidden.shape[-1]).any(-1)  # [n_expert, n_token]
+    by_expert = hidden.view(len(module.down_proj), -1, hidden.shape[-1])
+    selected = by_expert.any(-1)  # [n_expert, n_token]
     rows = output[selected.flatten()]
     batch = expert_stats(rows, rows.new_ones(len(rows)), selected.sum(1), n_token=selected.shape[1])
+    inputs: list[InputSums] = []
+    if any(sink.inputs for sink in _sinks(module)):
+        gate, up = (by_expert @ module.gate_up_proj).chunk(2, dim=-1)
+        for each in (by_expert, up * module.act_fn(gate)):  # zero for the tokens of other experts
+            squares = each.float().square().sum(1).to(batch.weight.device)
+            inputs.append(InputSums(squares.double(), batch.weight.clone()))
     for sink in _sinks(module):
-        sink.add(batch)
+        sink.add(batch, inputs)
     return output
 
 
@@ -127,13 +147,16 @@ class Slots:
     gates: Tensor  # the weights that multiply their outputs
 
 
-def one_by_one(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, ExpertStats]:
+def one_by_one(
+    module: Any, hidden: Tensor, slots: Slots, squares: Tensor | None = None
+) -> tuple[Tensor, ExpertStats]:
     """Run the experts one after the other: on a CPU a grouped product is a loop over experts anyway.
 
     Rows that stay in its cache are worth more than all the statistics cost. Returns the weighted outputs
-    [n_slot, d], slots as they came before they were grouped, and the statistics; `n_token` stays 0.
+    [n_slot, d], slots as they came before they were grouped, and the statistics; `n_token` stays 0. What goes
+    into the last matrices is squared and added to `squares` [n_expert, I].
     """
-    n_expert, width = _shape(module)
+    n_expert, width, _ = _shape(module)
     ids, order, gates = slots.ids, slots.order, slots.gates
     count = torch.bincount(ids, minlength=n_expert)
     dtype = torch.result_type(module.down_proj, gates)
@@ -143,25 +166,33 @@ def one_by_one(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, Exper
     for expert, size in enumerate(count.tolist()):
         if size:
             experts, own = slice(expert, expert + 1), slice(start, start + size)
-            outputs = _expert_outputs(module, hidden[order[own] // top_k], experts, ids[own], count)
+            channels = hidden_channels(module, hidden[order[own] // top_k], experts, ids[own], count)
+            if squares is not None:
+                squares[expert] += channels.float().square().sum(0)
+            outputs = outputs_of(module, channels, experts, ids[own], count)
             sums.add(experts, outputs, gates[own])
             weighted[order[own]] = outputs * gates[own].unsqueeze(-1)
         start += size
     return weighted, sums.stats()
 
 
-def all_together(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, ExpertStats]:
+def all_together(
+    module: Any, hidden: Tensor, slots: Slots, squares: Tensor | None = None
+) -> tuple[Tensor, ExpertStats]:
     """Run all experts at once, as a GPU wants it: nothing here waits for the device.
 
-    Returns what `one_by_one` returns.
+    Returns, and adds, what `one_by_one` does.
     """
-    n_expert, width = _shape(module)
+    n_expert, width, _ = _shape(module)
     ids, order, gates = slots.ids, slots.order, slots.gates
     # bincount would wait
     count = torch.zeros(n_expert, dtype=torch.int64, device=ids.device)
     count.scatter_add_(0, ids, torch.ones_like(ids))
     rows = hidden[order // (len(order) // len(hidden))]
-    outputs = _expert_outputs(module, rows, slice(0, n_expert), ids, count)
+    channels = hidden_channels(module, rows, slice(0, n_expert), ids, count)
+    if squares is not None:
+        squares += sums_of_routed(channels[:, None], ids[:, None], n_expert).squares.to(squares.device)
+    outputs = outputs_of(module, channels, slice(0, n_expert), ids, count)
     weighted = torch.empty(
         len(order), width, dtype=torch.result_type(module.down_proj, gates), device=hidden.device
     )
@@ -172,17 +203,12 @@ def all_together(module: Any, hidden: Tensor, slots: Slots) -> tuple[Tensor, Exp
     return weighted, grouped_stats(*seen)
 
 
-def _expert_outputs(module: Any, rows: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
-    """Run rows [n_slot, d], grouped by expert, through a block of experts; outputs before weighting.
-
-    `ids` [n_slot] names each row's expert, `count` [n_expert] all experts' numbers of rows.
-    """
-    hidden = hidden_channels(module, rows, experts, ids, count)
-    return outputs_of(module, hidden, experts, ids, count)
-
-
 def hidden_channels(module: Any, rows: Tensor, experts: slice, ids: Tensor, count: Tensor) -> Tensor:
-    """Return what rows have between their experts' projections, [n_slot, I]; the arguments are the same."""
+    """Return what rows [n_slot, d], grouped by expert, have between their experts' projections, [n_slot, I].
+
+    `experts` is a block of them, `ids` [n_slot] names each row's, `count` [n_expert] all experts' numbers of
+    rows.
+    """
     if module.has_gate:
         gated: Tensor = module._apply_gate(_linear(module, "gate_up_proj", rows, experts, ids, count))
         return gated
@@ -228,7 +254,8 @@ def _own(module: Any) -> dict[str, Any]:
     return {name: vars(module)[name] for name in ("mone_sinks", "config", "forward") if name in vars(module)}
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    """Return (n_expert, output width) of an experts module."""
+def _shape(module: Any) -> tuple[int, int, int]:
+    """Return (n_expert, output width, channels between the projections) of an experts module."""
     n_expert, *widths = module.down_proj.shape
-    return n_expert, widths[1 if module.is_transposed else 0]
+    n_channel, width = widths if module.is_transposed else widths[::-1]
+    return n_expert, width, n_channel

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mone_export import __version__
 from mone_export.architectures import factor_after_experts
-from mone_export.artifacts import Calibration, Corpus, ExpertStats
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, InputSums, by_layer, by_matrix
 from mone_export.calibration import ranks
 from mone_export.calibration.corpus import head
 from mone_export.calibration.loading import Model
@@ -53,7 +54,7 @@ def calibrate(
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Calibration:
-    """Run the corpus through the model once and return the exact statistics of all its experts.
+    """Run the corpus through the model once and return the exact statistics of all experts and inputs.
 
     Where `watch` says that the decision is stable, the rest of the corpus is left out: of a model in memory,
     in a single process.
@@ -66,13 +67,18 @@ def calibrate(
     tokens = ranks.share(corpus.tokens)
     if work:
         work.reserve(disk_needed(model, tokens.numel()))
-    with torch.inference_mode(), observe(model.module) as layers:
-        seen = Pass(model, tokens, work=work, memory=memory, progress=progress).run(layers, stop=watch)
+    with torch.inference_mode(), observe(model.module, inputs=True) as found:
+        stop = (lambda found: watch(by_layer(found))) if watch else None
+        seen = Pass(model, tokens, work=work, memory=memory, progress=progress).run(found, stop=stop)
     corpus = head(corpus, seen) if seen < len(tokens) else corpus
-    stats = ranks.merged({layer: finished(model, layers[layer]) for layer in sorted(layers)})
-    check_finite(stats, "try --dtype float32 or bfloat16")
+    own: dict[Any, ExpertStats | InputSums] = {
+        layer: finished(model, stats) for layer, stats in by_layer(found).items()
+    }
+    own |= {matrix: sums.to("cpu") for matrix, sums in by_matrix(found).items()}
+    merged = ranks.merged(own)
+    check_finite(by_layer(merged), "try --dtype float32 or bfloat16")
     return calibration_of(
-        stats,
+        merged,
         corpus,
         spec=model.spec,
         model_sha256=model_sha256,
@@ -206,11 +212,11 @@ class _LayerByLayer:
         work, files = self._run.work, self._run.model.files
         first = self._resume()
         for number in files.each(first) if files else range(len(self._decoder)):
-            started = time.monotonic()
+            started, before = time.monotonic(), self._found.keys() | set()
             self._run_layer(number, watch)
             if work:
-                own = {number: self._found[number].to("cpu")} if number in self._found else {}
-                work.save(number + 1, own)
+                own = self._found.keys() - before
+                work.save(number + 1, {key: self._found[key].to("cpu") for key in own})
             self._states.drop(number - 1)
             seconds, n_layer = time.monotonic() - started, len(self._decoder)
             log.debug("layer %d of %d: %d rows in %.1f s", number, n_layer, len(self._run.tokens), seconds)

@@ -1,21 +1,21 @@
 """Several processes at one calibration: `torchrun --nproc-per-node N -m mone_export ...`.
 
 Each rank takes its share of the rows and runs the whole model on it; the statistics meet in
-`ExpertStats.merge`, in the order of the ranks, on rank 0, which alone scores, plans and writes. Should a rank
-die, torchrun ends the others.
+their `merge`, in the order of the ranks, on rank 0, which alone scores, plans and writes. Should a rank die,
+torchrun ends the others.
 """
 
 import datetime
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from functools import partial, reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from mone_export.artifacts import ExpertStats
+from mone_export.artifacts import ExpertStats, Found, InputSums
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
 
@@ -110,14 +110,14 @@ def wait() -> None:
         _answering(torch.distributed.barrier)
 
 
-def merged(layers: Mapping[int, ExpertStats]) -> dict[int, ExpertStats]:
-    """Return, on rank 0, every layer's statistics over the rows of all ranks; nothing on the others."""
+def merged(found: Found) -> Found:
+    """Return, on rank 0, what was found over the rows of all ranks; nothing on the others."""
     if n_rank() == 1:
-        return dict(layers)
-    result = {}
-    for layer, own in layers.items():  # one layer at a time: they may be large
-        parts: list[ExpertStats | None] | None = [None] * n_rank() if rank() == 0 else None
+        return found
+    result: dict[Any, ExpertStats | InputSums] = {}
+    for key, own in found.items():  # one at a time: they may be large
+        parts: list[Any] | None = [None] * n_rank() if rank() == 0 else None
         _answering(partial(torch.distributed.gather_object, own, parts))
         if parts is not None:
-            result[layer] = reduce(ExpertStats.merge, (part for part in parts if part is not None))
+            result[key] = reduce(type(own).merge, parts)
     return result

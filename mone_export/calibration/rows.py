@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 
-from mone_export.artifacts import Calibration, Corpus, ExpertStats, MoeSpec, Part
+from mone_export.artifacts import Calibration, Corpus, ExpertStats, Found, MoeSpec, Part, by_layer, by_matrix
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
 
 SECONDS_PER_STEP = 60.0  # how much work a model in memory may lose
 
-Layers = dict[int, Any]
-"""What observers of the model have found, by layer: replaced, never changed, so earlier ones stay."""
+Layers = dict[Any, Any]
+"""What observers of a model have found, by layer or matrix: replaced, never changed; earlier ones stay."""
+
+
+def add_to(found: Layers, key: int | str, batch: Any) -> None:
+    """Add what a batch has given to what was found before."""
+    so_far = found.get(key)
+    found[key] = so_far.merge(batch) if so_far else batch
 
 
 def row_by_row(
@@ -38,7 +44,7 @@ def row_by_row(
     done = 0
     if work and (steps := work.steps()):
         done = steps[-1]
-        found |= {layer: stats.to(device) for layer, stats in work.load(done).items()}
+        found |= {key: sums.to(device) for key, sums in work.load(done).items()}
     saved = time.monotonic()
     if report:
         report(done, n_row)
@@ -47,7 +53,7 @@ def row_by_row(
             report(rows.stop, n_row)
         if work and (rows.stop == n_row or time.monotonic() - saved >= SECONDS_PER_STEP):
             older = work.steps()
-            work.save(rows.stop, {layer: stats.to("cpu") for layer, stats in found.items()})
+            work.save(rows.stop, {key: sums.to("cpu") for key, sums in found.items()})
             for step in older:
                 work.forget(step)
             saved = time.monotonic()
@@ -57,8 +63,9 @@ def row_by_row(
 
 
 def stats_bytes(spec: MoeSpec) -> int:
-    """Return how many bytes the statistics of all layers take, about."""
-    return 8 * len(spec.moe_layers) * spec.n_expert * (3 * spec.hidden_size + 10)
+    """Return how many bytes the statistics of all layers take, about, inputs of matrices among them."""
+    of_expert = 3 * spec.hidden_size + 10 + spec.hidden_size + spec.expert_size
+    return 8 * len(spec.moe_layers) * spec.n_expert * of_expert
 
 
 def check_finite(layers: Mapping[int, ExpertStats], remedy: str) -> None:
@@ -72,7 +79,7 @@ def check_finite(layers: Mapping[int, ExpertStats], remedy: str) -> None:
 
 
 def calibration_of(
-    layers: Mapping[int, ExpertStats],
+    found: Found,
     corpus: Corpus,
     *,
     spec: MoeSpec,
@@ -80,7 +87,7 @@ def calibration_of(
     config: Mapping[str, Any],
     made_with: Mapping[str, str],
 ) -> Calibration:
-    """Return what was found in the layers, with what it was measured on."""
+    """Return what was found, with what it was measured on."""
     return Calibration(
         spec=spec,
         model_sha256=model_sha256,
@@ -89,6 +96,7 @@ def calibration_of(
         corpus_sha256=corpus.sha256,
         corpus_name=corpus.name,
         n_token=corpus.tokens.numel(),
-        layers=layers,
+        layers=by_layer(found),
+        inputs=by_matrix(found),
         parts=(Part(corpus.sha256, corpus.sources or {corpus.name: corpus.tokens.numel()}),),
     )

@@ -24,12 +24,19 @@ from mone_export.artifacts import (
     MoeSpec,
     Plan,
     Residual,
+    by_layer,
 )
 from mone_export.calibration.channel_sums import ChannelSums, groups, pass_name
 from mone_export.calibration.eval_callback import Mask, Routed, Tap
-from mone_export.calibration.imatrix_sums import ImatrixSums
 from mone_export.calibration.llama_model import LlamaModel
-from mone_export.calibration.rows import calibration_of, check_finite, row_by_row, stats_bytes
+from mone_export.calibration.rows import (
+    Layers,
+    add_to,
+    calibration_of,
+    check_finite,
+    row_by_row,
+    stats_bytes,
+)
 from mone_export.calibration.sums import routed_stats
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.errors import MoneError
@@ -75,9 +82,9 @@ class LlamaEngine:
         config: Mapping[str, Any],
         work: WorkFolder | None = None,
         progress: Progress | None = None,
-        watch: Callable[[dict[int, Any]], bool] | None = None,
+        watch: Callable[[dict[int, ExpertStats]], bool] | None = None,
     ) -> Calibration:
-        """Run the corpus once and return the exact statistics of all experts.
+        """Run the corpus once and return the exact statistics of all experts, and of the matrices' inputs.
 
         Where `watch` says that the decision is stable, the rest of the corpus is left out. What `work` holds
         is not computed again. `config` is the part of the model's that decides what is computed. Raises
@@ -85,32 +92,25 @@ class LlamaEngine:
         """
         if work:
             work.reserve(2 * stats_bytes(self._spec))  # the new is complete before the old goes
-        found: dict[int, ExpertStats] = {}
-        tap = Tap(self._spec.moe_layers, partial(self._add, found))
+        found: Layers = {}
+        tap = Tap(self._spec.moe_layers, partial(self._add, found), inputs=partial(add_to, found))
         seen = row_by_row(
             lambda first: self._batches(corpus.tokens, tap, first),
             found,
             n_row=len(corpus.tokens),
             work=work,
             report=_tokens(progress, corpus, "calibrating"),
-            stop=watch,
+            stop=(lambda found: watch(by_layer(found))) if watch else None,
         )
-        layers = {layer: found[layer] for layer in sorted(found)}
-        check_finite(layers, "calibrate the original checkpoint")
+        check_finite(by_layer(found), "calibrate the original checkpoint")
         return calibration_of(
-            layers,
+            found,
             _first_rows(corpus, seen),
             spec=self._spec,
             model_sha256=model_sha256,
             config=config,
             made_with=self.made_with(),
         )
-
-    def observe_inputs(self, corpus: Corpus, sums: ImatrixSums, *, progress: Progress | None = None) -> None:
-        """Run the corpus once and add up what goes into each matrix: an importance matrix is made of it."""
-        report = _tokens(progress, corpus, "importance matrix")
-        for rows in self._batches(corpus.tokens, Tap(imatrix=sums)):
-            report(rows.stop, len(corpus.tokens))
 
     def made_with(self) -> dict[str, str]:
         """Return what statistics are computed by, as far as it may change a number."""
@@ -244,10 +244,9 @@ class LlamaEngine:
 
         return measured
 
-    def _add(self, found: dict[int, ExpertStats], layer: int, routed: Routed) -> None:
+    def _add(self, found: Layers, layer: int, routed: Routed) -> None:
         outputs, gates, ids = routed.outputs, routed.gates, routed.ids
-        batch = routed_stats(outputs, gates, ids, self._spec.n_expert, pool=self._pool)
-        found[layer] = found[layer].merge(batch) if layer in found else batch
+        add_to(found, layer, routed_stats(outputs, gates, ids, self._spec.n_expert, pool=self._pool))
 
     def _batches(self, tokens: Tensor, tap: Tap, first: int = 0) -> Iterator[range]:
         """Run the rows from `first` on, and yield those of each batch when it is done."""

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mone_export import files
-from mone_export.artifacts import ExpertStats, load_layers, save_layers
+from mone_export.artifacts import Found, load_found, save_found
 from mone_export.errors import MoneError
 from mone_export.locks import NoLocksError, locked
 from mone_export.terminal import as_size
@@ -70,18 +70,18 @@ class WorkFolder:
         """Return the finished steps, ascending."""
         return sorted(int(file.stem) for file in self.folder.glob("*.safetensors"))
 
-    def load(self, step: int) -> dict[int, ExpertStats]:
-        """Return the statistics of a finished step, by layer."""
-        return load_layers(self._file(step))[1]
+    def load(self, step: int) -> Found:
+        """Return the statistics of a finished step."""
+        return load_found(self._file(step))[1]
 
-    def save(self, step: int, layers: Mapping[int, ExpertStats]) -> None:
+    def save(self, step: int, found: Found) -> None:
         """Keep the statistics of a step; once this returns, the step is finished.
 
         What the layer before has handed on is on the disk by then, too: the next step begins with it.
         """
         for file in self.states.glob(f"{step - 1}-*"):
             files.flush(file)
-        save_layers(self._file(step), layers, {})
+        save_found(self._file(step), found, {})
 
     def forget(self, step: int) -> None:
         """Remove a step that a later one includes."""

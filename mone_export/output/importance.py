@@ -1,85 +1,147 @@
 """importance_matrix(): what the inputs of a file's matrices are, for rounding them where it matters least.
 
-The file itself is run by llama.cpp over the first tokens of the calibration text, experts that are left and
-all else; so the matrix is numbered as the file, and is the pruned model's own.
+The calibration has seen them in the unpruned model, on the way. Experts that stay have the inputs that they
+had; thin ones, of the channels that they keep. So the matrix is numbered as the file is.
 """
 
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mone_export.artifacts import Corpus
-from mone_export.calibration.corpus import head
-from mone_export.llama_options import LlamaOptions
-from mone_export.memory import free_memory
+from mone_export.artifacts import Calibration, InputSums, LayerPlan, Plan, Tier
+from mone_export.errors import MoneError
 from mone_export.output.provenance import Keys
 from mone_export.output.quantizing import IMATRIX_FILE, IMATRIX_TEXT, IMATRIX_TYPES
-from mone_export.runtime import Progress
-from mone_export.source import GgufFile
+from mone_export.output.thin_experts import Thinner, own_channels
+from mone_export.source import GgufFile, Source
+from mone_export.source.gguf_format import matrix_of, part_of
 
 log = logging.getLogger(__name__)
 
-N_TOKEN = 51_200  # at most: as many as 100 of llama-imatrix's chunks
-_WITH_WORK = 1.1  # times its size: what a file that runs takes
+_CHUNK = 512  # tokens; the format wants a number
+_MATRIX = re.compile(r"blk\.\d+\..*\.weight")
+_TIER = re.compile(r"(.*)\.t(\d+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What a file is rounded to, `outtype`, and by which text: with an importance matrix, unless None.
+    """What a file is rounded to, `outtype`; by an importance matrix, if `with_imatrix`.
 
-    `imatrix` says where the matrix is kept, None: nowhere. `llama` is how llama.cpp runs the model for it.
-    `stated` are keys of the file that say which command made it.
+    `imatrix` says where the matrix is kept, None: nowhere. `stated` are keys of the file that say which
+    command made it.
     """
 
     outtype: str = "auto"
-    text: Corpus | None = None
+    with_imatrix: bool = False
     imatrix: Path | None = None
-    llama: LlamaOptions = LlamaOptions()
     stated: Keys = field(default_factory=dict)
 
 
-def importance_matrix(base: Path, rounding: Rounding, *, progress: Progress | None = None) -> Path | None:
-    """Make the importance matrix of a file, beside it, and return where; None where there is no text for it.
+def importance_matrix(
+    base: Path,
+    source: Source,
+    calibration: Calibration | None,
+    plan: Plan,
+    rounding: Rounding,
+    *,
+    thinner: Thinner | None = None,
+) -> Path | None:
+    """Make the importance matrix of a file, beside it, and return where; None where none is wanted.
 
-    A file that does not fit into memory is not run unless its type, or the user, asks for the matrix.
+    Of a matrix whose inputs nobody saw it says nothing; for types that cannot do without, that all its
+    channels matter alike. Raises `MoneError` where the calibration has seen no inputs.
     """
-    if rounding.text is None:
+    if not rounding.with_imatrix:
         return None
-    needed = rounding.imatrix is not None or rounding.outtype in IMATRIX_TYPES
-    if not needed and base.stat().st_size * _WITH_WORK > free_memory():
-        log.warning("rounded without an importance matrix: %s does not fit into memory to be run", base.name)
-        return None
-    # which need PyTorch; what only asks for types and sizes does not
-    from mone_export.calibration.imatrix_sums import ImatrixSums
-    from mone_export.calibration.through_llamacpp import LlamaEngine
+    if calibration is None or not calibration.inputs:
+        raise MoneError(
+            "there is no importance matrix without a calibration that saw the matrices' inputs: leave out "
+            "--imatrix, or calibrate again with another --stats file"
+        )
+    # which needs PyTorch
     from mone_export.source.imatrix import save_imatrix
 
-    seq_len = rounding.text.tokens.shape[1]
-    text = head(rounding.text, max(1, N_TOKEN // seq_len))
-    sums = ImatrixSums()
-    with LlamaEngine(base, GgufFile(base).spec, options=rounding.llama) as engine:
-        engine.observe_inputs(text, sums, progress=progress)
+    found = _of_file(base, source.named_inputs(calibration.inputs), plan, thinner)
+    if rounding.outtype in IMATRIX_TYPES:
+        found |= _alike(base, found)
     outfile = base.with_name(IMATRIX_FILE)
-    for path, name in ((outfile, IMATRIX_TEXT), (rounding.imatrix, text.name)):
+    n_token = calibration.n_token
+    for path, name in ((outfile, IMATRIX_TEXT), (rounding.imatrix, calibration.corpus_name)):
         if path is not None:
-            save_imatrix(
-                path,
-                {matrix: values.numpy() for matrix, values in sums.squares.items()},
-                {matrix: values.numpy() for matrix, values in sums.n_row.items()},
-                dataset=name,
-                n_token=text.tokens.numel(),
-                chunk_size=seq_len,
-            )
+            save_imatrix(path, found, dataset=name, n_token=n_token, chunk_size=min(_CHUNK, n_token))
     return outfile
+
+
+Sums = tuple[np.ndarray, np.ndarray]
+"""Squares [n_matrix, n_in] and numbers of rows, as in `InputSums`."""
+
+
+def _of_file(
+    base: Path, inputs: Mapping[str, InputSums], plan: Plan, thinner: Thinner | None
+) -> dict[str, Sums]:
+    """Return the sums of a file's matrices, by name, as far as they were seen."""
+    from mone_export.calibration.input_sums import inputs_name
+
+    layers = {layer.layer: layer for layer in plan.layers}
+    found: dict[str, Sums] = {}
+    for name, info in GgufFile(base).header.tensors.items():
+        match = _TIER.fullmatch(name)
+        whole, number = (f"{match[1]}.weight", int(match[2])) if match else (name, 0)
+        if not _MATRIX.fullmatch(name) or (sums := inputs.get(inputs_name(whole))) is None:
+            continue
+        own = sums.squares.numpy(), sums.n_row.numpy()
+        layer, part = part_of(whole) or (-1, None)
+        if part == "experts" and layer in layers:
+            tier = _tier(layers[layer], number, plan)
+            own = _of_tier(own, layers[layer], tier, thinner if matrix_of(whole) == "down" else None)
+        if own[0].shape[1] == info.shape[0]:
+            found[name] = own
+        else:
+            log.debug("%s: %d inputs were seen, it has %d", name, own[0].shape[1], info.shape[0])
+    return found
+
+
+def _tier(layer: LayerPlan, number: int, plan: Plan) -> Tier | None:
+    """Return the experts of a tensor and their width, None for the whole ones that stay."""
+    if number:
+        return layer.tiers[number - 1]
+    return Tier(plan.width, layer.kept) if plan.width else None
+
+
+def _of_tier(sums: Sums, layer: LayerPlan, tier: Tier | None, thinner: Thinner | None) -> Sums:
+    """Return the sums of some experts; with a `thinner`, of the channels that they keep."""
+    squares, n_row = sums
+    experts = list(tier.experts if tier else layer.kept)
+    own = squares[experts]
+    if tier and thinner and tier.width < squares.shape[1]:
+        only = LayerPlan(layer.layer, (), (), (tier,))
+        places = np.stack([channels for _, channels in own_channels(only, thinner, squares.shape[1])])
+        own = np.take_along_axis(own, places, axis=1)
+    return own, n_row[experts]
+
+
+def _alike(base: Path, found: Mapping[str, Sums]) -> dict[str, Sums]:
+    """Return sums by which all channels matter alike, for a file's matrices that have none."""
+    others = {
+        name: info.shape
+        for name, info in GgufFile(base).header.tensors.items()
+        if _MATRIX.fullmatch(name) and len(info.shape) > 1 and name not in found
+    }
+    return {
+        name: (np.ones(((*shape, 1)[2], shape[0])), np.ones((*shape, 1)[2] if "_exps" in name else 1))
+        for name, shape in others.items()
+    }
 
 
 def any_imatrix(folder: Path) -> Path:
     """Make an importance matrix of nothing, for asking which types a file would have with a real one."""
     from mone_export.source.imatrix import save_imatrix
 
-    nothing = {"none": np.ones((1, 1), np.float32)}
     outfile = folder / "nothing.gguf"
-    save_imatrix(outfile, nothing, {"none": np.ones(1)}, dataset=IMATRIX_TEXT, n_token=1, chunk_size=1)
+    nothing = {"none": (np.ones((1, 1)), np.ones(1))}
+    save_imatrix(outfile, nothing, dataset=IMATRIX_TEXT, n_token=1, chunk_size=1)
     return outfile

@@ -88,18 +88,22 @@ def write(
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
     where the statistics alone do not, or makes the thin experts that the plan has. `calibration` may be None
-    where the plan needs no statistics. `outtype` is the type, with an importance matrix where a `Rounding`
-    gives the text for it.
+    where the plan needs no statistics. `outtype` is the type; where llama-quantize makes it, it has an
+    importance matrix if the calibration saw the inputs of matrices, unless a `Rounding` says otherwise.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
     """
     source, target = open_source(model), Path(outfile)
-    rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
     if plan.has_thin and not isinstance(novices, Thinner):
         raise MoneError("the plan has thin experts: pass as novices what plan_thin returned with it")
     source.fetch(progress=progress)
     plan = _renumbered(plan, source)
+    if isinstance(outtype, Rounding):
+        rounding = outtype
+    else:
+        seen = calibration is not None and bool(calibration.inputs)
+        rounding = Rounding(outtype, with_imatrix=seen and outtype not in _direct_types(source, plan))
     stored = stored_novices(calibration, plan, source, novices)
     thinner = novices if isinstance(novices, Thinner) else None
     edits = Edits(plan, stored, importances(calibration), thinner)
@@ -114,7 +118,7 @@ def write(
         base = part if direct else part.with_name("base.gguf")
         base_type = rounding.outtype if direct else "auto"
         _convert(source, edits, keys, base, outtype=base_type, progress=progress)
-        imatrix = importance_matrix(base, rounding, progress=progress)
+        imatrix = importance_matrix(base, source, calibration, plan, rounding, thinner=thinner)
         if not direct:
             if source.packed:
                 log.warning(
@@ -131,9 +135,8 @@ def write(
 def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding = "auto") -> tuple[int, int]:
     """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
     rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
-    with_imatrix = rounding.text is not None
     found = layouts(
-        open_source(model), plan, (rounding.outtype,), imatrix=with_imatrix, stated=rounding.stated
+        open_source(model), plan, (rounding.outtype,), imatrix=rounding.with_imatrix, stated=rounding.stated
     )
     layout = found[rounding.outtype]
     return layout.size, layout.size_between

@@ -11,7 +11,7 @@ hub.py           models on the Hugging Face Hub: small files, headers, weights
 tokenizing.py    text -> token ids; gguf_tokenizing.py: by a GGUF's own tokenizer and template
 remote_code.py   code that comes with a model does not run unasked
 llamacpp.py      llama.cpp's converter; opened.py: the seam in it; naming.py: what the file is called;
-                 prediction.py: blocks that predict further tokens
+                 prediction.py: blocks that predict further tokens; tracing.py: which matrix becomes which
 """
 
 from mone_export.source.checkpoint import (

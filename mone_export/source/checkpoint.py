@@ -17,11 +17,13 @@ import numpy as np
 
 from mone_export import files
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, MoeSpec
+from mone_export.artifacts import Calibration, InputSums, MoeSpec
 from mone_export.errors import MoneError
+from mone_export.lazily import torch
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
 from mone_export.source.gguf_file import GgufFile
+from mone_export.source.gguf_format import part_of
 from mone_export.source.hub import Snapshot, metadata, parse, skeleton_folder, weights
 from mone_export.source.hub import weight_files as listed_files
 from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, check_convertible, projector_command
@@ -114,6 +116,9 @@ class Source(Protocol):
 
     def known_from(self, saved: Calibration | None) -> None:
         """Take the shape from statistics made before, if they are of this model."""
+
+    def named_inputs(self, inputs: Mapping[str, InputSums]) -> dict[str, InputSums]:
+        """Return the inputs that a calibration has found, by the names of its GGUF's matrices."""
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts a vision or audio part, None where there is none."""
@@ -341,6 +346,21 @@ class Checkpoint:
             name=self.id or name_of(self.folder),
             trust_remote_code=self.trust_remote_code,
         )
+
+    def named_inputs(self, inputs: Mapping[str, InputSums]) -> dict[str, InputSums]:
+        """Return inputs of its matrices by their names in a GGUF, channels in the order of those there."""
+        from mone_export.source.expected import model_names, without_weights
+        from mone_export.source.tracing import traced
+
+        targets = model_names(without_weights(self.config)[0], self.tensors())
+        origins = {name: inputs[target] for name, target in targets.items() if target in inputs}
+        columns = {name: sums.squares.shape[1] for name, sums in origins.items()}
+        found = {name: sums for name, sums in inputs.items() if part_of(name)}  # experts'
+        made = traced(self.view, self.spec, columns, trust_remote_code=self.trust_remote_code)
+        for name, (origin, channels) in made.items():
+            sums = origins[origin]
+            found[name] = InputSums(sums.squares[0][torch.from_numpy(channels)], sums.n_row)
+        return found
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return the command that converts the vision or audio part, None where there is none."""

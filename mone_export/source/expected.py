@@ -106,15 +106,18 @@ def expert_axes(config: Any, fewer: Any, names: Iterable[str]) -> dict[str, int]
         for axis, (size, less) in enumerate(zip(tensor.shape, shorter[name].shape, strict=True))
         if size != less
     }
+    targets = model_names(module, names)
+    return {name: axes[target] for name, target in targets.items() if target in axes}
+
+
+def model_names(module: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return what a model calls the tensors of a checkpoint, by their names there."""
+    known = module.state_dict()
     mapping: Any = reading(module, dtype=module.dtype, device="meta").weight_mapping or ()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found = {}
-    for name in names:
-        target, _ = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
-        if target in axes:
-            found[name] = axes[target]
-    return found
+    prefix = module.base_model_prefix
+    return {name: rename_source_key(name, renamings, converters, prefix, known)[0] for name in names}
 
 
 def unpacking(config: Any) -> Any:

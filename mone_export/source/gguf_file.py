@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mone_export.architectures import weights_inputs
-from mone_export.artifacts import Calibration, MoeSpec
+from mone_export.artifacts import Calibration, InputSums, MoeSpec
 from mone_export.errors import MoneError
 from mone_export.runtime import Progress
 from mone_export.source.fingerprints import remembered
@@ -155,6 +155,10 @@ class GgufFile:
         """Open it for rewriting; types other than its own are llama-quantize's business."""
         assert outtype == "auto", outtype
         return GgufConversion(self.header, edits, mtp=mtp)
+
+    def named_inputs(self, inputs: Mapping[str, InputSums]) -> dict[str, InputSums]:
+        """Return inputs of its matrices, which have their names already."""
+        return dict(inputs)
 
     def projector_command(self, outfile: Path) -> str | None:
         """Return no command: the projector of a model with a vision part is a GGUF of its own."""

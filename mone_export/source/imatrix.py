@@ -12,8 +12,7 @@ from mone_export.source.gguf_types import gguf_library
 
 def save_imatrix(
     path: Path,
-    squares: Mapping[str, np.ndarray],
-    n_row: Mapping[str, np.ndarray],
+    sums: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     dataset: str,
     n_token: int,
@@ -34,10 +33,10 @@ def save_imatrix(
             writer.add_array("imatrix.datasets", [dataset])
             writer.add_uint32("imatrix.chunk_count", n_token // chunk_size)
             writer.add_uint32("imatrix.chunk_size", chunk_size)
-            for name in sorted(squares):
-                count = n_row[name].astype(np.float32)
+            for name, (squares, n_row) in sorted(sums.items()):
+                count = n_row.astype(np.float32)
                 shape = (len(count), -1) if len(count) > 1 else (-1,)
-                writer.add_tensor(f"{name}.in_sum2", squares[name].astype(np.float32).reshape(shape))
+                writer.add_tensor(f"{name}.in_sum2", squares.astype(np.float32).reshape(shape))
                 writer.add_tensor(f"{name}.counts", count.reshape(shape))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -47,6 +47,8 @@ class Conversion:
     `remark` is a sentence on what the file leaves out of the model, or None.
     """
 
+    opened: type[Opened] = Opened  # what comes before the converter's own class
+
     def __init__(
         self,
         path: Path,
@@ -107,7 +109,7 @@ class Conversion:
     def _model_without(self, left_out: Sequence[str], *, no_mtp: bool) -> Any:
         base = converter_class(self._conversion, self._path)
         settings = self._settings | {"left_out": frozenset(left_out), "no_mtp": base.no_mtp or no_mtp}
-        opened: type[Opened] = opened_class(base, **settings)
+        opened: type[Opened] = opened_class(self.opened, base, **settings)
         # the file name is only used to derive a model name where the model has none
         return opened(self._path, self._ftype, self._path)
 

@@ -213,11 +213,11 @@ class Opened:
         return self.library.LazyChunkedTensor(chunks, (len(made), *shape), self.lazy_tensor._dtype_map[dtype])
 
 
-def opened_class(base: Any, **settings: Any) -> type[Opened]:
-    """Join `Opened` to a converter's class; `settings` are its attributes, and the converter's own."""
+def opened_class(kind: type[Opened], base: Any, **settings: Any) -> type[Opened]:
+    """Join `Opened`, or a kind of it, to a converter's class; `settings` are attributes of both."""
     # llama.cpp's classes insist that `model_arch` stands in the class body
     body = {"model_arch": base.model_arch, "base": base, **settings}
-    return type(f"Opened{base.__name__}", (Opened, base), body)
+    return type(f"Opened{base.__name__}", (kind, base), body)
 
 
 def cause(path: Path, error: BaseException) -> str:

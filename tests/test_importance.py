@@ -1,0 +1,116 @@
+"""Importance matrices of what a calibration has seen: whose inputs, for which types, and where none are."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf_file
+import numpy as np
+import pytest
+
+import mone_export as mone
+from mone_export.output.importance import Rounding, importance_matrix
+from mone_export.pruning.planning import plan, plan_without_scores
+from mone_export.pruning.scoring import score
+from mone_export.recipe import Recipe
+from mone_export.source import GgufFile
+
+pytestmark = [pytest.mark.slow, pytest.mark.upstream]
+
+ROWS: dict[str, Any] = {"n_row": 4, "seq_len": 128}
+
+
+@pytest.fixture(scope="module")
+def calibration(demo_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> mone.Calibration:
+    stats = tmp_path_factory.mktemp("seen") / "stats"
+    mone.export(demo_gguf, ratio=0.5, outfile=stats.with_suffix(".gguf"), files=[text], stats=stats, **ROWS)
+    return mone.Calibration.load(stats)
+
+
+def made(base: Path, calibration: mone.Calibration, chosen: mone.Plan, outtype: str) -> dict[str, np.ndarray]:
+    rounding, source = Rounding(outtype, with_imatrix=True), GgufFile(base)
+    file = importance_matrix(base, source, calibration, chosen, rounding)
+    assert file is not None
+    found = {name: tensor.data for name, tensor in gguf_file.read(file).tensors.items()}
+    file.unlink()
+    return found
+
+
+def test_it_is_numbered_as_the_file(calibration: mone.Calibration, demo_gguf: Path, tmp_path: Path) -> None:
+    chosen = plan(score(calibration), ratio=0.5)
+    outfile = tmp_path / "half.gguf"
+    mone.write(demo_gguf, calibration, chosen, outfile)
+    found = made(outfile, calibration, chosen, "q4_k_m")
+    for layer in chosen.layers:
+        for matrix, own in (("gate", "up"), ("up", "up"), ("down", "down")):
+            sums = calibration.inputs[f"blk.{layer.layer}.ffn_{own}_exps.weight"]
+            squares = found[f"blk.{layer.layer}.ffn_{matrix}_exps.weight.in_sum2"]
+            np.testing.assert_allclose(squares, sums.squares[list(layer.kept)], rtol=1e-6)
+            counts = found[f"blk.{layer.layer}.ffn_{matrix}_exps.weight.counts"]
+            assert counts.ravel().tolist() == sums.n_row[list(layer.kept)].tolist()
+
+
+def test_only_types_that_need_it_hear_of_what_nobody_saw(
+    calibration: mone.Calibration, demo_gguf: Path
+) -> None:
+    chosen = plan_without_scores(calibration.spec, Recipe.of(0.0))
+    own = {name: sums for name, sums in calibration.inputs.items() if name != "blk.0.attn_q.weight"}
+    less = replace(calibration, inputs=own)
+    found = made(demo_gguf, less, chosen, "iq2_xs")
+    assert (found["blk.0.attn_q.weight.in_sum2"] == 1).all()
+    assert found["blk.0.attn_q.weight.counts"].tolist() == [1]
+    assert found.keys() - made(demo_gguf, less, chosen, "q4_k_m").keys() == {
+        "blk.0.attn_q.weight.in_sum2",
+        "blk.0.attn_q.weight.counts",
+    }
+
+
+def test_saved_statistics_have_what_it_takes(
+    calibration: mone.Calibration, demo_gguf: Path, text: Path, tmp_path: Path
+) -> None:
+    """No text, no model in memory: the same bytes as with them."""
+    stats, one, other = tmp_path / "stats", tmp_path / "one.gguf", tmp_path / "other.gguf"
+    calibration.save(stats)
+    options: dict[str, Any] = {"ratio": 0.5, "novice": "least-squares", "outtype": "iq2_s"}
+    mone.export(demo_gguf, outfile=one, stats=stats, **options)
+    mone.export(demo_gguf, outfile=other, files=[text], **ROWS, **options)
+    tensors = [gguf_file.read(file).tensors for file in (one, other)]
+    assert all((tensors[0][name].data == tensors[1][name].data).all() for name in tensors[0])
+
+
+def test_earlier_statistics_have_not(
+    calibration: mone.Calibration, demo_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stats, outfile, plain = tmp_path / "stats", tmp_path / "out.gguf", tmp_path / "plain.gguf"
+    replace(calibration, inputs={}).save(stats)
+    options: dict[str, Any] = {"ratio": 0.5, "novice": "least-squares", "stats": stats}
+    with caplog.at_level("INFO"):
+        report = mone.export(demo_gguf, outfile=outfile, outtype="q4_k_m", **options)
+    assert f"{stats} has nothing for an importance matrix: rounded without one" in caplog.messages
+    assert report is not None and report.size == outfile.stat().st_size
+    mone.export(demo_gguf, outfile=plain, outtype="q4_k_m", with_imatrix=False, **options)
+    assert plain.read_bytes() == outfile.read_bytes()
+    for asked in ({"outtype": "iq2_s"}, {"outtype": "q4_k_m", "imatrix": tmp_path / "imatrix.gguf"}):
+        with pytest.raises(mone.MoneError, match="choose another --stats file"):
+            mone.export(demo_gguf, outfile=outfile, overwrite=True, **options, **asked)
+    with pytest.raises(mone.MoneError, match="without a calibration that saw"):
+        chosen = plan_without_scores(calibration.spec, Recipe.of(0.0))
+        mone.write(demo_gguf, None, chosen, outfile, outtype=Rounding("iq2_s", with_imatrix=True))
+
+
+@pytest.mark.parametrize("model", ["checkpoint", "gguf"])
+def test_nothing_pruned_and_two_bits(model: str, demo_gguf: Path, text: Path, tmp_path: Path) -> None:
+    """Nothing else would need the text."""
+    outfile, imatrix = tmp_path / "whole.gguf", tmp_path / "imatrix.gguf"
+    mone.export(
+        "demo" if model == "checkpoint" else demo_gguf,
+        ratio=0,
+        outfile=outfile,
+        outtype="iq2_s",
+        imatrix=imatrix,
+        files=[text],
+        **ROWS,
+    )
+    kinds = {info.kind for info in GgufFile(outfile).header.tensors.values()}
+    assert "iq2_xs" in kinds
+    assert "blk.0.ffn_gate_exps.weight.in_sum2" in gguf_file.read(imatrix).tensors
