@@ -205,6 +205,7 @@ class InputSums:
 
 _VERSION, _READ_VERSIONS = 3, (2, 3)  # of statistics files
 _STAT_TENSORS = tuple(field.name for field in fields(ExpertStats) if field.name != "n_token")
+_OF_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_\w+_exps\.")
 _SQUARES = re.compile(r"(inputs\.(.+))\.squares")
 
 
@@ -375,6 +376,7 @@ class Calibration:
             lists = {key: tuple(value) for key, value in header["spec"].items() if isinstance(value, list)}
             spec = MoeSpec(**header["spec"] | lists)
             _check_shapes(spec, layers)
+            _check_inputs(spec, inputs)
             return cls(
                 spec=spec,
                 model_sha256=header["model_sha256"],
@@ -415,8 +417,8 @@ def by_layer(found: Found) -> dict[int, ExpertStats]:
 
 
 def by_matrix(found: Found) -> dict[str, InputSums]:
-    """Return the inputs of matrices among what was found."""
-    named = ((key, value) for key, value in found.items() if isinstance(key, str))
+    """Return the inputs of matrices among what was found, by name."""
+    named = sorted((key, value) for key, value in found.items() if isinstance(key, str))
     return {name: sums for name, sums in named if isinstance(sums, InputSums)}
 
 
@@ -464,10 +466,8 @@ def load_found(path: Path) -> tuple[dict[str, Any], Found]:
                 for layer, n_token in header["layer_n_token"].items()
             }
             for match in filter(None, map(_SQUARES.fullmatch, file.keys())):
-                squares, n_row = (file.get_tensor(f"{match[1]}.{part}") for part in ("squares", "n_row"))
-                if squares.dim() != 2 or n_row.shape not in (squares.shape[:1], (1,)):
-                    raise ValueError(f"{match[1]} is not of {len(squares)} matrices"[:80])
-                found[match[2]] = InputSums(squares, n_row)
+                parts = [file.get_tensor(f"{match[1]}.{part}") for part in ("squares", "n_row")]
+                found[match[2]] = InputSums(*parts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(path, error) from None
     return header, found
@@ -483,6 +483,20 @@ def _check_shapes(spec: MoeSpec, layers: Mapping[int, ExpertStats]) -> None:
                 raise ValueError(f"layer {layer}: {name} is not of {spec.n_expert} experts")
         if not isinstance(stats.n_token, int):
             raise ValueError(f"layer {layer}: {stats.n_token} tokens".splitlines()[0][:80])
+
+
+def _check_inputs(spec: MoeSpec, inputs: Mapping[str, InputSums]) -> None:
+    """Raise `ValueError` unless inputs are sums of squares, of experts for each of a layer's."""
+    for name, sums in inputs.items():
+        squares, n_row = sums.squares, sums.n_row
+        match = _OF_EXPERTS.match(name)
+        n_matrix = spec.present.get(int(match[1]), 0) if match else squares.shape[0]
+        shapes = [(n_matrix,)] if match else [(n_matrix,), (1,)]
+        if squares.dim() != 2 or len(squares) != n_matrix or not n_matrix or n_row.shape not in shapes:
+            raise ValueError(f"the inputs of {name[:60]} are not of {n_matrix} matrices")
+        for tensor in (squares, n_row):
+            if tensor.dtype != torch.float64 or not bool((tensor >= 0).all() & tensor.isfinite().all()):
+                raise ValueError(f"the inputs of {name[:60]} are no sums of squares")
 
 
 def read_layers_head(path: Path) -> dict[str, Any]:

@@ -440,7 +440,7 @@ def _add_output_options(group: _Group) -> None:
         "--no-imatrix",
         dest="with_imatrix",
         action="store_false",
-        help="round without one (it is made by running the pruned model over some of the text)",
+        help="round without one (the calibration sees on the way what it is made of)",
     )
     _add_page_options(group)
     _add_reading_options(group)

@@ -57,7 +57,7 @@ def export(model: str | Path | Source, *, progress: Progress | None = None, **op
         return None
     scores = scored(job, calibration)
     novices: Mapping[int, Tensor] | Thinner | None = None
-    if calibration and job.recipe.allocation == "budget":
+    if calibration and job.decides and job.recipe.allocation == "budget":
         job, chosen, novices = budgeted(job, calibration, scores, progress=progress)
     else:
         job = with_best_candidate(job, scores)
@@ -127,7 +127,7 @@ def rehearse(
     if job.plan:
         return replace(job, size=file_size(job, job.plan)), job.plan
     saved = job.saved
-    if not saved or not job.needs_statistics or job.recipe.novice == "thin":
+    if not saved or not job.decides or job.recipe.novice == "thin":
         return job, plan_without_scores(job.source.spec, job.recipe)
     if (known := known_protected(job)) is None:
         log.info("which experts --protect holds is known after its text was calibrated on")

@@ -253,9 +253,14 @@ class Job:
         return self.mixed and item.outtype not in ("auto", *_UNROUNDED)
 
     @property
+    def decides(self) -> bool:
+        """Whether what becomes of the experts depends on a calibration, a choice that is still open too."""
+        return len(self.candidates) > 1 or self.recipe.needs_statistics
+
+    @property
     def needs_statistics(self) -> bool:
-        """Whether anything depends on a calibration: a choice that is still open, or the file."""
-        return len(self.candidates) > 1 or self.recipe.needs_statistics or self.wants_imatrix
+        """Whether anything depends on a calibration, an importance matrix too."""
+        return self.decides or self.wants_imatrix
 
     @property
     def lacks_sensitivity(self) -> bool:
@@ -269,7 +274,7 @@ class Job:
     @property
     def probed(self) -> bool:
         """Whether the counts need the layers' sensitivities."""
-        return self.plan is None and self.recipe.allocation in ("sensitivity", "search")
+        return self.decides and self.plan is None and self.recipe.allocation in ("sensitivity", "search")
 
     def engine(self, *, stream: Stream | None = None) -> "Engine":
         """Load the model as the request says, or streamed as `stream` says."""
@@ -328,8 +333,9 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     if isinstance(request.fit, str):
         request = replace(request, fit=_room(request.fit, source))
     saved = _saved(request, source)
-    request = _with_inputs(request, saved)
+    request = _with_inputs(request, source, recipe, saved)
     _check_substituted(request, recipe, source)
+    _check_seen(request, source)
     recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
     _check_protected_texts(request, recipe, source)
@@ -436,15 +442,20 @@ def _road(config: Mapping[str, Any]) -> str:
     return "a GGUF" if any("." in key for key in config) else "a checkpoint"
 
 
-def _with_inputs(request: Request, saved: Calibration | None) -> Request:
+def _with_inputs(request: Request, source: Source, recipe: Recipe, saved: Calibration | None) -> Request:
     """Return the request, without an importance matrix where saved statistics have no inputs for one."""
-    if saved is None or saved.inputs or not request.with_imatrix:
+    known = request.fit is None and request.plan is None  # what is written without llama-quantize
+    if known and not _with_imatrix(request, source, recipe, request.outtype):
+        return request
+    if saved is None or saved.inputs:
         return request
     if request.imatrix is not None or request.outtype in IMATRIX_TYPES:
         raise MoneError(
             f"{request.stats_file} has nothing that an importance matrix could be made of: choose another "
             "--stats file, and the text runs through the model again"
         )
+    if not request.with_imatrix:
+        return request
     log.info("%s has nothing for an importance matrix: rounded without one", request.stats_file)
     return replace(request, with_imatrix=False)
 
@@ -482,6 +493,10 @@ def _check_plan(request: Request) -> None:
 
 def _check_together(request: Request, recipe: Recipe) -> None:
     """Refuse options that contradict each other, whatever the model."""
+    if request.outtype in IMATRIX_TYPES and not request.with_imatrix:
+        raise MoneError(
+            f"--outtype {request.outtype} needs an importance matrix: leave out --no-imatrix, or pass q2_k"
+        )
     asked = (request.ratio, request.fit, request.plan)
     if asked == (None, None, None) and not has_novices(request.model):
         raise MoneError("how many experts should go? pass --ratio, such as 0.5, or a size with --fit")
@@ -555,6 +570,15 @@ def _check_substituted(request: Request, recipe: Recipe, source: Source) -> None
         raise MoneError(
             f"{source.name} has constants in the place of experts already, and so has its GGUF: leave out "
             f"{option}, or prune the model it was made from"
+        )
+
+
+def _check_seen(request: Request, source: Source) -> None:
+    """Refuse an importance matrix of a checkpoint that no calibration runs."""
+    if source.substituted and (request.imatrix is not None or request.outtype in IMATRIX_TYPES):
+        raise MoneError(
+            f"{source.name} has constants in the place of experts: no importance matrix is made of such "
+            "checkpoints; leave out --imatrix and --outtype, then pass the GGUF that is made, with --ratio 0"
         )
 
 
@@ -762,7 +786,8 @@ def _stated(request: Request, source: Source, recipe: Recipe, saved: Calibration
     defaults = {each.name: each.default for each in fields(request) if each.default is not MISSING}
     defaults["n_row"], defaults["seq_len"] = replace(request, n_row=None, seq_len=None).chunks
     values["n_row"], values["seq_len"] = request.chunks
-    own = saved is None or (request.fit is None and not recipe.needs_statistics)
+    unused = request.fit is None and not recipe.needs_statistics
+    own = saved is None or (unused and not _with_imatrix(request, source, recipe, request.outtype))
     if saved and not own and _computed_as_now(request, source, saved):
         own = bool(request.files or request.datasets) or _is_builtin(request, source, saved)
     return stated(values, defaults, source, recipe, None if own else request.stats_file)

@@ -147,6 +147,7 @@ def _opened(job: Job, model_sha256: str) -> tuple[Job, WorkFolder]:
         "model": model_sha256,
         "config": hashlib.sha256(json.dumps(job.source.computing_config).encode()).hexdigest(),
         "mone-export": __version__,
+        "inputs": "of all matrices",  # which steps of before have not
         "text": text.sha256 if isinstance(text, Corpus) else text.corpus_sha256 if text else "",
         **options,
         "processes": ranks.n_rank(),

@@ -1,6 +1,7 @@
 """Shared fixtures: calibration text that no commit changes, and small models."""
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # of programs: others have 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families-json", help="keep what tests/test_families.py measured in this file")
     parser.addoption("--archs-json", help="keep what tests/test_gguf_architectures.py measured in this file")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is nightly
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the night all cases of a test but as many as its `by_day` says, evenly spaced."""
+    cases = defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        if not item.get_closest_marker("nightly") and item.get_closest_marker("by_day"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        (n,) = next(same[0].iter_markers("by_day")).args
+        by_day = {place * len(same) // n for place in range(n)}
+        for place, item in enumerate(same):
+            if place not in by_day:
+                item.add_marker("nightly")
 
 
 @pytest.fixture(scope="session")

@@ -234,6 +234,7 @@ def test_slot_is_saved_and_restored(bin_folder: Path, novice_file: Path, tmp_pat
     assert found["content"] == expected["content"]
 
 
+@pytest.mark.nightly
 def test_parallel_clients_get_the_answers_of_serial_ones(novice_file: Path) -> None:
     tally = parallel_clients.measure(novice_file, seconds=20)
     print(f"{tally.n_answer} answers, {tally.n_tie} differ at a tie", end=" ")

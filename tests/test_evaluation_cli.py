@@ -229,6 +229,7 @@ def test_help_is_fast_and_names_every_option_of_the_page() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_pages_commands_work_on_the_demo(tmp_path: Path, text: Path) -> None:
     (tmp_path / "my-text.txt").write_bytes(text.read_bytes())
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")

@@ -189,6 +189,7 @@ def unscaled(model: PreTrainedModel, novices: dict[int, dict[int, Tensor]]) -> d
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
+@pytest.mark.by_day(16)
 def test_thin_experts_equal_the_definition(row: Row, tmp_path: Path) -> None:
     """In one batch and token by token; rows of thin experts are the whole ones'."""
     folder = save_family(row, tmp_path / "model")
@@ -223,6 +224,7 @@ def test_thin_experts_equal_the_definition(row: Row, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
+@pytest.mark.by_day(20)
 def test_llama_cpp_shows_what_the_experts_do(row: Row, tmp_path: Path, record: dict[str, Any]) -> None:
     """The statistics, and how novices in a layer change the last hidden states, as in PyTorch."""
     folder = save_family(row, tmp_path / "model")
@@ -267,6 +269,7 @@ def test_llama_cpp_shows_what_the_experts_do(row: Row, tmp_path: Path, record: d
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
+@pytest.mark.by_day(12)
 def test_streamed_layers_give_the_same_sums(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +323,7 @@ def streamed(folder: Path, workdir: Path) -> Calibration:
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
+@pytest.mark.by_day(12)
 def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_path: Path) -> None:
     """Layer after layer for all of them together, in memory and streamed, as in whole passes of the model."""
     folder = save_family(row, tmp_path / "model")
@@ -349,6 +353,7 @@ def test_how_much_a_layer_matters_is_what_pruning_it_alone_does(row: Row, tmp_pa
 
 
 @pytest.mark.parametrize("row", EXPORTED, ids=name)
+@pytest.mark.by_day(16)
 def test_recorded_weights_are_those_that_multiply(row: Row, tmp_path: Path) -> None:
     """The sum of g f over tokens and experts is what the routed experts add to the block they belong to."""
     folder = save_family(row, tmp_path / "model")

@@ -55,6 +55,7 @@ def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.by_day(20)
 def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record: dict[str, Any]) -> None:
     file, outfile = tiny_gguf(name, folder), tmp_path / "pruned.gguf"
     if name in REFUSED:
@@ -72,6 +73,7 @@ def test_logits_are_as_predicted(name: str, folder: Path, tmp_path: Path, record
 
 @pytest.mark.parametrize("outtype", TYPES)
 @pytest.mark.parametrize("name", [name for name in KNOWN_AS.values() if name not in ABORTS])
+@pytest.mark.by_day(6)
 def test_quantised_files_without_a_checkpoints_road(
     name: str, outtype: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def input_and_output(file: Path, layer: int) -> tuple[Tensor, Tensor]:
 # llama.cpp rounds what goes into a quantised product, hence the bound
 @pytest.mark.parametrize(("outtype", "bound"), [("f32", 1e-10), ("Q8_0", 1e-3), ("Q4_K_M", 3e-3)])
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
+@pytest.mark.by_day(10)
 def test_statistics_are_the_definitions(
     name: str, layer: int, outtype: str, bound: float, folder: Path
 ) -> None:
@@ -115,6 +116,7 @@ def silenced(file: Path, orders: Orders, outfile: Path) -> dict[int, bytes]:
 
 
 @pytest.mark.parametrize("name", [name for name in (*ARCHS, *VARIANTS) if name != "refact"])
+@pytest.mark.by_day(16)
 def test_runtime_takes_files_pruned_by_hand(name: str, folder: Path, tmp_path: Path) -> None:
     """They give the logits of the whole file whose pruned experts have matrices of 0."""
     file = tiny_gguf(name, folder)

@@ -306,8 +306,9 @@ def test_server_that_says_nothing_is_one_line(
     server.add(ID, model)
     first = fetch()
     server.silent = "."
-    assert fetch() == replace(first, steps=[]), "the cache has it"
-    found = fetch(HF_HOME="/nowhere")
+    impatient = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    assert fetch(**impatient) == replace(first, steps=[]), "the cache has it"
+    found = fetch(HF_HOME="/nowhere", **impatient)
     assert found.startswith(f"cannot download {ID} from {server.endpoint} (") and "timed out" in found, found
 
 

@@ -115,6 +115,7 @@ def test_offline_without_a_cache_is_one_line(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--revision", "v1"], []], ids=["option", "at"])
+@pytest.mark.by_day(1)
 def test_a_revision_is_that_commit(
     commits: dict[str, str], run: Run, tmp_path: Path, arguments: list[str]
 ) -> None:

@@ -50,6 +50,7 @@ def unused(imatrix: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", BARS)
+@pytest.mark.by_day(2)
 def test_unused_experts_break_nothing(
     kind: str, novice_file: Path, imatrix: Path, unused: dict[str, np.ndarray], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import gguf_file
 import numpy as np
 import pytest
+import torch
 
 import mone_export as mone
 from mone_export.output.importance import Rounding, importance_matrix
@@ -114,3 +115,64 @@ def test_nothing_pruned_and_two_bits(model: str, demo_gguf: Path, text: Path, tm
     kinds = {info.kind for info in GgufFile(outfile).header.tensors.values()}
     assert "iq2_xs" in kinds
     assert "blk.0.ffn_gate_exps.weight.in_sum2" in gguf_file.read(imatrix).tensors
+
+
+def test_where_everything_fits_everything_stays(demo_gguf: Path, text: Path, tmp_path: Path) -> None:
+    """A calibration for the importance matrix alone decides nothing about the experts."""
+    outfile = tmp_path / "whole.gguf"
+    report = mone.export(demo_gguf, fit=10**9, outtype="q4_k_m", outfile=outfile, files=[text], **ROWS)
+    assert report is not None and report.size == outfile.stat().st_size
+    assert "mone.expert_order" not in gguf_file.read(outfile).keys
+    kinds = {info.kind for name, info in GgufFile(outfile).header.tensors.items() if "_exps" in name}
+    assert kinds < {"q4_k", "q5_0", "q6_k", "q8_0", "f32", "q5_1"}
+
+
+def test_no_matrix_and_a_type_that_needs_one(demo_gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(mone.MoneError, match="--outtype iq2_s needs an importance matrix"):
+        mone.export(demo_gguf, ratio=0.5, outtype="iq2_s", with_imatrix=False, outfile=tmp_path / "x.gguf")
+
+
+def test_checkpoints_with_constants_are_told_the_way(text: Path, tmp_path: Path) -> None:
+    folder, plain, outfile = tmp_path / "half", tmp_path / "half.gguf", tmp_path / "small.gguf"
+    mone.export("demo", ratio=0.5, novice="least-squares", hf_out=folder, files=[text], **ROWS)
+    with pytest.raises(mone.MoneError, match="leave out --imatrix and --outtype, then pass the GGUF"):
+        mone.export(folder, outfile=outfile, outtype="iq2_xs", files=[text], **ROWS)
+    mone.export(folder, outfile=plain)
+    mone.export(plain, ratio=0, outfile=outfile, outtype="iq2_xs", files=[text], **ROWS)
+    assert "iq2_xs" in {info.kind for info in GgufFile(outfile).header.tensors.values()}
+    assert sum(GgufFile(outfile).spec.kept_before) == 5 * 16
+
+
+def test_statistics_that_only_the_matrix_uses_are_in_the_command(
+    calibration: mone.Calibration, demo_gguf: Path, tmp_path: Path
+) -> None:
+    stats, outfile = tmp_path / "stats", tmp_path / "whole.gguf"
+    calibration.save(stats)
+    mone.export(demo_gguf, ratio=0, outtype="iq2_xs", stats=stats, outfile=outfile)
+    keys = gguf_file.read(outfile).keys
+    assert "--stats" in str(keys["mone.options"]) and "stats" in str(keys["mone.inputs"])
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"squares": torch.ones(0, 4)},
+        {"squares": torch.full((1, 4), float("nan"))},
+        {"squares": -torch.ones(1, 4)},
+        {"squares": torch.ones(1, 4, dtype=torch.bfloat16)},
+        {"squares": torch.ones(4)},
+        {"n_row": torch.ones(3)},
+    ],
+    ids=["of none", "not finite", "negative", "another type", "flat", "of others"],
+)
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "blk.0.ffn_down_exps.weight"])
+def test_inputs_that_cannot_be_are_refused(
+    name: str, spoilt: dict[str, torch.Tensor], calibration: mone.Calibration, tmp_path: Path
+) -> None:
+    tensors = {
+        key: value if value.dtype == torch.bfloat16 else value.double() for key, value in spoilt.items()
+    }
+    inputs = {**calibration.inputs, name: replace(calibration.inputs[name], **tensors)}
+    replace(calibration, inputs=inputs).save(tmp_path / "stats")
+    with pytest.raises(mone.MoneError, match=f"the inputs of {name}"):
+        mone.Calibration.load(tmp_path / "stats")

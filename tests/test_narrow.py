@@ -167,6 +167,7 @@ def same_rows(
 @pytest.mark.families
 @pytest.mark.usefixtures("token_ids_only")
 @pytest.mark.parametrize("row", [row for row in ROWS if row.refused is None], ids=lambda row: row.name)
+@pytest.mark.by_day(12)
 def test_every_family_that_is_not_refused_loads_and_runs(
     row: Row, tmp_path: Path, stock_libraries: Path
 ) -> None:
@@ -323,6 +324,7 @@ def test_stock_says_why_experts_stay_whole(
 @pytest.mark.upstream
 @pytest.mark.parametrize("outtype", ["auto", "q4_0"])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.by_day(2)
 def test_packed_rows_stay_as_they_are_packed(name: str, outtype: str, tmp_path: Path) -> None:
     """From a GGUF in Q8_0: gate and up byte for byte, the size as foretold; rounded to Q4_0 it runs."""
     _, exact = save_wide(name, tmp_path)

@@ -207,6 +207,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("row", WRITTEN)
+@pytest.mark.by_day(16)
 def test_families_pruned_loaded_and_converted(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +291,7 @@ DROPPED = ("DeepseekV3ForCausalLM", "GptOssForCausalLM", "GraniteMoeForCausalLM"
         if not (row.packed or row.refused or row.config.get("n_group", 1) > 1)
     ],
 )
+@pytest.mark.by_day(12)
 def test_transformers_loads_what_is_left(row: Row, tmp_path: Path) -> None:
     """Routers with biases, stacks in the files, and names of their own: the logits are of fewer rows."""
     source = open_source(save_family(row, tmp_path / "model"))

@@ -35,6 +35,7 @@ def test_an_id_of_the_hub_asks_it() -> None:
 
 
 @pytest.mark.upstream
+@pytest.mark.nightly
 def test_no_other_model_does(small: Path, demo_gguf: Path, text: Path, tmp_path: Path) -> None:
     short = ("-f", text, "--chunks", 4, "-c", 64)
     half = tmp_path / "half.gguf"

@@ -206,6 +206,7 @@ def with_value(folder: Path, models: dict[str, Path], case: Case) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", HARMLESS, ids=named)
+@pytest.mark.by_day(9)
 def test_harmless_value_gives_a_file(
     models: dict[str, Path], case: Case, tmp_path: Path, export: Callable[[Path], tuple[int, str, Path]]
 ) -> None:
@@ -218,6 +219,7 @@ def test_harmless_value_gives_a_file(
 @pytest.mark.slow
 @pytest.mark.upstream
 @pytest.mark.parametrize("case", HARMLESS, ids=named)
+@pytest.mark.by_day(9)
 def test_file_of_a_harmless_value_runs(
     models: dict[str, Path], case: Case, tmp_path: Path, export: Callable[[Path], tuple[int, str, Path]]
 ) -> None:

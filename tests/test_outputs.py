@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # a whole command each
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("way", ["itself", "hard link", "link", "dots"])
 @pytest.mark.parametrize("what", ["text", "weights", "config", "statistics"])
+@pytest.mark.by_day(12)
 def test_an_output_never_replaces_an_input(
     command: Command,
     small: Path,
@@ -76,6 +77,7 @@ NAMES = ("with spaces", "ünïcode 模型 🙂", "-o", "quote ' and \"", "100% {
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.by_day(4)
 def test_any_name_will_do(
     command: Command, small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -56,6 +56,7 @@ def test_every_module_is_imported(platform: str) -> None:
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
+@pytest.mark.by_day(1)
 def test_modules_keep_their_promises(platform: str) -> None:
     files = [TESTS / f"test_{name}.py" for name in FILES]
     left_out = [f"--deselect=tests/{name}" for name in FACTS_OF_LINUX]
@@ -67,6 +68,7 @@ def test_modules_keep_their_promises(platform: str) -> None:
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("platform", ["win32", pytest.param("darwin", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_an_export_writes_the_same_bytes(platform: str, text: Path, tmp_path: Path) -> None:
     """Twice, so that outputs are replaced; with statistics, a work folder, a page, a matrix."""
     programs = tmp_path / "programs"

@@ -194,6 +194,7 @@ def test_a_build_without_the_test_programs_says_how_to_get_them(tmp_path: Path) 
 
 
 @pytest.mark.upstream
+@pytest.mark.nightly
 def test_the_cpu_of_this_machine_passes() -> None:
     code = "import sys; from mone_export.cli_llama import main; sys.exit(main(['check', '--json']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

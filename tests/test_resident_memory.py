@@ -64,6 +64,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["off", "on"])
+@pytest.mark.by_day(1)
 def test_calibrated_model_leaves_the_memory(large: Path, stream: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", CALIBRATE, str(large), stream], capture_output=True, text=True, check=False

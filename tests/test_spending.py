@@ -91,6 +91,7 @@ def spending_of(model: Any, *, thin: bool, n_row: int = 8) -> tuple[Spending, An
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.by_day(3)
 def test_types_of_their_own_compute_what_they_say(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

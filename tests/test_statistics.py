@@ -525,6 +525,7 @@ def test_a_work_folder_says_what_it_belongs_to(bench: Bench, tmp_path: Path) -> 
         "model": MODEL,
         "config": hashlib.sha256(b'{"n": 1}').hexdigest(),
         "mone-export": __version__,
+        "inputs": "of all matrices",
         "text": TEXT.sha256,
         "--dtype": "float32",
         "--stream": "off",

@@ -196,6 +196,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stream", ["on", "off"])
 @pytest.mark.parametrize("n_forward", [1, 2, 5, 8])
+@pytest.mark.by_day(4)
 def test_a_stopped_calibration_goes_on(
     stream: Stream,
     n_forward: int,

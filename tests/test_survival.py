@@ -42,6 +42,7 @@ def command(small: Path, text: Path, outfile: Path, *more: object) -> list[str]:
 
 @pytest.mark.parametrize("n_kill", N_KILL)
 @pytest.mark.parametrize("stream", ["on", "off"])
+@pytest.mark.by_day(1)
 def test_many_kills_one_result(stream: str, n_kill: int, small: Path, text: Path, tmp_path: Path) -> None:
     def run(name: str, delay: Callable[[], float | None]) -> tuple[bytes, bytes]:
         """Run to the end, through as many deaths as `delay` says; return the statistics and the GGUF."""
@@ -89,6 +90,7 @@ def test_what_a_killed_process_was_saving_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", ["on", "off"])
+@pytest.mark.by_day(1)
 def test_two_processes_give_the_statistics_of_one(
     stream: str, small: Path, text: Path, tmp_path: Path
 ) -> None:

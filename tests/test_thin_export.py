@@ -159,6 +159,7 @@ def test_both_roads_lead_to_the_same_file(demo_gguf: Path, text: Path, tmp_path:
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "mxfp4_moe"])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.by_day(2)
 def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Path) -> None:
     """Of gate and up byte for byte; the file is as large as with constants."""
     _, exact = save_wide(name, tmp_path)

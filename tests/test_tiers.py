@@ -88,6 +88,7 @@ def test_a_layer_is_what_llama_cpp_computes(name: str, layer: int, folder: Path)
 
 
 @pytest.mark.parametrize("name", [*(name for name in (*ARCHS, *VARIANTS) if name != "refact"), "gemma4"])
+@pytest.mark.by_day(16)
 def test_logits_are_those_of_version_1(name: str, folder: Path) -> None:
     files = with_tiers(name, folder, tilted=False), in_version_1(name, folder), ordinary(name, folder)
     found, wanted, whole = (inside(file, TOKENS, ["result_output"])["result_output"] for file in files)

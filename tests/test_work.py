@@ -119,6 +119,7 @@ WAYS: list[Sequence[str]] = [
 
 
 @pytest.mark.parametrize("options", WAYS, ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.by_day(3)
 def test_no_model_is_in_memory_while_the_file_is_written(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Sequence[str]
 ) -> None:

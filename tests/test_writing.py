@@ -107,6 +107,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+@pytest.mark.by_day(2)
 def test_nothing_pruned_is_upstreams_own_file(
     case: tuple[str, str],
     folder_of: Callable[[str], Path],
@@ -128,6 +129,7 @@ def test_nothing_pruned_is_upstreams_own_file(
     assert ours.keys["mone.ratio"] == (("FLOAT32",), 0.0)
 
 
+@pytest.mark.by_day(2)
 def test_pruned_file_is_upstreams_in_the_order_of_the_format(
     case: tuple[str, str],
     folder_of: Callable[[str], Path],
@@ -191,6 +193,7 @@ def orders_of(contents: Contents) -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     "family", ["small", *(pytest.param(family, marks=pytest.mark.slow) for family in TINY)]
 )
+@pytest.mark.by_day(2)
 def test_drop_leaves_an_ordinary_file_of_the_kept_experts(
     family: str,
     folder_of: Callable[[str], Path],
@@ -223,6 +226,7 @@ def test_drop_leaves_an_ordinary_file_of_the_kept_experts(
     "family",
     ["small", *(pytest.param(family, marks=pytest.mark.slow) for family in TINY if "Gpt" not in family)],
 )
+@pytest.mark.by_day(2)
 def test_dern_writes_the_recombined_experts(
     family: str, folder_of: Callable[[str], Path], calibrated: Callable[[str], Calibration], tmp_path: Path
 ) -> None:

@@ -232,16 +232,14 @@ class EvalCallback:
             self._weighted(node)
         if self._pending:
             return True
+        if self._hears(node):
+            return True
         if node.op == self._ggml.mul_mat_id:
-            heard = self._tap.inputs is not None and not _is_gate(node)
-            return heard or self._wanted_layer(node) is not None
-        if node.op == self._ggml.mul_mat and self._tap.inputs:
-            inputs = Node.from_address(node.src[1])
-            return _name_of(node).startswith("blk.") and inputs.type == 0 and inputs.ne[1] >= _N_ROW
+            return self._wanted_layer(node) is not None
         return name == _LAST_HIDDEN and not self._tap.logits
 
     def _computed(self, address: int, node: Node) -> bool:
-        if self._tap.inputs and node.op in (self._ggml.mul_mat, self._ggml.mul_mat_id):
+        if self._tap.inputs and self._hears(node):
             self._hear_inputs(node, self._tap.inputs)
         if node.op == self._ggml.mul_mat_id and (layer := self._wanted_layer(node)) is not None:
             # read now: nothing keeps them until the outputs are weighted
@@ -262,9 +260,16 @@ class EvalCallback:
             self._ended = True
         return True
 
+    def _hears(self, node: Node) -> bool:
+        """Return whether the inputs of a product are wanted: those of experts' gates are of their ups."""
+        if self._tap.inputs is None or node.op not in (self._ggml.mul_mat, self._ggml.mul_mat_id):
+            return False
+        name, inputs = _name_of(node), Node.from_address(node.src[1])
+        if node.op == self._ggml.mul_mat_id:
+            return not _GATE.fullmatch(name)
+        return name.startswith("blk.") and inputs.type == 0 and inputs.ne[1] >= _N_ROW
+
     def _hear_inputs(self, node: Node, hear: Callable[[str, InputSums], None]) -> None:
-        if _is_gate(node):
-            return
         name = inputs_name(_name_of(node))
         matrix, inputs = Node.from_address(node.src[0]), torch.from_numpy(self._ggml.values(node.src[1]))
         if node.op == self._ggml.mul_mat_id:
@@ -324,11 +329,6 @@ class EvalCallback:
             silenced.op = op
             self._silenced = None
         return ask
-
-
-def _is_gate(node: Node) -> bool:
-    """Return whether a product is with experts' gates, whose inputs are those of their up projections."""
-    return bool(_GATE.fullmatch(_name_of(node)))
 
 
 def _name_of(node: Node) -> str:

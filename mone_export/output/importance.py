@@ -98,10 +98,11 @@ def _of_file(
         if part == "experts" and layer in layers:
             tier = _tier(layers[layer], number, plan)
             own = _of_tier(own, layers[layer], tier, thinner if matrix_of(whole) == "down" else None)
-        if own[0].shape[1] == info.shape[0]:
+        n_in, n_matrix = info.shape[0], (*info.shape, 1)[2]
+        if own[0].shape == (n_matrix, n_in):
             found[name] = own
         else:
-            log.debug("%s: %d inputs were seen, it has %d", name, own[0].shape[1], info.shape[0])
+            log.debug("%s: inputs %s were seen, it has %s", name, own[0].shape, (n_matrix, n_in))
     return found
 
 

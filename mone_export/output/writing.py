@@ -133,11 +133,16 @@ def write(
 
 
 def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding = "auto") -> tuple[int, int]:
-    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight."""
-    rounding = outtype if isinstance(outtype, Rounding) else Rounding(outtype)
-    found = layouts(
-        open_source(model), plan, (rounding.outtype,), imatrix=rounding.with_imatrix, stated=rounding.stated
-    )
+    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
+
+    `outtype` is that of `write`, with statistics that saw the inputs of matrices.
+    """
+    source = open_source(model)
+    if isinstance(outtype, Rounding):
+        rounding = outtype
+    else:
+        rounding = Rounding(outtype, with_imatrix=outtype not in _direct_types(source, plan))
+    found = layouts(source, plan, (rounding.outtype,), imatrix=rounding.with_imatrix, stated=rounding.stated)
     layout = found[rounding.outtype]
     return layout.size, layout.size_between
 

@@ -101,9 +101,11 @@ class _Tracing(Conversion):
         infos = self._model.gguf_writer.tensors[0]
         with torch.inference_mode():
             for name, origin in edits.made.items():
-                n_out, n_in = infos[name].shape[-2:]
                 values = np.asarray(self._gguf.LazyNumpyTensor.to_eager(infos[name].tensor))
                 infos[name].tensor = None  # frees it
+                if values.ndim < 2 or values.dtype != np.float32:
+                    continue
+                n_out, n_in = values.shape[-2:]
                 rows = values.reshape(-1, n_out, n_in)
                 if (rows == rows[:, :1]).all() and rows.max() < edits.matrices[origin]:
                     yield name, (origin, rows[:, 0].astype(np.int64))

@@ -114,8 +114,9 @@ def shape(model_type: str, config: Json) -> Json:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from mone_export.calibration.rows import stats_bytes
     from mone_export.calibration.streaming import decoder_layers
-    from mone_export.source.shape import expert_modules
+    from mone_export.source.shape import expert_modules, shape_of
 
     built = AutoConfig.for_model(model_type, **config)
     with torch.device("meta"):
@@ -131,7 +132,7 @@ def shape(model_type: str, config: Json) -> Json:
         "active": total - routed + routed * built.num_experts_per_tok // n_expert,
         "hidden_size": built.hidden_size,
         "n_layer": len(layers),
-        "stats_bytes": len(experts) * n_expert * 8 * (3 * built.hidden_size + n_expert),
+        "stats_bytes": stats_bytes(shape_of(built)),
         "pruned_bytes": 2 * total - routed,
     }
 

@@ -46,17 +46,25 @@ def fuzz_note(data: Json) -> str:
     return "Sound files with bytes, lengths, places and values changed; refused means one line of ours."
 
 
+_MEMORY = "in use, KiB a minute", "resident, KiB a minute"
+
+
 def under_load_table(data: Json) -> Iterable[Row]:
     """Yield what a server with each file answered, and how its memory went."""
-    yield "file", "whole answers", "at a tie", "wrong", "cancelled", "malformed, by status", "memory grows by"
+    yield "file", "whole answers", "at a tie", "wrong", "cancelled", "malformed, by status", *_MEMORY
     for name, run in data["runs"].items():
-        grows = run["growth_kib_per_minute"]
         yield (
             name,
             *(str(run[key]) for key in ("answers", "differ_at_a_tie", "wrong", "cancelled")),
             ", ".join(f"{status}: {n}" for status, n in run["malformed"].items()),
-            f"{grows['slope']:.1f} +- {grows['error']:.1f} KiB a minute" if grows else "too short a run",
+            _growth(run["in_use"]),
+            _growth(run["resident"]),
         )
+
+
+def _growth(memory: Json) -> str:
+    grows = memory.get("kib_per_minute")
+    return f"{grows['slope']:.1f} +- {grows['error']:.1f}" if grows else "too short a run"
 
 
 def under_load_note(data: Json) -> str:

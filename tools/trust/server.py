@@ -6,9 +6,9 @@
 Of the demo at half its bytes, with constants and with thin experts, a server each, side by side: greedy
 questions with prompts of 1 to 300 words, most of them answered whole, some cancelled in mid-stream, malformed
 requests between them. Afterwards: the server answers as it did before, whole answers are those of the serial
-run, no malformed request got an answer, memory does not grow, and the server ends by itself when told to.
-`--answers-of unpruned` holds the answers against another model's, to show that the check can fail. Prints its
-figures as JSON; returns 1 where a check failed. Linux.
+run, no malformed request got an answer, memory in use does not grow, and the server ends by itself when told
+to. `--answers-of unpruned` holds the answers against another model's, to show that the check can fail. Needs
+a C compiler, for `heap.c`. Prints its figures as JSON; returns 1 where a check failed. Linux.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import http.client
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -153,22 +154,25 @@ def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> d
     from mone_export import runtime
 
     options = (*slots(n_client), "--cache-ram", 0)
+    heap, told = compiled(file.with_suffix(".so")), file.with_suffix(".heap")
     with running_server(runtime.path(), "-m", answers_of, *options) as server:
         expected = [ask(server, number) for number in range(len(QUESTIONS))]
-    with running_server(runtime.path(), "-m", file, *options) as server:
+    env = {"LD_PRELOAD": str(heap), "MONE_HEAP": str(told)}
+    with running_server(runtime.path(), "-m", file, *options, env=env) as server:
         load = Load(server)
         with ThreadPoolExecutor(n_client) as pool:
             clients = [pool.submit(client, number) for number, client in enumerate(shared(load, n_client))]
-            memory = list(sampled(server.pid, seconds, clients))
+            memory = list(sampled(server.pid, told, seconds, clients))
             load.over.set()
         broken = [repr(client.exception()) for client in clients if client.exception()]
         after = [(number, ask(server, number)) for number in range(len(QUESTIONS))] if not broken else []
     tally, again = judged(load.answers, expected), judged(after, expected)
-    slope, error = growth(memory)
+    resident = growth([(at, n) for at, n, _ in memory])
+    slope, error = growth([(at, n) for at, _, n in memory])
     failures = [*broken, *tally.wrong[:5], *again.wrong[:5], *load.accepted]
     long_enough = seconds >= 2 * WARM
     if long_enough and slope - 2 * error > GROWTH:
-        failures.append(f"memory grows by {slope:.0f} +- {error:.0f} KiB a minute")
+        failures.append(f"memory in use grows by {slope:.0f} +- {error:.0f} KiB a minute")
     if server.process.returncode:
         failures.append(f"the server ends with {server.process.returncode}")
     return {
@@ -177,12 +181,25 @@ def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> d
         "wrong": len(tally.wrong) + len(again.wrong),
         "cancelled": load.n_cancelled,
         "malformed": {str(status): n for status, n in sorted(load.statuses.items())},
-        "memory_mib": round(memory[-1][1] / 2**20, 1),
-        "growth_kib_per_minute": {"slope": round(slope, 2), "error": round(error, 2)}
-        if long_enough
-        else None,
+        "resident": of_memory(memory[-1][1], resident if long_enough else None),
+        "in_use": of_memory(memory[-1][2], (slope, error) if long_enough else None),
         "failures": failures,
     }
+
+
+def compiled(library: Path) -> Path:
+    """Compile what tells how much memory a server has in use."""
+    source = Path(__file__).with_name("heap.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-lpthread"], check=True)
+    return library
+
+
+def of_memory(n_byte: int, grows: tuple[float, float] | None) -> dict[str, Any]:
+    """Return how much memory there was in the end, and how it grew, unless the run was too short to say."""
+    found: dict[str, Any] = {"mib": round(n_byte / 2**20, 1)}
+    if grows:
+        found["kib_per_minute"] = {"slope": round(grows[0], 2), "error": round(grows[1], 2)}
+    return found
 
 
 def shared(load: Load, n_client: int) -> list[Callable[[int], None]]:
@@ -191,11 +208,13 @@ def shared(load: Load, n_client: int) -> list[Callable[[int], None]]:
     return [load.cancels] * few + [load.talks_nonsense] * few + [load.asks] * (n_client - 2 * few)
 
 
-def sampled(pid: int, seconds: float, clients: Sequence[Future[None]]) -> Iterator[tuple[float, int]]:
-    """Yield (seconds, resident bytes) of a process while time goes on and no client has ended."""
+def sampled(
+    pid: int, heap: Path, seconds: float, clients: Sequence[Future[None]]
+) -> Iterator[tuple[float, int, int]]:
+    """Yield (seconds, bytes resident, in use) of a process while time goes on and no client has ended."""
     start, told = time.monotonic(), 0.0
     while (now := time.monotonic() - start) < seconds and not any(client.done() for client in clients):
-        yield now, resident_bytes(pid)
+        yield now, resident_bytes(pid), int(heap.read_text())
         if now - told > 60:
             told = now
             print(f"{now / 60:.0f} of {seconds / 60:.0f} minutes", file=sys.stderr)
