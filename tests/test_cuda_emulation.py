@@ -56,7 +56,7 @@ def unpatched(bin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(2)
 def test_kernels_agree_with_the_cpu(patched: Path, path: str) -> None:
     result = run(patched, path)
     print(result.stdout)
@@ -66,7 +66,7 @@ def test_kernels_agree_with_the_cpu(patched: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FAILS)
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_unpatched_kernels_fail(unpatched: Path, path: str) -> None:
     assert run(unpatched, path, "none").returncode == 0 or path == "fused"  # more biases than matrices
     result = run(unpatched, path, "some")

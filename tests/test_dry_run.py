@@ -32,6 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--method", "drop", "--score", "random"),
     ],
 )
+@pytest.mark.by_day(3)
 def test_dry_run_of_a_gguf_imports_nothing_heavy(whole: Path, options: tuple[str, ...]) -> None:
     code = f"import sys; from mone_export.cli import main; main(); print(*{{*{HEAVY}}} & sys.modules.keys())"
     command = [sys.executable, "-c", code, str(whole), "--ratio", "0.5", "--dry-run", *options]

@@ -188,6 +188,7 @@ def test_a_task_that_needs_writing_is_one_line(demo: Loaded, tmp_path: Path) -> 
         language_model(*demo).generate_until([_instance("a")])
 
 
+@pytest.mark.nightly
 def test_the_papers_tasks_are_the_harnesss(demo: Loaded) -> None:
     from lm_eval.tasks import TaskManager
 

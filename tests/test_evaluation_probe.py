@@ -138,6 +138,7 @@ def zeroed(file: Path, layer: int, folder: Path) -> Path:
 
 
 @pytest.mark.upstream
+@pytest.mark.nightly
 def test_a_layer_without_experts_is_told_from_the_original_and_the_original_is_not(
     demo_gguf: Path, text: Path, tmp_path: Path
 ) -> None:

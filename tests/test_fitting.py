@@ -39,7 +39,7 @@ def calibration(small: Path) -> Calibration:
 def size(small: Path, outtype: str, n_kept: int, method: str = "mone") -> int:
     spec = inspect(small)
     blank = plan_without_scores(spec, Recipe.of(1 - n_kept / spec.n_expert, method=method))
-    return measure(small, blank, outtype=outtype)[0]
+    return measure(small, blank, outtype=Rounding(outtype))[0]
 
 
 @pytest.mark.parametrize("method", ["mone", "drop"])

@@ -155,6 +155,7 @@ def test_a_work_folder_is_for_one_run_at_a_time(command: Command, tmp_path: Path
         ('PYTHONIOENCODING=ascii "$@" --json | head -1', 0),
     ],
 )
+@pytest.mark.by_day(2)
 def test_a_terminal_that_takes_nothing_costs_no_file(
     shell: str, status: int, small: Path, stats: Path, tmp_path: Path
 ) -> None:

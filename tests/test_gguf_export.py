@@ -257,6 +257,7 @@ def test_statistics_serve_their_own_road(command: Command, packed: Path, text: P
 
 
 @pytest.mark.parametrize("n_kill", N_KILL)
+@pytest.mark.nightly
 def test_many_kills_one_result(n_kill: int, packed: Path, text: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     dice, kills, numbers = random.Random(1), 0, itertools.count()
@@ -286,6 +287,7 @@ def test_many_kills_one_result(n_kill: int, packed: Path, text: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("road", ["checkpoint", "gguf"])
+@pytest.mark.by_day(1)
 def test_two_bits_in_one_command(road: str, whole: Path, text: Path, tmp_path: Path) -> None:
     model, imatrix = "demo" if road == "checkpoint" else whole, tmp_path / "imatrix.gguf"
     outfile, plain = tmp_path / "iq2_xs.gguf", tmp_path / "plain.gguf"

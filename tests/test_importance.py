@@ -100,6 +100,7 @@ def test_earlier_statistics_have_not(
 
 
 @pytest.mark.parametrize("model", ["checkpoint", "gguf"])
+@pytest.mark.by_day(1)
 def test_nothing_pruned_and_two_bits(model: str, demo_gguf: Path, text: Path, tmp_path: Path) -> None:
     """Nothing else would need the text."""
     outfile, imatrix = tmp_path / "whole.gguf", tmp_path / "imatrix.gguf"

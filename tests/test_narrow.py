@@ -118,6 +118,7 @@ def token_ids_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("token_ids_only")
 @pytest.mark.parametrize("road", ["checkpoint", "gguf"])
 @pytest.mark.parametrize("row", rows(*FAMILIES), ids=lambda row: row.name)
+@pytest.mark.by_day(4)
 def test_logits_equal_the_definition(row: Row, road: str, tmp_path: Path, stock_libraries: Path) -> None:
     """In llama.cpp without the patches; every expert has its own rows."""
     folder = save_family(row, tmp_path / "model")

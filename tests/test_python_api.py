@@ -22,7 +22,7 @@ def test_there_are_seven() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
-@pytest.mark.by_day(4)
+@pytest.mark.by_day(2)
 def test_examples_run(title: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, title, "exec"), {})

@@ -89,6 +89,7 @@ def test_a_process_that_waits_for_another_answers_signals(small: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("roomy", "wanted"), [(0, "torch.float32 False"), (1, "torch.float32 True")])
+@pytest.mark.by_day(1)
 def test_all_processes_load_as_the_first_does(roomy: int, wanted: str, small: Path, tmp_path: Path) -> None:
     program = tmp_path / "choose.py"
     program.write_text(CHOOSE)

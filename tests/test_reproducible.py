@@ -100,6 +100,7 @@ def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("recipe", ["thin", pytest.param("mean", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
 def test_a_gguf_is_the_same_with_any_number_of_threads(recipe: str, demo_gguf: Path, run: Run) -> None:
     """llama.cpp computes each row by itself; the page, which has the command, names the number."""
     one, two = (

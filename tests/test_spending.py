@@ -236,6 +236,7 @@ def test_a_plan_of_whole_experts_is_applied_without_a_calibration(command: Comma
     assert np.isfinite(logits(again, list(range(3, 40)), n_batch=37)).all()
 
 
+@pytest.mark.nightly
 def test_small_steps_over_a_size_are_taken_back(small: Path, text: Path, tmp_path: Path) -> None:
     whole = measure(small, plan_without_scores(mone.inspect(small), Recipe.of(0)), outtype="q4_k_m")[0]
     stats, outfile = tmp_path / "stats", tmp_path / "x.gguf"

@@ -90,7 +90,7 @@ def test_what_a_killed_process_was_saving_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", ["on", "off"])
-@pytest.mark.by_day(1)
+@pytest.mark.nightly
 def test_two_processes_give_the_statistics_of_one(
     stream: str, small: Path, text: Path, tmp_path: Path
 ) -> None:

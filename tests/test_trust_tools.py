@@ -26,6 +26,7 @@ def figures(tool: str, *options: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 @pytest.mark.upstream
+@pytest.mark.nightly
 def test_a_fault_trial_fails_where_the_output_is_made_in_place() -> None:
     one = ("--trials", "1", "--fault", "llama-quantize killed")
     assert figures("faults.py", *one)[0] == 0
@@ -45,6 +46,7 @@ def test_a_fault_trial_fails_where_a_rename_comes_before_the_flush() -> None:
 @pytest.mark.parametrize(
     "reader", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("statistics", "plan")), "index"]
 )
+@pytest.mark.nightly
 def test_broken_files_are_read_or_refused(reader: str) -> None:
     status, found = figures("fuzz.py", "--seconds", "5", "--reader", reader)
     assert status == 0, found
@@ -76,6 +78,7 @@ def test_memory_that_grows_is_told_from_memory_that_swings(monkeypatch: pytest.M
     assert abs(slope - 5000 * 60 / 1024) < 3 * error
 
 
+@pytest.mark.nightly
 def test_a_few_tests_are_too_few(tmp_path: Path) -> None:
     """Coverage of what they run is counted, and is below what is asked for."""
     few = ("tests/test_allocation.py", "--numprocesses", "0")

@@ -65,6 +65,7 @@ def test_a_dry_run_without_statistics_says_about(command: Command, allocate: str
 
 
 @pytest.mark.parametrize("share", [0.4, 0.55, 0.7, 0.9])
+@pytest.mark.by_day(2)
 def test_a_fit_by_sensitivity_stays_within_the_limit(
     command: Command, uneven: Path, tmp_path: Path, share: float
 ) -> None:

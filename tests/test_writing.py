@@ -353,6 +353,7 @@ def test_measured_size_is_the_real_one(
 @pytest.mark.upstream
 @pytest.mark.parametrize("ratio", [0, 0.5])
 @pytest.mark.parametrize("outtype", QUANTIZE_TYPES)
+@pytest.mark.by_day(12)
 def test_measured_size_is_the_real_one_of_what_llama_quantize_makes(
     small: Path, calibrated: Callable[[str], Calibration], tmp_path: Path, outtype: str, ratio: float
 ) -> None:

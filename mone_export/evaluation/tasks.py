@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("hellaswag", "winogrande", "multiple-choice")
 _BLIND = 2  # standard errors
-_N_TRY = 3  # a program that ends does not wait for its log: of short runs the last lines may be lost
+_N_TRY = 6
 _SCORES = {  # the last line with the share that is right so far, in percent
     "hellaswag": re.compile(r"^(\d+)\s+([\d.]+)%\s+\[", re.MULTILINE),
     "winogrande": re.compile(r"^(\d+)\s+([\d.]+)\s+-?[\w.]+\s+-?[\w.]+\s+[12]\s+[12]\s*$", re.MULTILINE),
