@@ -66,7 +66,7 @@ def test_kernels_agree_with_the_cpu(patched: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", FAILS)
-@pytest.mark.by_day(1)
+@pytest.mark.nightly
 def test_unpatched_kernels_fail(unpatched: Path, path: str) -> None:
     assert run(unpatched, path, "none").returncode == 0 or path == "fused"  # more biases than matrices
     result = run(unpatched, path, "some")

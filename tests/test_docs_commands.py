@@ -208,7 +208,7 @@ def place(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.mark.parametrize(
     "page", [page for page in WITH_COMMANDS if page.stem != "evaluation"], ids=lambda page: page.stem
 )
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_they_run(page: Path, place: Path, hub: HubServer, tmp_path: Path) -> None:
     for line in commands(page):
         words = shlex.split(line)

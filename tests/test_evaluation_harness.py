@@ -209,6 +209,7 @@ def test_a_task_that_is_not_there_is_one_line(demo: Loaded, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.nightly
 def test_data_that_is_not_here_is_one_line_offline(demo: Loaded, demo_gguf: Path, tmp_path: Path) -> None:
     """The settings are read when the libraries are imported, so in a process of its own."""
     words = ("-m", "mone_export.cli_eval", demo_gguf, "--no-speed", "-n", "0", "--lm-eval", "piqa", "-q")

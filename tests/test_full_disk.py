@@ -119,6 +119,7 @@ def test_a_work_folder_on_a_full_disk_is_one_line_and_goes_on_later(
     command("-o", out, "--workdir", tmp_path / "later").is_fine()
 
 
+@pytest.mark.nightly
 def test_two_runs_of_one_output_both_end_well(small: Path, text: Path, stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

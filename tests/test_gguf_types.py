@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 
 @pytest.mark.parametrize("outtype", TYPES)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.by_day(8)
+@pytest.mark.by_day(6)
 def test_quantised_files(name: str, outtype: str, made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     checkpoint, whole = made[name]
     file, outfile = quantised(whole, outtype), tmp_path / "pruned.gguf"

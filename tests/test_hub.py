@@ -300,6 +300,7 @@ def test_server_that_fails_is_one_line(server: HubServer, fetch: Callable[..., A
     assert fetch() == f"{server.endpoint} answers for {ID} with status 418: try again later"
 
 
+@pytest.mark.nightly
 def test_server_that_says_nothing_is_one_line(
     server: HubServer, model: Path, fetch: Callable[..., Any]
 ) -> None:

@@ -245,6 +245,7 @@ def test_merge_replaces_another_file_only_when_told(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.by_day(1)
 def test_show_survives_its_reader(thirds: list[Calibration], tmp_path: Path, encoding: str) -> None:
     """The reader of a pipe goes away; the name of a text has letters that the output lacks."""
     part = replace(thirds[0].parts[0], sources={"Wörter.txt": 256})

@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("ratio", [pytest.param(0.25, marks=pytest.mark.nightly), 0.5])
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_logits_equal_the_definition(folder: Path, ratio: float, text: Path, tmp_path: Path) -> None:
     outfile = tmp_path / "model.gguf"
     options: dict[str, Any] = {"files": [text], "n_row": 8, "seq_len": 128, "novice": "least-squares"}

@@ -80,6 +80,7 @@ def test_neither_folder_nor_time_zone_language_or_hash_seed_changes_a_byte(
     assert one == two
 
 
+@pytest.mark.nightly
 def test_threads_change_no_more_than_rounding_and_a_fingerprint_says_so(run: Run) -> None:
     """Products of other heights are summed in another order: float32 rounding, then sums in float64."""
     one = run("one", "demo", *RECIPES["mean"], **HERE)

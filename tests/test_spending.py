@@ -217,6 +217,7 @@ def test_size_is_met_from_the_command(command: Command, tmp_path: Path) -> None:
     assert {name for name in made if made[name] != from_plan[name]} == {"mone.calibration.measured"}
 
 
+@pytest.mark.nightly
 def test_a_plan_of_whole_experts_is_applied_without_a_calibration(command: Command, tmp_path: Path) -> None:
     plan, first, again = (tmp_path / name for name in ("plan.json", "first.gguf", "again.gguf"))
     command("--ratio", "0", "--outtype", "q8_0", "-o", tmp_path / "whole.gguf").is_fine()

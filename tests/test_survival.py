@@ -42,7 +42,7 @@ def command(small: Path, text: Path, outfile: Path, *more: object) -> list[str]:
 
 @pytest.mark.parametrize("n_kill", N_KILL)
 @pytest.mark.parametrize("stream", ["on", "off"])
-@pytest.mark.by_day(1)
+@pytest.mark.nightly
 def test_many_kills_one_result(stream: str, n_kill: int, small: Path, text: Path, tmp_path: Path) -> None:
     def run(name: str, delay: Callable[[], float | None]) -> tuple[bytes, bytes]:
         """Run to the end, through as many deaths as `delay` says; return the statistics and the GGUF."""

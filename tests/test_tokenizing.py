@@ -180,6 +180,7 @@ def test_pieces_of_one_number_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.upstream
+@pytest.mark.by_day(1)
 def test_ids_are_llama_cpps(written: tuple[PreTrainedTokenizerBase, Path]) -> None:
     tokenizer, file = written
     llama_cpp = pytest.importorskip("llama_cpp")

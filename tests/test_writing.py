@@ -107,7 +107,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_nothing_pruned_is_upstreams_own_file(
     case: tuple[str, str],
     folder_of: Callable[[str], Path],
