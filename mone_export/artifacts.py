@@ -335,8 +335,8 @@ class Calibration:
     config that decides what it computes, and `made_with` says by what it was computed (`dtype`, `device`,
     versions); both are empty in files of earlier versions. `sensitivity` says for each layer how much
     harm an error in it does, as `pruning.allocation` defines it; empty where that was not measured. `inputs`
-    are those of the layers' matrices, by the names that `calibration.input_sums` says; empty where nobody
-    asked for them.
+    are those of the layers' matrices, by the names that `calibration.input_sums` says; empty in files of
+    earlier versions.
     """
 
     spec: MoeSpec

@@ -335,7 +335,6 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     saved = _saved(request, source)
     request = _with_inputs(request, source, recipe, saved)
     _check_substituted(request, recipe, source)
-    _check_seen(request, source)
     recipe = _with_thin(request, recipe, source, saved)
     _check_for_model(recipe, request.outtype, source)
     _check_protected_texts(request, recipe, source)
@@ -556,7 +555,7 @@ def _check_checkpoint(request: Request) -> None:
 
 
 def _check_substituted(request: Request, recipe: Recipe, source: Source) -> None:
-    """Refuse to choose among experts of which some are constants already."""
+    """Refuse to choose among experts of which some are constants already, and to calibrate them."""
     if not source.substituted:
         return
     given = {
@@ -572,10 +571,7 @@ def _check_substituted(request: Request, recipe: Recipe, source: Source) -> None
             f"{option}, or prune the model it was made from"
         )
 
-
-def _check_seen(request: Request, source: Source) -> None:
-    """Refuse an importance matrix of a checkpoint that no calibration runs."""
-    if source.substituted and (request.imatrix is not None or request.outtype in IMATRIX_TYPES):
+    if request.imatrix is not None or request.outtype in IMATRIX_TYPES:
         raise MoneError(
             f"{source.name} has constants in the place of experts: no importance matrix is made of such "
             "checkpoints; leave out --imatrix and --outtype, then pass the GGUF that is made, with --ratio 0"

@@ -23,9 +23,9 @@ from torch import Tensor
 from mone_export.artifacts import InputSums
 from mone_export.calibration.input_sums import inputs_name, sums_of_routed, sums_of_rows
 from mone_export.errors import MoneError
+from mone_export.source.gguf_format import matrix_of, part_of
 
 _DOWN = re.compile(rb"blk\.(\d+)\.ffn_down_exps\.weight")
-_GATE = re.compile(r"blk\.\d+\.ffn_gate_exps\.weight")
 _WEIGHTED, _LAST_HIDDEN = b"ffn_moe_weighted", b"result_norm"
 _N_ROW = 16  # of fewer rows llama.cpp's own importance matrices take no note
 _N_CHAINED = 6  # nodes between the experts' last product and their weighting: a scale, a bias
@@ -266,7 +266,7 @@ class EvalCallback:
             return False
         name, inputs = _name_of(node), Node.from_address(node.src[1])
         if node.op == self._ggml.mul_mat_id:
-            return not _GATE.fullmatch(name)
+            return not part_of(name) or matrix_of(name) != "gate"
         return name.startswith("blk.") and inputs.type == 0 and inputs.ne[1] >= _N_ROW
 
     def _hear_inputs(self, node: Node, hear: Callable[[str, InputSums], None]) -> None:

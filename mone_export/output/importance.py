@@ -65,9 +65,15 @@ def importance_matrix(
     # which needs PyTorch
     from mone_export.source.imatrix import save_imatrix
 
-    found = _of_file(base, source.named_inputs(calibration.inputs), plan, thinner)
+    shapes = {
+        name: ((*info.shape, 1)[2], info.shape[0])  # matrices, and columns of each
+        for name, info in GgufFile(base).header.tensors.items()
+        if _MATRIX.fullmatch(name) and len(info.shape) > 1
+    }
+    found = _of_file(shapes, source.named_inputs(calibration.inputs), plan, thinner)
     if rounding.outtype in IMATRIX_TYPES:
-        found |= _alike(base, found)
+        others = {name: shape for name, shape in shapes.items() if name not in found}
+        found |= {name: _alike(name, *shape) for name, shape in others.items()}
     outfile = base.with_name(IMATRIX_FILE)
     n_token = calibration.n_token
     for path, name in ((outfile, IMATRIX_TEXT), (rounding.imatrix, calibration.corpus_name)):
@@ -81,28 +87,30 @@ Sums = tuple[np.ndarray, np.ndarray]
 
 
 def _of_file(
-    base: Path, inputs: Mapping[str, InputSums], plan: Plan, thinner: Thinner | None
+    shapes: Mapping[str, tuple[int, int]],
+    inputs: Mapping[str, InputSums],
+    plan: Plan,
+    thinner: Thinner | None,
 ) -> dict[str, Sums]:
     """Return the sums of a file's matrices, by name, as far as they were seen."""
     from mone_export.calibration.input_sums import inputs_name
 
     layers = {layer.layer: layer for layer in plan.layers}
     found: dict[str, Sums] = {}
-    for name, info in GgufFile(base).header.tensors.items():
+    for name, shape in shapes.items():
         match = _TIER.fullmatch(name)
         whole, number = (f"{match[1]}.weight", int(match[2])) if match else (name, 0)
-        if not _MATRIX.fullmatch(name) or (sums := inputs.get(inputs_name(whole))) is None:
+        if (sums := inputs.get(inputs_name(whole))) is None:
             continue
         own = sums.squares.numpy(), sums.n_row.numpy()
         layer, part = part_of(whole) or (-1, None)
         if part == "experts" and layer in layers:
             tier = _tier(layers[layer], number, plan)
             own = _of_tier(own, layers[layer], tier, thinner if matrix_of(whole) == "down" else None)
-        n_in, n_matrix = info.shape[0], (*info.shape, 1)[2]
-        if own[0].shape == (n_matrix, n_in):
+        if own[0].shape == shape:
             found[name] = own
         else:
-            log.debug("%s: inputs %s were seen, it has %s", name, own[0].shape, (n_matrix, n_in))
+            log.debug("%s: inputs %s were seen, it has %s", name, own[0].shape, shape)
     return found
 
 
@@ -125,17 +133,9 @@ def _of_tier(sums: Sums, layer: LayerPlan, tier: Tier | None, thinner: Thinner |
     return own, n_row[experts]
 
 
-def _alike(base: Path, found: Mapping[str, Sums]) -> dict[str, Sums]:
-    """Return sums by which all channels matter alike, for a file's matrices that have none."""
-    others = {
-        name: info.shape
-        for name, info in GgufFile(base).header.tensors.items()
-        if _MATRIX.fullmatch(name) and len(info.shape) > 1 and name not in found
-    }
-    return {
-        name: (np.ones(((*shape, 1)[2], shape[0])), np.ones((*shape, 1)[2] if "_exps" in name else 1))
-        for name, shape in others.items()
-    }
+def _alike(name: str, n_matrix: int, n_in: int) -> Sums:
+    """Return sums by which all channels of a matrix matter alike."""
+    return np.ones((n_matrix, n_in)), np.ones(n_matrix if "_exps" in name else 1)
 
 
 def any_imatrix(folder: Path) -> Path:
