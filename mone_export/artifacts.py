@@ -686,7 +686,7 @@ class Stability:
 class Candidate:
     """One way to reach a size: a type, and the share of experts to prune (0: only quantise).
 
-    Sizes are in bytes: of the file, of the one it is quantised from (or 0), of the file with all experts.
+    Sizes are in bytes: of the file, and of the file with all experts.
     `types` are those of its tensors; `error` is the estimate, if known, relative to the squared output of
     the layers' experts. Where types are `mixed`, experts have their own.
     """
@@ -694,7 +694,6 @@ class Candidate:
     outtype: str
     ratio: float
     size: int
-    size_between: int
     size_unpruned: int
     types: Mapping[str, str]
     error: float | None = None

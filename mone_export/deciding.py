@@ -81,7 +81,6 @@ def with_best_candidate(job: Job, scores: Scores) -> Job:
         recipe=replace(job.recipe, ratio=best.ratio),
         outtype=best.outtype,
         size=best.size,
-        size_between=best.size_between,
         size_unpruned=best.size_unpruned,
     )
 
@@ -215,9 +214,9 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
         recipe = replace(job.recipe, ratio=chosen.share_pruned)  # the file states it
         chosen = replace(chosen, recipe=recipe)
         job = replace(job, recipe=recipe, outtype=item.outtype, size_unpruned=item.size_unpruned)
-        size, between = measure(job.source, chosen, outtype=job.rounding)
+        size = measure(job.source, chosen, outtype=job.rounding)
         if size <= limit and (fits is None or size > fits[0].size):
-            fits = replace(job, size=size, size_between=between), chosen
+            fits = replace(job, size=size), chosen
         if 0 <= limit - size < _CLOSE * limit:
             break
         before, room = chosen.layers, room + limit - size
@@ -235,7 +234,6 @@ def _to_the_byte(job: Job, spending: Spending, item: Candidate, chosen: Plan) ->
         item,
         ratio=chosen.share_pruned,
         size=job.size,
-        size_between=job.size_between,
         mixed=job.mixes(item),
     )
     return replace(job, candidates=(best,)), chosen
@@ -323,8 +321,7 @@ def file_size(job: Job, chosen: Plan) -> int:
     uniform = len(set(chosen.n_kept.values())) == 1 and not chosen.n_tier and not chosen.mixes_types
     if uniform and chosen.recipe.allocation == job.recipe.allocation:
         return job.size  # what was measured before
-    size, _ = measure(job.source, chosen, outtype=job.rounding)
-    return size
+    return measure(job.source, chosen, outtype=job.rounding)
 
 
 def after_pruned(

@@ -75,7 +75,6 @@ def candidates(
                     name,
                     1 - count / n_expert,
                     layout.size,
-                    size_between=layout.size_between,
                     size_unpruned=whole.size,
                     types=layout.types,
                 )

@@ -167,7 +167,7 @@ class Request:
         return tuple(map(_protected_text, self.protect))
 
     def mixes_types(self, source: Source) -> bool:
-        """Whether experts may have types of their own: where a size decides, and llama-quantize rounds."""
+        """Whether experts may have types of their own: where a size decides, and the file is rounded."""
         return self.fit is not None and self.outtype not in _UNROUNDED and not source.packed
 
     @property
@@ -202,11 +202,10 @@ class Job:
     """A request that has passed every cheap check, and what the checks found; nothing in it is open any more.
 
     Until a choice among several `candidates` is made, ratio and type are those of the largest. `size` and
-    `size_unpruned` (about) are bytes of the file, `size_between` of the one it is quantised from; `saved` are
-    statistics made before; `corpus` is None where no text is needed; `held_out` [n, seq_len] are rows
-    that no calibration sees; `plan` is one that was made before. `protected_texts` are those whose experts
-    are protected, and how many of each layer; `protected` those experts, once the texts were run. `stated`
-    are the file's keys that say which command made it.
+    `size_unpruned` (about) are bytes of the file; `saved` are statistics made before; `corpus` is None where
+    no text is needed; `held_out` [n, seq_len] are rows that no calibration sees; `plan` is one that was made
+    before. `protected_texts` are those whose experts are protected, and how many of each layer; `protected`
+    those experts, once the texts were run. `stated` are the file's keys that say which command made it.
     """
 
     request: Request
@@ -214,7 +213,6 @@ class Job:
     recipe: Recipe
     outtype: str
     size: int
-    size_between: int
     size_unpruned: int
     device: str
     saved: Calibration | None = None
@@ -249,7 +247,7 @@ class Job:
         return self.recipe.allocation == "budget" and self.request.mixes_types(self.source)
 
     def mixes(self, item: Candidate) -> bool:
-        """Whether experts may have other types than a candidate's: llama-quantize makes such files."""
+        """Whether experts may have other types than a candidate's: such files are rounded."""
         return self.mixed and item.outtype not in ("auto", *_UNROUNDED)
 
     @property
@@ -351,8 +349,8 @@ def prepare(request: Request, *, dry: bool = False, progress: Progress | None = 
     keys = _stated(request, source, recipe, saved)
     job = replace(_sized(request, source, recipe, keys, progress), saved=saved, plan=chosen)
     if chosen and (chosen.n_tier or chosen.mixes_types or chosen.width or source.substituted):
-        size, between = measure(source, chosen, outtype=Rounding(job.outtype, stated=keys))
-        job = replace(job, size=size, size_between=between)
+        size = measure(source, chosen, outtype=Rounding(job.outtype, stated=keys))
+        job = replace(job, size=size)
     if not dry:
         check_paths(job)
         _announce(job)
@@ -443,7 +441,7 @@ def _road(config: Mapping[str, Any]) -> str:
 
 def _with_inputs(request: Request, source: Source, recipe: Recipe, saved: Calibration | None) -> Request:
     """Return the request, without an importance matrix where saved statistics have no inputs for one."""
-    known = request.fit is None and request.plan is None  # what is written without llama-quantize
+    known = request.fit is None and request.plan is None  # what is not rounded
     if known and not _with_imatrix(request, source, recipe, request.outtype):
         return request
     if saved is None or saved.inputs:
@@ -464,7 +462,7 @@ def _with_imatrix(
 ) -> bool:
     """Return whether a file of a type gets an importance matrix.
 
-    Where types are `mixed`, llama-quantize rounds it whatever the type is.
+    Where types are `mixed`, it is rounded whatever the type is.
     """
     if request.imatrix is not None or outtype in IMATRIX_TYPES:
         return True
@@ -831,13 +829,13 @@ def _sized(request: Request, source: Source, recipe: Recipe, keys: Keys, progres
     if request.only_checkpoint:
         plans = (plan_without_scores(source.spec, each) for each in (recipe, replace(recipe, ratio=0.0)))
         size, whole = (checkpoint_size(source, plan) for plan in plans)
-        return Job(request, source, recipe, request.outtype, size, 0, whole, device, stated=keys)
+        return Job(request, source, recipe, request.outtype, size, whole, device, stated=keys)
     if request.fit is None:
         outtype = request.outtype
         imatrix = _with_imatrix(request, source, recipe, outtype)
         blank = plan_without_scores(source.spec, recipe)
         layout = layouts(source, blank, (outtype,), imatrix=imatrix, stated=keys)[outtype]
-        sizes = layout.size, layout.size_between, layout.size_with_all(source.spec)
+        sizes = layout.size, layout.size_with_all(source.spec)
         return Job(request, source, recipe, outtype, *sizes, device, stated=keys)
     found = candidates(
         source,
@@ -857,7 +855,6 @@ def _sized(request: Request, source: Source, recipe: Recipe, keys: Keys, progres
         replace(recipe, ratio=largest.ratio),
         largest.outtype,
         largest.size,
-        largest.size_between,
         largest.size_unpruned,
         device,
         candidates=tuple(found),
@@ -875,17 +872,15 @@ def _room(asked: str, source: Source) -> int:
 def _announce(job: Job) -> None:
     """Say how large the file will be; raises `MoneError` when the disk has no room for it."""
     even = (job.recipe.allocation == "even" and not job.plan) or not job.recipe.ratio
-    size, between, about = job.size, job.size_between, "" if even else "about "
+    size, about = job.size, "" if even else "about "
     if job.limit is not None and (len(job.candidates) > 1 or not even):  # what is chosen may fill it
         size, about = job.limit, "at most "
-    temporary = f", and about {as_size(between)} beside it for a while" if between else ""
-    log.info("%s will have %s%s%s", job.outfile, about, as_size(size), temporary)
-    needed = size + between
-    check_room(job.outfile, needed=needed, option="--hf-out" if job.request.only_checkpoint else "-o")
+    log.info("%s will have %s%s", job.outfile, about, as_size(size))
+    check_room(job.outfile, needed=size, option="--hf-out" if job.request.only_checkpoint else "-o")
     if job.request.hf_out is not None and not job.request.only_checkpoint:
         folder, chosen = Path(job.request.hf_out), job.plan
         check_room(folder, option="--hf-out")
-        needed = needed if on_one_disk(job.outfile, folder) else 0
+        needed = size if on_one_disk(job.outfile, folder) else 0
         needed += checkpoint_size(job.source, chosen or plan_without_scores(job.source.spec, job.recipe))
         check_room(folder, needed=needed, option="--hf-out")
     if command := job.source.projector_command(job.outfile):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf_file
+import numpy as np
 import pytest
 from families import N_EXPERT, N_LAYER, ROWS, Row
 from family_models import save_family, without_vocabulary
@@ -19,10 +20,11 @@ from torch import Tensor
 from mone_export import cli, files
 from mone_export.artifacts import MoeSpec
 from mone_export.errors import MoneError
-from mone_export.output.writing import write
+from mone_export.output.writing import measure, write
 from mone_export.pruning.planning import plan_without_scores
 from mone_export.recipe import Recipe
 from mone_export.source import inspect, llamacpp
+from mone_export.source import opened as seam
 from mone_export.source.llamacpp import Conversion
 from mone_export.source.remote_code import needs_remote_code
 from mone_export.source.weights import open_weights, prediction_tensors
@@ -424,3 +426,34 @@ def test_finished_file_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.
     files.replace(part, target)
     assert target.read_text() == "new" and not part.exists()
     assert flushed == ["model.part old", f"{tmp_path.name} new"], "the data before the name, then the folder"
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.refused is None], ids=lambda row: row.name)
+@pytest.mark.by_day(8)
+def test_large_matrices_are_read_some_rows_at_a_time(
+    row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes are the same; and no weight is read before the file is written."""
+    monkeypatch.setattr(llamacpp, "converter_class", without_vocabulary(llamacpp.converter_class))
+    folder = save_family(row, tmp_path / "model")
+    chosen = plan_without_scores(inspect(folder), Recipe.of(0))
+    read, most, usual = np.fromfile, [], seam.LARGE
+
+    def noted(file: Any, dtype: Any, n: int, **named: Any) -> np.ndarray:
+        most.append(n)
+        return read(file, dtype, n, **named)
+
+    monkeypatch.setattr(np, "fromfile", noted)
+    for outtype in ("f32", "q8_0"):
+        contents, largest = [], []
+        for large in (usual, 64):
+            monkeypatch.setattr(seam, "LARGE", large)
+            most.clear()
+            size = measure(folder, chosen, outtype=outtype)
+            assert sum(most, 0) < 0.1 * size
+            most.clear()
+            write(folder, None, chosen, tmp_path / f"{large}.gguf", outtype=outtype)
+            contents.append(gguf_file.without_command(tmp_path / f"{large}.gguf"))
+            largest.append(max(most))
+        assert contents[0] == contents[1]
+        print(f"{row.name}: {largest[0]} bytes at a time, {largest[1]} where all matrices are large")

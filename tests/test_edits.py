@@ -6,6 +6,7 @@ Neither a converter nor llama.cpp runs here, so each test takes some hundredths 
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from mone_export.calibration.sums import expert_stats
 from mone_export.errors import MoneError
 from mone_export.output import writing
 from mone_export.output.importance import Rounding
+from mone_export.output.packing import Rounded
 from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import (
     Edits,
@@ -39,6 +41,7 @@ from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan, plan_without_scores
 from mone_export.recipe import Recipe
 from mone_export.source import GgufFile, open_source
+from mone_export.source.ggml import packed as pack
 from mone_export.source.gguf_conversion import GgufConversion
 
 ARCH, N_EXPERT, D, SIZE = "qwen3moe", 6, 32, 64
@@ -348,8 +351,8 @@ def test_the_size_is_known_before(tmp_path: Path, choices: dict[str, Any], outty
     source, stated = saved(tmp_path), {"mone.options": ("STRING", "a command")}
     rounding = Rounding(outtype, stated=stated)
     size = write(source, STATISTICS, half(**choices), tmp_path / "out.gguf", outtype=rounding)
-    assert measure(source, half(**choices), outtype=rounding) == (size, 0)
-    assert measure(source, half(**choices), outtype=outtype) != (size, 0), "the command takes some bytes"
+    assert measure(source, half(**choices), outtype=rounding) == size
+    assert measure(source, half(**choices), outtype=outtype) != size, "the command takes some bytes"
     assert measure(source, half(**choices)) == measure(source, half(**choices), outtype=outtype)
 
 
@@ -361,7 +364,7 @@ def test_a_layout_is_the_file_before_it_is_written(tmp_path: Path) -> None:
     assert found.shapes == {name: values.shape for name, values in tensors.items()}
     assert {*found.types.values()} == {"f32"} and found.types.keys() == tensors.keys()
     assert found.added == {"blk.1.ffn_down_exps.bias", "blk.2.ffn_down_exps.bias"}
-    assert (found.size, found.size_between, found.between) == (size, 0, None)
+    assert found.size == size
     other = {1: (0, 1, 3, 5), 2: (2,)}
     fewer = tuple(LayerPlan(n, kept, tuple({*range(N_EXPERT)} - {*kept})) for n, kept in other.items())
     changed = write(source, STATISTICS, replace(half(), layers=fewer), tmp_path / "fewer.gguf")
@@ -391,19 +394,16 @@ def test_a_router_of_one_row_is_widened_where_its_experts_are() -> None:
     assert layout.size_with_all(away) == layout.size, "a layer that is none of the model's own stays"
 
 
+WEIGHED = "blk.1.ffn_up_exps.weight"
+
+
 class Quantizer:
     """In the place of llama-quantize: notes what it is asked, and gives matrices a type."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[dict[str, Any]] = []
         self.asked: list[tuple[str, Mapping[str, str], bool]] = []
-        monkeypatch.setattr(writing, "quantize", self.quantize)
         monkeypatch.setattr(writing, "quantized_types", self.types)
         monkeypatch.setattr(writing, "importance_matrix", self.matrix)
-
-    def quantize(self, base: Path, outfile: Path, outtype: str, **named: Any) -> None:
-        self.made.append({"base": base, "bytes": base.read_bytes(), "outtype": outtype, **named})
-        outfile.write_bytes(b"quantised")
 
     def types(
         self, head: Path, outtype: str, *, kinds: Mapping[str, str], imatrix: Path | None
@@ -411,52 +411,77 @@ class Quantizer:
         tensors = GgufFile(head).header.tensors  # insists that the file is as long as it says
         assert imatrix is None or imatrix.exists()
         self.asked.append((outtype, kinds, imatrix is not None))
-        return {name: kinds.get(name, "q8_0" if info.shape[1:] else "f32") for name, info in tensors.items()}
+        return {name: kinds.get(name, self.kind(name, info.shape)) for name, info in tensors.items()}
 
-    def matrix(self, base: Path, *given: Any, thinner: Any) -> Path | None:
+    @staticmethod
+    def kind(name: str, shape: Sequence[int]) -> str:
+        return "q8_0" if name.endswith(".weight") and shape[1:] and shape[0] % 32 == 0 else "f32"
+
+    def matrix(self, shapes: Mapping[str, Any], *given: Any, thinner: Any) -> dict[str, np.ndarray]:
         self.given = given
-        return base.with_name("imatrix.gguf") if given[-1].with_imatrix else None
+        if not given[-1].with_imatrix:
+            return {}
+        n_matrix, _, n_column = shapes[WEIGHED]
+        return {WEIGHED: np.geomspace(1, 9, n_matrix * n_column, dtype=np.float32).reshape(n_matrix, -1)}
 
 
 def show(*_: Any) -> None:
     """Stand in for what shows progress."""
 
 
-def test_other_types_are_made_from_a_file_beside_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.upstream
+@pytest.mark.parametrize("n_thread", [1, 3])
+def test_other_types_are_made_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, n_thread: int
 ) -> None:
     there = Quantizer(monkeypatch)
+    monkeypatch.setattr(writing, "Rounded", partial(Rounded, n_thread=n_thread))
     source, rounding = saved(tmp_path), Rounding("q4_0", with_imatrix=True)
-    assert write(source, STATISTICS, half(), tmp_path / "out.gguf", outtype=rounding, progress=show) == 9
-    (made,) = there.made
-    assert (made["outtype"], made["kinds"], made["progress"]) == ("q4_0", {}, show)
-    assert made["imatrix"] == made["base"].with_name("imatrix.gguf")
+    shown: list[tuple[int, int, str]] = []
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    write(source, STATISTICS, half(), out, outtype=rounding, progress=lambda *step: shown.append(step))
     assert there.given[1:] == (STATISTICS, half(), rounding) and there.given[0].path == source
-    write(source, STATISTICS, half(), tmp_path / "whole.gguf")
-    assert made["bytes"] == (tmp_path / "whole.gguf").read_bytes()
+    assert {what for _, _, what in shown} == {"reading the model (MiB)", "writing (MiB)"}
+    write(source, STATISTICS, half(), whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "tiny.gguf", "whole.gguf"]
+    made, plain = (GgufFile(path).header.tensors for path in (out, whole))
+    assert [*made] == [*plain]
+    weights = there.matrix({name: info.shape[::-1] for name, info in plain.items()}, rounding, thinner=None)
+    for name, info in plain.items():
+        data = info.read(info.size)
+        if made[name].kind == "q8_0":
+            stack = np.frombuffer(data, np.float32).reshape(-1, *info.shape[1::-1])
+            each = weights.get(name, [None] * len(stack))
+            pairs = zip(stack, each, strict=True)
+            data = b"".join(pack(part, "q8_0", weight).tobytes() for part, weight in pairs)
+        assert made[name].read(made[name].size) == data, name
+    keys = {key: GgufFile(out).header.value(key) for key in GgufFile(out).header.keys}
+    assert (keys["general.file_type"], keys["general.quantization_version"]) == (2, 2)
+    assert keys["quantize.imatrix.entries_count"] == 1 and keys["quantize.imatrix.chunks_count"] == 1
+    assert keys["quantize.imatrix.file"] == "imatrix.gguf"
     assert not caplog.records
     monkeypatch.setattr(GgufFile, "packed", "q4_k")
-    write(source, STATISTICS, half(), tmp_path / "out.gguf", outtype="q6_k")
+    write(source, STATISTICS, half(), out, outtype="q6_k")
     assert caplog.messages == [
         "tiny is rounded to q4_k already, and --outtype q6_k rounds it once more: a copy in F16 or BF16 "
         "would lose less"
     ]
 
 
+@pytest.mark.upstream
 def test_a_plan_may_give_experts_types_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Quantizer(monkeypatch)
     tiers = Tier(SIZE, (0, 2), "q4_0"), Tier(SIZE, (4,))
     chosen = tiered(*tiers)
-    layers = (replace(chosen.layers[0], kind="q6_k"), chosen.layers[1])
+    layers = (replace(chosen.layers[0], kind="q5_0"), chosen.layers[1])
     chosen = replace(chosen, layers=layers)
     kinds = {}
     for name in ("gate", "up", "down"):
-        kinds[f"blk.1.ffn_{name}_exps.weight"] = "q6_k"
+        kinds[f"blk.1.ffn_{name}_exps.weight"] = "q5_0"
         kinds[f"blk.1.ffn_{name}_exps.t1.weight"] = "q4_0"
-    write(saved(tmp_path), STATISTICS, chosen, tmp_path / "out.gguf", outtype="q8_0")
-    assert there.made[0]["kinds"] == kinds
-    layouts(open_source(saved(tmp_path)), chosen, ("q8_0",))
+    write(saved(tmp_path), STATISTICS, chosen, tmp_path / "out.gguf", outtype="q8_0", novices=Fixed())
+    made = GgufFile(tmp_path / "out.gguf").header.tensors
+    assert {name: made[name].kind for name in kinds} == kinds
     assert there.asked == [("q8_0", kinds, False)]
 
 
@@ -470,27 +495,26 @@ def test_types_are_asked_for_once_and_sizes_follow(
     assert sorted(there.asked) == [("q4_0", {}, imatrix), ("q8_0", {}, imatrix)]
     plain, packed = found["auto"], found["q8_0"]
     assert found.keys() == {"auto", "q8_0", "q4_0"}
-    assert packed.between == plain and packed.size_between == plain.size
     assert packed.shapes == plain.shapes and packed.added == plain.added
     assert (
         packed.types["blk.1.ffn_up_exps.weight"] == "q8_0" and packed.types["blk.1.exp_probs_b.bias"] == "f32"
     )
     data = {
-        name: np.prod(shape) * 4 if len(shape) == 1 else np.prod(shape) // 32 * 34
+        name: np.prod(shape) // 32 * 34 if packed.types[name] == "q8_0" else np.prod(shape) * 4
         for name, shape in packed.shapes.items()
     }
     assert packed.size - packed.head_size == sum(-(-int(size) // 32) * 32 for size in data.values())
-    # the keys of an importance matrix, as llama-quantize writes them
+    # the keys that llama-quantize states, and those of an importance matrix
+    numbers = {"general.quantization_version": 4, "general.file_type": 4}
     texts = {"quantize.imatrix.file": 8 + 12, "quantize.imatrix.dataset": 8 + 11}
     texts |= {"quantize.imatrix.entries_count": 4, "quantize.imatrix.chunks_count": 4}
-    more = sum(12 + len(name) + size for name, size in texts.items()) if imatrix else 0
+    stated = numbers | (texts if imatrix else {})
+    more = sum(12 + len(name) + size for name, size in stated.items())
     assert packed.head_size - plain.head_size in {more // 32 * 32, -(-more // 32) * 32}
     fewer = {1: 1, 2: 2}
-    assert packed.with_kept(fewer).size_between == plain.with_kept(fewer).size < plain.size
-    assert measure(source, half(), outtype=Rounding("q8_0", with_imatrix=True)) == (
-        layouts(source, half(), ("q8_0",), imatrix=True)["q8_0"].size,
-        plain.size,
-    )
+    assert packed.with_kept(fewer).size < packed.size
+    with_matrix = layouts(source, half(), ("q8_0",), imatrix=True)["q8_0"]
+    assert measure(source, half(), outtype=Rounding("q8_0", with_imatrix=True)) == with_matrix.size
 
 
 def test_types_of_another_plan_are_not_asked_for_again(
@@ -517,19 +541,6 @@ def length(sizes: list[int]) -> int:
     """How long the first of the heads is before it is padded."""
     n = next(n for n in range(1, 33) if sizes[n] > sizes[n - 1])
     return sizes[0] - (n - 1)
-
-
-@pytest.mark.parametrize(("kept", "less"), [((0, 3), 0), ((0,), 6 * 8)])
-def test_the_head_of_a_quantised_file_leaves_out_outer_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: tuple[int, ...], less: int
-) -> None:
-    """A stack of a single expert is a matrix to llama-quantize: 8 bytes less for each of six."""
-    Quantizer(monkeypatch)
-    gone = tuple(expert for expert in range(N_EXPERT) if expert not in kept)
-    chosen = replace(half(), layers=tuple(LayerPlan(layer, kept, gone) for layer in (1, 2)))
-    source = open_source(saved(tmp_path))
-    plain, packed = (length(head_sizes(source, chosen, outtype)) for outtype in ("auto", "q8_0"))
-    assert plain - packed == less
 
 
 @pytest.mark.parametrize("own", [{}, {"file": "a file of a longer name.gguf", "entries_count": 7}])

@@ -20,11 +20,13 @@ from families import COMMON, N_EXPERT, N_LAYER, ROWS, Row
 from family_models import calibrated, random_tokens, save_config, save_family, without_vocabulary
 from gguf import GGUFReader
 from llama_logits import logits
+from programs import run
 from reference import Thin, install, read_novices, read_thin
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import mone_export
+from mone_export import runtime
 from mone_export.architectures import family_of
 from mone_export.artifacts import Calibration, Corpus, ExpertStats, InputSums, Plan
 from mone_export.calibration.engines import InTorch
@@ -39,7 +41,6 @@ from mone_export.calibration.through_llamacpp import LlamaEngine
 from mone_export.calibration.work_folder import WorkFolder
 from mone_export.deciding import plan_thin
 from mone_export.errors import MoneError
-from mone_export.output.quantizing import quantize
 from mone_export.output.writing import measure, write
 from mone_export.pruning.novices import novices
 from mone_export.pruning.planning import plan, plan_without_scores
@@ -447,7 +448,7 @@ def test_runtime_refuses_wrong_slots(tmp_path: Path) -> None:
 def test_slots_survive_quantising(outtype: str, tmp_path: Path) -> None:
     _, _, half = exported_half(GROUPED[0], tmp_path)
     quantised = tmp_path / "quantised.gguf"
-    quantize(half, quantised, outtype)
+    run(runtime.path() / "llama-quantize", half, quantised, outtype)
     before, after = (
         {tensor.name: tensor for tensor in GGUFReader(file).tensors} for file in (half, quantised)
     )

@@ -39,7 +39,7 @@ def calibration(small: Path) -> Calibration:
 def size(small: Path, outtype: str, n_kept: int, method: str = "mone") -> int:
     spec = inspect(small)
     blank = plan_without_scores(spec, Recipe.of(1 - n_kept / spec.n_expert, method=method))
-    return measure(small, blank, outtype=Rounding(outtype))[0]
+    return measure(small, blank, outtype=Rounding(outtype))
 
 
 @pytest.mark.parametrize("method", ["mone", "drop"])
@@ -74,7 +74,7 @@ def test_names_that_the_file_states_count(small: Path) -> None:
         options: dict[str, Any] = {"outtype": "q8_0", "any_ratio": False, "measured": measured}
         (found,) = candidates(open_source(small), recipe, 10**9, **options)
         blank = plan_without_scores(spec, recipe)
-        assert found.size == measure(small, blank, outtype=Rounding("q8_0", stated=keys))[0]
+        assert found.size == measure(small, blank, outtype=Rounding("q8_0", stated=keys))
         sizes.add(found.size)
     assert len(sizes) > 1, "they do make a difference"
 
@@ -115,8 +115,8 @@ def judged(small: Path, calibration: Calibration, ratios: Mapping[str, float]) -
 
 
 def test_the_answer_names_the_best_of_the_other_kind() -> None:
-    whole = Candidate("iq4_xs", 0.0, 10, 0, 20, {}, 0.04)
-    pruned = Candidate("q6_k", 0.25, 10, 0, 20, {}, 0.01)
+    whole = Candidate("iq4_xs", 0.0, 10, 20, {}, 0.04)
+    pruned = Candidate("q6_k", 0.25, 10, 20, {}, 0.01)
     worse = replace(pruned, outtype="q8_0", error=0.02)
     assert answer([pruned, worse, whole]).startswith("prune: --outtype q6_k, 25% of the experts pruned")
     assert "rather than --outtype iq4_xs" in answer([pruned, worse, whole])

@@ -86,11 +86,10 @@ def test_temporary_files_that_find_the_disk_full_are_one_line(
 
 
 @pytest.mark.upstream
-def test_a_full_disk_between_the_two_files_leaves_nothing(
+def test_a_full_disk_leaves_nothing_of_a_file_that_is_rounded(
     command: Command, stats: Path, limited: Limit
 ) -> None:
-    """The file that is quantised fits, the quantised one does not fit beside it."""
-    with limited(1_000_000) as folder:
+    with limited(200_000) as folder:
         out = folder / "model.gguf"
         command("-o", out, "--stats", stats, "--outtype", "q4_k_m", text="").is_one_line("free some space")
         assert not names(folder)

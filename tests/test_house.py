@@ -34,7 +34,7 @@ ORDER = (
     *("pruning.thinning", "pruning.fates"),
     *("output.quantizing", "output.recombining", "output.thin_experts", "output.provenance"),
     "output.redoing",
-    *("output.importance", "output.writing", "output.checkpoints", "output.splitting"),
+    *("output.importance", "output.packing", "output.writing", "output.checkpoints", "output.splitting"),
     *("output.restore_check", "output.rounding"),
     *("evaluation.results", "evaluation.texts", "evaluation.slots", "evaluation.predictions"),
     *("evaluation.probe", "evaluation.speed", "evaluation.tasks", "evaluation.harness"),

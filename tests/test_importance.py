@@ -28,12 +28,20 @@ def calibration(demo_gguf: Path, text: Path, tmp_path_factory: pytest.TempPathFa
     return mone.Calibration.load(stats)
 
 
-def made(base: Path, calibration: mone.Calibration, chosen: mone.Plan, outtype: str) -> dict[str, np.ndarray]:
-    rounding, source = Rounding(outtype, with_imatrix=True), GgufFile(base)
-    file = importance_matrix(base, source, calibration, chosen, rounding)
-    assert file is not None
+def made(
+    base: Path, calibration: mone.Calibration, chosen: mone.Plan, outtype: str, file: Path
+) -> dict[str, np.ndarray]:
+    """What the matrix says that is kept in a file; the one that rounds must say the same."""
+    shapes = {name: info.shape[::-1] for name, info in GgufFile(base).header.tensors.items()}
+    rounding = Rounding(outtype, with_imatrix=True, imatrix=file)
+    means = importance_matrix(shapes, GgufFile(base), calibration, chosen, rounding)
     found = {name: tensor.data for name, tensor in gguf_file.read(file).tensors.items()}
-    file.unlink()
+    for name, mean in means.items():
+        counts = found[f"{name}.counts"].reshape(-1, 1)
+        sums = found[f"{name}.in_sum2"].reshape(len(counts), -1)
+        each = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+        np.testing.assert_array_equal(mean.reshape(each.shape), each)
+    assert {f"{name}.counts" for name in means} == {name for name in found if name.endswith(".counts")}
     return found
 
 
@@ -41,7 +49,7 @@ def test_it_is_numbered_as_the_file(calibration: mone.Calibration, demo_gguf: Pa
     chosen = plan(score(calibration), ratio=0.5)
     outfile = tmp_path / "half.gguf"
     mone.write(demo_gguf, calibration, chosen, outfile)
-    found = made(outfile, calibration, chosen, "q4_k_m")
+    found = made(outfile, calibration, chosen, "q4_k_m", tmp_path / "imatrix.gguf")
     for layer in chosen.layers:
         for matrix, own in (("gate", "up"), ("up", "up"), ("down", "down")):
             sums = calibration.inputs[f"blk.{layer.layer}.ffn_{own}_exps.weight"]
@@ -52,15 +60,16 @@ def test_it_is_numbered_as_the_file(calibration: mone.Calibration, demo_gguf: Pa
 
 
 def test_only_types_that_need_it_hear_of_what_nobody_saw(
-    calibration: mone.Calibration, demo_gguf: Path
+    calibration: mone.Calibration, demo_gguf: Path, tmp_path: Path
 ) -> None:
     chosen = plan_without_scores(calibration.spec, Recipe.of(0.0))
     own = {name: sums for name, sums in calibration.inputs.items() if name != "blk.0.attn_q.weight"}
     less = replace(calibration, inputs=own)
-    found = made(demo_gguf, less, chosen, "iq2_xs")
+    file = tmp_path / "imatrix.gguf"
+    found = made(demo_gguf, less, chosen, "iq2_xs", file)
     assert (found["blk.0.attn_q.weight.in_sum2"] == 1).all()
     assert found["blk.0.attn_q.weight.counts"].tolist() == [1]
-    assert found.keys() - made(demo_gguf, less, chosen, "q4_k_m").keys() == {
+    assert found.keys() - made(demo_gguf, less, chosen, "q4_k_m", file).keys() == {
         "blk.0.attn_q.weight.in_sum2",
         "blk.0.attn_q.weight.counts",
     }

@@ -338,7 +338,7 @@ def test_packed_rows_stay_as_they_are_packed(name: str, outtype: str, tmp_path: 
     )
     assert chosen.width % 32 == 0 < chosen.width
     size = mone.write(file, calibration, chosen, outfile, novices=thinner, outtype=outtype)
-    assert measure(file, chosen, outtype=outtype)[0] == size == outfile.stat().st_size
+    assert measure(file, chosen, outtype=outtype) == size == outfile.stat().st_size
     before, after = taken_apart(file).tensors, taken_apart(outfile).tensors
     assert before.keys() == after.keys()
     assert np.isfinite(logits(outfile, list(range(3, 60)), n_batch=57)).all()

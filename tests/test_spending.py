@@ -103,7 +103,7 @@ def test_types_of_their_own_compute_what_they_say(
     chosen = of_every_kind(spending)
     calibration, outfile = spending.scores.calibration, tmp_path / "mixed.gguf"
     mone.write(model.source, calibration, chosen, outfile, novices=thinner, outtype="q4_k_m")
-    assert measure(model.source, chosen, outtype="q4_k_m")[0] == outfile.stat().st_size
+    assert measure(model.source, chosen, outtype="q4_k_m") == outfile.stat().st_size
     wanted = expected_kinds(chosen)
     kinds = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(outfile).tensors}
     there = [name for name in wanted if name in kinds]
@@ -177,18 +177,18 @@ def assert_own_numbers(exact: Path, original: Path, chosen: Plan) -> None:
 def test_the_bytes_are_spent(small: Path, thin: bool) -> None:
     spending, _ = spending_of(mone.load(small, device="cpu", dtype="float32"), thin=thin)
     source = spending.source
-    whole = measure(source, plan_without_scores(spending.spec, Recipe.of(0)), outtype="q8_0")[0]
+    whole = measure(source, plan_without_scores(spending.spec, Recipe.of(0)), outtype="q8_0")
     for share in (0.6, 0.8):
         items = candidates(source, spending.recipe, int(share * whole), outtype="q8_0")
         chosen, error = spending.plan(items[0], int(share * whole), mixed=True)
-        size = measure(source, chosen, outtype="q8_0")[0]
+        size = measure(source, chosen, outtype="q8_0")
         assert 0.97 * share * whole < size < 1.01 * share * whole
         assert np.isfinite(error) and error > 0
 
 
 def test_more_bytes_never_cost_more(small: Path) -> None:
     spending, _ = spending_of(mone.load(small, device="cpu", dtype="float32"), thin=False)
-    whole = measure(spending.source, plan_without_scores(spending.spec, Recipe.of(0)), outtype="q8_0")[0]
+    whole = measure(spending.source, plan_without_scores(spending.spec, Recipe.of(0)), outtype="q8_0")
     (item,) = candidates(spending.source, spending.recipe, int(0.6 * whole), outtype="q8_0")
     errors = [spending.plan(item, int(share * whole), mixed=True)[1] for share in (0.5, 0.6, 0.7, 0.8)]
     assert errors == sorted(errors, reverse=True)
@@ -239,7 +239,7 @@ def test_a_plan_of_whole_experts_is_applied_without_a_calibration(command: Comma
 
 @pytest.mark.nightly
 def test_small_steps_over_a_size_are_taken_back(small: Path, text: Path, tmp_path: Path) -> None:
-    whole = measure(small, plan_without_scores(mone.inspect(small), Recipe.of(0)), outtype="q4_k_m")[0]
+    whole = measure(small, plan_without_scores(mone.inspect(small), Recipe.of(0)), outtype="q4_k_m")
     stats, outfile = tmp_path / "stats", tmp_path / "x.gguf"
     for limit in range(int(0.8 * whole), int(0.8 * whole) + 8000, 1100):
         report = mone.export(

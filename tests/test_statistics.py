@@ -119,7 +119,7 @@ class Bench:
         request = Request(model="model", ratio=0.5, **{"files": ["text.txt"], **asked})
         settled = recipe or Recipe.of(0.5)
         named = {"corpus": TEXT, **named}
-        return Job(request, self.source, settled, "f32", 1, 0, 2, "cpu", **named)  # type-checked by its users
+        return Job(request, self.source, settled, "f32", 1, 2, "cpu", **named)  # type-checked by its users
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_nothing_is_watched_where_no_text_changes_the_decision(bench: Bench, sco
 
 
 def test_nothing_is_watched_where_the_decision_is_made_or_open(bench: Bench) -> None:
-    two = tuple(Candidate("f16", ratio, 1, 0, 1, {}) for ratio in (0.25, 0.5))
+    two = tuple(Candidate("f16", ratio, 1, 1, {}) for ratio in (0.25, 0.5))
     collect(bench.job(plan=plan(score(calibration()), ratio=0.5)))
     collect(bench.job(candidates=two))
     collect(bench.job(recipe=Recipe.of(0.0), candidates=two))

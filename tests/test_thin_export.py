@@ -32,8 +32,8 @@ from mone_export.output.importance import Rounding
 from mone_export.output.restore_check import restore_check
 from mone_export.output.thin_experts import Thinner
 from mone_export.output.writing import measure
-from mone_export.source import open_source
-from mone_export.source.gguf_types import kind_for, quantize
+from mone_export.source import ggml, open_source
+from mone_export.source.gguf_types import kind_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.upstream]
 
@@ -173,7 +173,7 @@ def test_packed_rows_stay_as_they_are_packed(name: str, kind: str, tmp_path: Pat
     scores = mone.score(calibration)
     chosen, thinner = mone.plan_thin(engine, rows, scores, ratio=0.5)
     size = mone.write(file, calibration, chosen, thin, novices=thinner)
-    assert measure(file, chosen) == (size, 0)
+    assert measure(file, chosen) == size
     mone.write(file, calibration, mone.plan(scores, ratio=0.5), constant)
     assert abs(thin.stat().st_size - constant.stat().st_size) < 0.01 * constant.stat().st_size + 4096
     before, after = taken_apart(file).tensors, taken_apart(thin).tensors
@@ -215,7 +215,7 @@ def test_llama_quantize_makes_any_type_of_it(with_imatrix: bool, tmp_path: Path)
     imatrix = tmp_path / "imatrix.gguf" if with_imatrix else None
     rounding = Rounding("q4_0", with_imatrix, imatrix)
     size = mone.write(file, calibration, chosen, outfile, novices=thinner, outtype=rounding)
-    assert measure(file, chosen, outtype=rounding)[0] == size == outfile.stat().st_size
+    assert measure(file, chosen, outtype=rounding) == size == outfile.stat().st_size
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(outfile).tensors}
     thin = [name for name in kinds if ".t1." in name]
     assert len(thin) == 3 * len(chosen.layers)
@@ -282,7 +282,7 @@ def test_rows_are_packed_as_ggml_packs_them(kind: str, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, dequantize
 
     weights = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
-    packed = quantize(weights, kind)
+    packed = ggml.packed(weights, kind)
     found = dequantize(packed, GGMLQuantizationType[kind.upper()]).reshape(6, 512)
     limit = {"q8_0": 1e-4, "q6_k": 1e-3, "f16": 1e-6, "bf16": 1e-5, "q2_k": 0.15}.get(kind, 0.02)
     assert nmse(found, weights) < limit

@@ -9,7 +9,7 @@
     python tools/measure.py bytes        KL divergence at equal bytes: prune, or only quantise?
     python tools/measure.py roads        from a checkpoint or from a GGUF: KL divergence, speed
     python tools/measure.py dry          a GGUF's dry run, from start to end
-    python tools/measure.py memory       peak memory of the writing stage
+    python tools/measure.py writing      rounding while writing: speed against llama-quantize, peak memory
     python tools/measure.py server       resident memory of llama-server
     python tools/measure.py wheel        llama.cpp for any x86-64 CPU against that for this one
     python tools/measure.py large        a 6 GB model in less memory than that; estimates
@@ -35,7 +35,6 @@ from measuring.bytes import FRACTIONS, measure_bytes  # noqa: E402
 from measuring.calibrate import measure_calibrate  # noqa: E402
 from measuring.dry import measure_dry  # noqa: E402
 from measuring.large import measure_large  # noqa: E402
-from measuring.memory import measure_memory  # noqa: E402
 from measuring.methods import MODELS, VARIANTS, measure_methods  # noqa: E402
 from measuring.protect import WAYS, measure_protect  # noqa: E402
 from measuring.quality import measure_quality  # noqa: E402
@@ -43,6 +42,7 @@ from measuring.roads import measure_roads  # noqa: E402
 from measuring.server import measure_server  # noqa: E402
 from measuring.speed import add_options as add_speed_options  # noqa: E402
 from measuring.wheel import add_options as add_wheel_options  # noqa: E402
+from measuring.writing import measure_writing  # noqa: E402
 from models.hollow_gguf import MODELS as HOLLOW  # noqa: E402
 from models.random_gguf import BLOCK_TYPES, SHAPES  # noqa: E402
 
@@ -159,8 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     dry.add_argument("--rounds", type=int, default=9)
     dry.set_defaults(measure=measure_dry)
 
-    memory = commands.add_parser("memory", parents=[common], help="peak memory of the writing stage")
-    memory.set_defaults(measure=measure_memory)
+    writing = commands.add_parser("writing", parents=[common], help="speed and peak memory of writing")
+    writing.add_argument("--outtypes", nargs="+", default=["q8_0", "q4_k_m", "q2_k"], help="rounded to")
+    writing.add_argument("--rounds", type=int, default=3)
+    writing.set_defaults(measure=measure_writing)
 
     server = commands.add_parser("server", parents=[common], help="resident memory of llama-server")
     server.set_defaults(measure=measure_server)

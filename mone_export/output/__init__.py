@@ -1,7 +1,8 @@
 """A model, its statistics and a plan in; a GGUF out.
 
 importance.py    the pruned model's importance matrix, for rounding it
-quantizing.py    llama-quantize
+quantizing.py    which type llama-quantize would give to each tensor
+packing.py       tensors rounded while they are written
 splitting.py     in several files
 restore_check.py is every expert that stayed the original's?
 recombining.py   DERN, one layer at a time

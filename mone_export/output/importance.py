@@ -15,14 +15,15 @@ import numpy as np
 from mone_export.artifacts import Calibration, InputSums, LayerPlan, Plan, Tier
 from mone_export.errors import MoneError
 from mone_export.output.provenance import Keys
-from mone_export.output.quantizing import IMATRIX_FILE, IMATRIX_TEXT, IMATRIX_TYPES
+from mone_export.output.quantizing import IMATRIX_TEXT, IMATRIX_TYPES
 from mone_export.output.thin_experts import Thinner, own_channels
-from mone_export.source import GgufFile, Source
+from mone_export.source import Source
 from mone_export.source.gguf_format import matrix_of, part_of
+from mone_export.source.imatrix import save_imatrix
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 512  # tokens; the format wants a number
+_CHUNK = 512  # tokens
 _MATRIX = re.compile(r"blk\.\d+\..*\.weight")
 _TIER = re.compile(r"(.*)\.t(\d+)\.weight")
 
@@ -42,48 +43,60 @@ class Rounding:
 
 
 def importance_matrix(
-    base: Path,
+    shapes: Mapping[str, tuple[int, ...]],
     source: Source,
     calibration: Calibration | None,
     plan: Plan,
     rounding: Rounding,
     *,
     thinner: Thinner | None = None,
-) -> Path | None:
-    """Make the importance matrix of a file, beside it, and return where; None where none is wanted.
+) -> dict[str, np.ndarray]:
+    """Return the mean squared inputs of a file's matrices, float32 [n_matrix, n_in], by name.
 
-    Of a matrix whose inputs nobody saw it says nothing; for types that cannot do without, that all its
-    channels matter alike. Raises `MoneError` where the calibration has seen no inputs.
+    `shapes` are those of all its tensors, in numpy's order. None where no matrix is wanted; of one whose
+    inputs nobody saw it says nothing, or, for types that cannot do without, that all its channels matter
+    alike. Raises `MoneError` where the calibration has seen no inputs.
     """
     if not rounding.with_imatrix:
-        return None
+        return {}
     if calibration is None or not calibration.inputs:
         raise MoneError(
             "there is no importance matrix without a calibration that saw the matrices' inputs: leave out "
             "--imatrix, or calibrate again with another --stats file"
         )
-    # which needs PyTorch
-    from mone_export.source.imatrix import save_imatrix
-
-    shapes = {
-        name: ((*info.shape, 1)[2], info.shape[0])  # matrices, and columns of each
-        for name, info in GgufFile(base).header.tensors.items()
-        if _MATRIX.fullmatch(name) and len(info.shape) > 1
+    matrices = {
+        name: ((1, *shape)[-3], shape[-1])  # how many, and columns of each
+        for name, shape in shapes.items()
+        if _MATRIX.fullmatch(name) and len(shape) > 1
     }
-    found = _of_file(shapes, source.named_inputs(calibration.inputs), plan, thinner)
+    found = _of_file(matrices, source.named_inputs(calibration.inputs), plan, thinner)
     if rounding.outtype in IMATRIX_TYPES:
-        others = {name: shape for name, shape in shapes.items() if name not in found}
+        others = {name: shape for name, shape in matrices.items() if name not in found}
         found |= {name: _alike(name, *shape) for name, shape in others.items()}
-    outfile = base.with_name(IMATRIX_FILE)
-    n_token = calibration.n_token
-    for path, name in ((outfile, IMATRIX_TEXT), (rounding.imatrix, calibration.corpus_name)):
-        if path is not None:
-            save_imatrix(path, found, dataset=name, n_token=n_token, chunk_size=min(_CHUNK, n_token))
-    return outfile
+    if rounding.imatrix is not None:
+        n_token, text = calibration.n_token, calibration.corpus_name
+        size = chunk_size(n_token)
+        save_imatrix(rounding.imatrix, found, dataset=text, n_token=n_token, chunk_size=size)
+    return {name: _means(name, *sums) for name, sums in found.items()}
+
+
+def chunk_size(n_token: int) -> int:
+    """Return how many tokens make a chunk of a text: the format wants a number."""
+    return min(_CHUNK, n_token)
 
 
 Sums = tuple[np.ndarray, np.ndarray]
 """Squares [n_matrix, n_in] and numbers of rows, as in `InputSums`."""
+
+
+def _means(name: str, squares: np.ndarray, n_row: np.ndarray) -> np.ndarray:
+    """Return the means as llama-quantize makes them of a file's sums: ones for what nothing went into."""
+    sums, counts = squares.astype(np.float32), n_row.astype(np.float32)
+    each = sums.reshape(len(counts), -1)
+    means = np.divide(each, counts[:, None], out=np.ones_like(each), where=counts[:, None] > 0)
+    if not np.isfinite(means).all():
+        raise MoneError(f"the inputs of {name} are not finite: calibrate again with --dtype float32")
+    return means.reshape(sums.shape)
 
 
 def _of_file(
@@ -140,8 +153,6 @@ def _alike(name: str, n_matrix: int, n_in: int) -> Sums:
 
 def any_imatrix(folder: Path) -> Path:
     """Make an importance matrix of nothing, for asking which types a file would have with a real one."""
-    from mone_export.source.imatrix import save_imatrix
-
     outfile = folder / "nothing.gguf"
     nothing = {"none": (np.ones((1, 1)), np.ones(1))}
     save_imatrix(outfile, nothing, dataset=IMATRIX_TEXT, n_token=1, chunk_size=1)

@@ -1,4 +1,4 @@
-"""The types llama.cpp's converter cannot write: made by the patched llama-quantize, as a program."""
+"""The types llama.cpp's converter cannot write: which type llama-quantize would give to each tensor."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mone_export.errors import MoneError
-from mone_export.runtime import Progress, path, program
+from mone_export.runtime import path, program
 
 QUANTIZE_TYPES = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"),
@@ -17,42 +17,14 @@ IMATRIX_TYPES = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_x
 
 # what the file then says of it: the same for every text, so that sizes are known before
 IMATRIX_FILE, IMATRIX_TEXT = "imatrix.gguf", "calibration"
-IMATRIX_KEYS: Mapping[str, str | int] = {
-    "quantize.imatrix.file": IMATRIX_FILE,
-    "quantize.imatrix.dataset": IMATRIX_TEXT,
-    "quantize.imatrix.entries_count": 0,
-    "quantize.imatrix.chunks_count": 0,
-}
 
 Kinds = Mapping[str, str]
 """Tensors that get another type than llama-quantize would give them, such as `q4_k`, by name."""
 _NO_KINDS: Kinds = {}
 
-_STEP = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 _TENSOR = re.compile(
     r"\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^]]*\], type =\s+(\S+), size = .*?(?:-> .*\((\S+)\))?$", re.MULTILINE
 )
-
-
-def quantize(
-    base: Path,
-    outfile: Path,
-    outtype: str,
-    *,
-    kinds: Kinds = _NO_KINDS,
-    imatrix: Path | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Quantise the GGUF `base`, with an importance matrix `IMATRIX_FILE` beside it, if given.
-
-    A `MoneError` gives llama-quantize's reason.
-    """
-    options = ["--allow-requantize", *(["--imatrix", imatrix.name] if imatrix else [])]
-    options += _named(kinds, base.parent)
-    arguments = [*options, str(base.absolute()), str(outfile.absolute()), outtype.upper()]
-    lines = _run(arguments, folder=imatrix and imatrix.parent, progress=progress)
-    if not outfile.is_file():
-        raise MoneError(f"llama-quantize failed: {lines[-1] if lines else 'no output'}")
 
 
 def quantized_types(
@@ -82,28 +54,22 @@ def _named(kinds: Kinds, folder: Path) -> list[str]:
     return ["--tensor-type-file", str(file.absolute())]
 
 
-def _run(arguments: list[str], *, folder: Path | None = None, progress: Progress | None = None) -> list[str]:
-    """Run llama-quantize, in a folder, and return the lines it printed."""
-    lines: list[str] = []
+def _run(arguments: list[str]) -> list[str]:
+    """Run llama-quantize and return the lines it printed."""
     command = [str(program(path(), "llama-quantize")), *arguments]
     try:
-        process = subprocess.Popen(
+        done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            cwd=folder,
+            check=False,
         )
     except OSError as error:
         raise MoneError(f"cannot run {command[0]} ({error.strerror}): run `mone-llama build`") from None
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if progress and (step := _STEP.match(line)):
-                progress(int(step[1]), int(step[2]), "quantizing (tensors)")
-    if process.returncode != 0:
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    if done.returncode != 0:
         reasons = [line for line in lines if "error" in line or "failed" in line]
         raise MoneError(f"llama-quantize failed: {(reasons or lines or ['no output'])[-1]}")
     return lines

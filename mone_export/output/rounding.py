@@ -1,14 +1,11 @@
 """What rounding weights to a type of GGUF costs, tried on some of the model's own."""
 
-import ctypes
 from collections.abc import Iterable
 
 import numpy as np
 
-from mone_export.runtime import library
-from mone_export.runtime import path as runtime_path
 from mone_export.source import Source
-from mone_export.source.gguf_types import block_of, dequantize
+from mone_export.source.ggml import packed, unpacked
 
 N_SAMPLE = 2**18  # weights, from all over the model
 _EXACT = ("f32", "f16", "bf16", "mxfp4", "nvfp4")  # the latter where a checkpoint has them itself
@@ -28,18 +25,7 @@ def rounding_errors(source: Source, types: Iterable[str]) -> dict[str, float]:
 
 def _rounding_error(sample: np.ndarray, kind: str) -> float:
     rows = sample.reshape(-1, _BLOCK)
-    number, n_block, n_byte = block_of(kind)
-    packed = np.empty((len(rows), _BLOCK // n_block * n_byte), np.uint8)
-    ggml = ctypes.CDLL(str(runtime_path() / library("ggml-base")))
-    ggml.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        *[ctypes.c_void_p] * 2,
-        *[ctypes.c_int64] * 3,
-        ctypes.c_void_p,
-    ]
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk(number, rows.ctypes.data, packed.ctypes.data, 0, len(rows), _BLOCK, None)
-    rounded = dequantize(packed, kind)
+    rounded = unpacked(packed(rows, kind), kind)
     return float(np.square(rounded - rows).sum() / np.square(rows).sum())
 
 

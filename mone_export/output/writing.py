@@ -1,8 +1,8 @@
 """write(): the writing seam. A model, its statistics and a plan in; a GGUF out, in one pass.
 
 What each tensor becomes is decided here, by its GGUF name alone (`gguf_format`); how it is read and written
-is llama.cpp's business (`llamacpp`). Types the converter does not know are made by the patched llama-quantize
-from an intermediate file beside the output.
+is llama.cpp's business (`llamacpp`). Types the converter does not know are made on the way (`packing`), as
+llama-quantize would.
 """
 
 import logging
@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from mone_export.architectures import SHARED_BY_COUNT
 from mone_export.artifacts import Calibration, MoeSpec, Plan, Tier
 from mone_export.errors import MoneError
 from mone_export.lazily import Tensor, torch
-from mone_export.output.importance import Rounding, any_imatrix, importance_matrix
+from mone_export.output.importance import Rounding, any_imatrix, chunk_size, importance_matrix
+from mone_export.output.packing import Rounded
 from mone_export.output.provenance import Keys, measured, origin, provenance
 from mone_export.output.quantizing import (
-    IMATRIX_KEYS,
+    IMATRIX_FILE,
+    IMATRIX_TEXT,
     IMATRIX_TYPES,
     QUANTIZE_TYPES,
-    quantize,
     quantized_types,
 )
 from mone_export.output.recombining import Recombination
@@ -45,7 +45,7 @@ from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.recipe import DEFAULT_NOVICE
 from mone_export.runtime import Progress
-from mone_export.source import GgufFile, Rewriting, Source, open_source
+from mone_export.source import Rewriting, Source, open_source
 from mone_export.source.gguf_format import (
     COUNT_KEY,
     EXPERT_WIDTH_KEY,
@@ -64,14 +64,14 @@ from mone_export.source.gguf_format import (
     slot_tensor,
     tier_tensor,
 )
-from mone_export.source.gguf_types import padded_bytes
-from mone_export.source.llamacpp import CONVERTER_TYPES
+from mone_export.source.gguf_types import gguf_constants, padded_bytes
+from mone_export.source.llamacpp import CONVERTER_TYPES as FILE_TYPES
 from mone_export.source.opened import Derived, Read, Rows
 from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
-OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
+OUTTYPES = (*FILE_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
 
 
 def write(
@@ -88,8 +88,9 @@ def write(
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
     where the statistics alone do not, or makes the thin experts that the plan has. `calibration` may be None
-    where the plan needs no statistics. `outtype` is the type; where llama-quantize makes it, it has an
-    importance matrix if the calibration saw the inputs of matrices, unless a `Rounding` says otherwise.
+    where the plan needs no statistics. `outtype` is the type; one that llama.cpp's converter does not know is
+    rounded by an importance matrix if the calibration saw the inputs of matrices, unless a `Rounding` says
+    otherwise.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
@@ -113,27 +114,27 @@ def write(
         text = calibration.corpus_sha256, calibration.n_token, found
     keys = provenance(plan, source) | origin(source, source.fingerprint(progress=progress), text)
     keys |= rounding.stated
-    with replacing(target) as part:
-        direct = rounding.outtype in _direct_types(source, plan)
-        base = part if direct else part.with_name("base.gguf")
-        base_type = rounding.outtype if direct else "auto"
-        _convert(source, edits, keys, base, outtype=base_type, progress=progress)
-        imatrix = importance_matrix(base, source, calibration, plan, rounding, thinner=thinner)
+    direct = rounding.outtype in _direct_types(source, plan)
+    conversion = edits.apply(source, outtype=rounding.outtype if direct else "auto")
+    try:
+        shapes, keys = conversion.shapes, _loading_keys(conversion, plan, source) | keys
+        types = conversion.types if direct else _rounded_types(conversion, keys, source, plan, rounding)
+        importance = importance_matrix(shapes, source, calibration, plan, rounding, thinner=thinner)
         if not direct:
-            if source.packed:
-                log.warning(
-                    "%s is rounded to %s already, and --outtype %s rounds it once more: a copy in F16 or "
-                    "BF16 would lose less",
-                    *(source.name, source.packed, rounding.outtype),
-                )
-            kinds = _own_kinds(plan, GgufFile(base).header.tensors)
-            quantize(base, part, rounding.outtype, kinds=kinds, imatrix=imatrix, progress=progress)
-            base.unlink()
+            n_token = calibration.n_token if calibration else 0
+            keys |= _rounding_keys(rounding, len(importance), n_token)
+        if conversion.remark:
+            log.warning("%s", conversion.remark)
+        with replacing(target) as part:
+            packing = Rounded(types, importance)
+            _write_file(conversion, part, keys, packing=packing, progress=progress)
+    finally:
+        conversion.close()
     return target.stat().st_size
 
 
-def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding = "auto") -> tuple[int, int]:
-    """Return (size of the file, size of the intermediate file or 0) in bytes, without reading a weight.
+def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding = "auto") -> int:
+    """Return the size of the file in bytes, without reading a weight.
 
     `outtype` is that of `write`, with statistics that saw the inputs of matrices.
     """
@@ -143,8 +144,57 @@ def measure(model: "str | Path | Source", plan: Plan, *, outtype: str | Rounding
     else:
         rounding = Rounding(outtype, with_imatrix=outtype not in _direct_types(source, plan))
     found = layouts(source, plan, (rounding.outtype,), imatrix=rounding.with_imatrix, stated=rounding.stated)
-    layout = found[rounding.outtype]
-    return layout.size, layout.size_between
+    return found[rounding.outtype].size
+
+
+def _rounded_types(
+    conversion: Rewriting, keys: Keys, source: Source, plan: Plan, rounding: Rounding
+) -> Mapping[str, str]:
+    """Return the types of the tensors of a file that is rounded, by name; `keys` are those of its head."""
+    if source.packed:
+        log.warning(
+            "%s is rounded to %s already, and --outtype %s rounds it once more: a copy in F16 or BF16 would "
+            "lose less",
+            *(source.name, source.packed, rounding.outtype),
+        )
+    with temporary_folder() as folder:
+        head = folder / "head.gguf"
+        size = conversion.write_head(head, keys)
+        conversion.close()
+        make_holes(head, size)
+        return _asked(conversion, head, (rounding.outtype,), plan, imatrix=rounding.with_imatrix)[0]
+
+
+def _asked(
+    conversion: Rewriting, head: Path, outtypes: Iterable[str], plan: Plan, *, imatrix: bool
+) -> list[Mapping[str, str]]:
+    """Return what llama-quantize says of a file with holes: the types of its tensors, in several types."""
+    ask = partial(
+        quantized_types,
+        head,
+        kinds=_own_kinds(plan, conversion.shapes),
+        imatrix=any_imatrix(head.parent) if imatrix else None,
+    )
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(ask, outtypes))
+
+
+def _rounding_keys(rounding: Rounding, n_matrix: int, n_token: int) -> Keys:
+    """Return the keys that llama-quantize states: the type, and where its importance matrix was from."""
+    gguf = gguf_constants()
+    number = gguf.LlamaFileType[FILE_TYPES.get(rounding.outtype, f"MOSTLY_{rounding.outtype.upper()}")]
+    keys: Keys = {
+        "general.quantization_version": ("UINT32", gguf.GGML_QUANT_VERSION),
+        "general.file_type": ("UINT32", int(number)),
+    }
+    if rounding.with_imatrix:
+        keys |= {
+            "quantize.imatrix.file": ("STRING", IMATRIX_FILE),
+            "quantize.imatrix.dataset": ("STRING", IMATRIX_TEXT),
+            "quantize.imatrix.entries_count": ("UINT32", n_matrix),
+            "quantize.imatrix.chunks_count": ("UINT32", n_token // chunk_size(n_token) if n_token else 0),
+        }
+    return keys
 
 
 def packed_together(source: Source, outtype: str, *, mixed: bool = False) -> int:
@@ -165,14 +215,12 @@ def packed_together(source: Source, outtype: str, *, mixed: bool = False) -> int
 class Layout:
     """A file before it is written: the bytes of its head, and each tensor's shape (numpy's order) and type.
 
-    `between` is the file that llama-quantize makes it from, None where there is none; `added` are the tensors
-    that only a pruned file has.
+    `added` are the tensors that only a pruned file has.
     """
 
     head_size: int
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
-    between: "Layout | None" = None
     added: frozenset[str] = frozenset()
 
     @property
@@ -181,11 +229,6 @@ class Layout:
         return self.head_size + sum(
             padded_bytes(self.shapes[name], kind) for name, kind in self.types.items()
         )
-
-    @property
-    def size_between(self) -> int:
-        """The size of the file that llama-quantize makes it from, or 0."""
-        return self.between.size if self.between else 0
 
     def with_kept(self, n_kept: Mapping[int, int]) -> "Layout":
         """Return the layout with other numbers of experts, fewer than all, in pruned layers.
@@ -197,7 +240,7 @@ class Layout:
             layer, part = part_of(name) or (-1, None)
             if part == "experts" and layer in n_kept:
                 shapes[name] = (n_kept[layer], *shape[1:])
-        return replace(self, shapes=shapes, between=self.between and self.between.with_kept(n_kept))
+        return replace(self, shapes=shapes)
 
     def size_with_all(self, spec: MoeSpec) -> int:
         """Return about how many bytes the file would have with all experts there are: tensors are exact.
@@ -227,10 +270,10 @@ def layouts(
 ) -> dict[str, Layout]:
     """Return the layout of a plan's file in each of several types, without reading a weight.
 
-    Where llama-quantize makes the file, it says which type each tensor will have when it is shown a file with
-    our header and holes in place of its data. It is not asked for those of `types`, from a plan that prunes
-    more of the same model's experts by method `mone`: how many there are makes no difference. With `imatrix`
-    it is to have an importance matrix. `stated` are keys of `Rounding`.
+    Which types a file is rounded to, llama-quantize says when it is shown a file with our header and holes in
+    place of its data. It is not asked for those of `types`, from a plan that prunes more of the same model's
+    experts by method `mone`: how many there are makes no difference. With `imatrix` it is to have an
+    importance matrix. `stated` are keys of `Rounding`.
     """
     blank = np.zeros((plan.spec.n_expert, plan.spec.hidden_size), np.float32)
     blank_sha256 = "0" * 64  # as long as the real one
@@ -250,19 +293,12 @@ def layouts(
             quantized = set(outtypes).difference(direct) if base_type == "auto" else ()
             if quantized:
                 make_holes(head, size)
-            with ThreadPoolExecutor() as pool:
-                ask = partial(
-                    quantized_types,
-                    head,
-                    kinds=_own_kinds(plan, conversion.shapes),
-                    imatrix=any_imatrix(head.parent) if imatrix else None,
-                )
-                asked = pool.map(ask, () if types else quantized)
-                known = types or dict(zip(quantized, asked, strict=True))
+            asked = _asked(conversion, head, () if types else quantized, plan, imatrix=imatrix)
+            known = types or dict(zip(quantized, asked, strict=True))
             for outtype in quantized:
                 own = {name: kind for name, kind in known[outtype].items() if name in base.shapes}
-                head_size = _quantized_head(conversion, with_imatrix=imatrix)
-                found[outtype] = replace(base, head_size=head_size, types=own, between=base)
+                added = _rounding_keys(Rounding(outtype, with_imatrix=imatrix), 0, 0)
+                found[outtype] = replace(base, head_size=_head_size(conversion, added), types=own)
     return found
 
 
@@ -283,7 +319,7 @@ def ordinary_widths(source: Source, plan: Plan, widths: Sequence[int]) -> tuple[
 
 
 def _direct_types(source: Source, plan: Plan) -> Collection[str]:
-    """Return the types that are written without llama-quantize."""
+    """Return the types that are written without rounding on the way."""
     return ("auto",) if plan.mixes_types else source.direct_types
 
 
@@ -301,22 +337,17 @@ def _own_kinds(plan: Plan, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _quantized_head(conversion: Rewriting, *, with_imatrix: bool) -> int:
-    """Return the bytes of the head that llama-quantize writes.
-
-    It says which importance matrix it had, and leaves out outer dimensions of one, as of a single expert.
-    """
+def _head_size(conversion: Rewriting, added: Keys) -> int:
+    """Return the bytes of a head, which is written already, with numbers and strings added to its keys."""
     n_byte = conversion.head_length
-    for shape in conversion.shapes.values():
-        n_byte -= 8 * sum(1 for _ in takewhile(lambda size: size == 1, shape[:-1]))
-    for key, value in IMATRIX_KEYS.items() if with_imatrix else ():
+    for key, (_, value) in added.items():
         n_byte += _value_bytes(value) + 12 + len(key)
         if (stated := conversion.key(key)) is not None:
             n_byte -= _value_bytes(stated) + 12 + len(key)
     return -(-n_byte // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
 
 
-def _value_bytes(value: str | int) -> int:
+def _value_bytes(value: object) -> int:
     return 8 + len(value.encode()) if isinstance(value, str) else 4
 
 
@@ -558,28 +589,17 @@ def stored_novices(
     return found
 
 
-def _convert(
-    source: Source,
-    edits: Edits,
-    keys: Keys,
-    part: Path,
-    *,
-    outtype: str,
-    progress: Progress | None,
+def _write_file(
+    conversion: Rewriting, part: Path, keys: Keys, *, packing: Rounded, progress: Progress | None
 ) -> None:
-    conversion = edits.apply(source, outtype=outtype)
-    if conversion.remark:
-        log.warning("%s", conversion.remark)
     try:
-        conversion.write_head(part, _loading_keys(conversion, edits.plan, source) | keys)
+        conversion.write_head(part, keys, packing)
         conversion.write_tensors(progress)
     except OSError as error:  # numpy's says no reason
         raise MoneError(
             f"cannot write {part.name} in {part.parent.parent}: "
             f"{error.strerror or 'No space left on device'}; free some space or choose another -o"
         ) from None
-    finally:
-        conversion.close()
 
 
 def _pick(tensor: Tensor, experts: Sequence[int], n_expert: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 checkpoint.py    open_source(): a name -> a Source; a folder in Hugging Face's form is one
 gguf_file.py     a GGUF is another; gguf_header.py: what it holds; gguf_conversion.py: with fewer
-                 experts; gguf_types.py: ggml's types; fingerprints.py: hashed once;
+                 experts; gguf_types.py: ggml's types, ggml.py: its packing; fingerprints.py: hashed once;
                  gguf_format.py: what a pruned file adds to an ordinary GGUF; pruned_before.py: read again
 shape.py         config.json -> the mixture-of-experts shape, and what cannot be exported
 substituted.py   checkpoints in which constants stand in for experts

@@ -28,7 +28,7 @@ from mone_export.source.hub import Snapshot, metadata, parse, skeleton_folder, w
 from mone_export.source.hub import weight_files as listed_files
 from mone_export.source.llamacpp import CONVERTER_TYPES, Conversion, check_convertible, projector_command
 from mone_export.source.naming import name_of
-from mone_export.source.opened import Edits
+from mone_export.source.opened import Edits, Packing
 from mone_export.source.prediction import blocks_after
 from mone_export.source.pruned_before import PrunedBefore
 from mone_export.source.remote_code import refuse_remote_code
@@ -83,7 +83,7 @@ class Source(Protocol):
 
     @property
     def direct_types(self) -> Collection[str]:
-        """The types, of `--outtype`, that its conversion writes itself; llama-quantize makes all others."""
+        """The types, of `--outtype`, that its conversion writes itself; to the others it is rounded."""
 
     @property
     def predicts(self) -> bool:
@@ -155,8 +155,13 @@ class Rewriting(Protocol):
     def add_tensor(self, name: str, values: np.ndarray) -> None:
         """Add a float32 or int32 tensor of our own."""
 
-    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
-        """Write all but the tensors' data to `part`, with `keys`; return the size the file will have."""
+    def write_head(
+        self, part: Path, keys: Mapping[str, tuple[str, Any]], packing: Packing | None = None
+    ) -> int:
+        """Write all but the tensors' data to `part`, with `keys`; return the size the file will have.
+
+        `packing` rounds the tensors when they are written.
+        """
 
     def write_tensors(self, progress: Progress | None = None) -> None:
         """Write all tensor data after the head, and close the file."""

@@ -22,10 +22,11 @@ import numpy as np
 from mone_export.errors import MoneError
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress
+from mone_export.source.ggml import packed as pack
 from mone_export.source.gguf_format import INPUTS_KEY, MEASURED_KEY, OPTIONS_KEY
 from mone_export.source.gguf_header import ARRAY, FORMATS, STRING, Entry, Header, TensorInfo
-from mone_export.source.gguf_types import block_of, dequantize, gguf_constants, kind_for, quantize
-from mone_export.source.opened import Derived, Edits
+from mone_export.source.gguf_types import block_of, dequantize, gguf_constants, kind_for, n_bytes
+from mone_export.source.opened import Derived, Edits, Packing
 
 _CHUNK = 2**23  # bytes that are copied at a time
 _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
@@ -77,6 +78,7 @@ class GgufConversion:
         self.block_count = header.integer(_BLOCK_COUNT.format(arch=self.arch))
         self.remark: str | None = None
         self._file: FileIO | None = None
+        self._packing: Packing | None = None
         left_out = self._without_prediction() if mtp == "drop" else ()
         self._tensors: dict[str, _Written] = {}
         for name, info in header.tensors.items():
@@ -106,12 +108,16 @@ class GgufConversion:
         kind = {"float32": "f32", "int32": "i32"}[str(values.dtype)]
         self._tensors[name] = _Written(values.shape[::-1], kind, [values.tobytes()])
 
-    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
+    def write_head(
+        self, part: Path, keys: Mapping[str, tuple[str, Any]], packing: Packing | None = None
+    ) -> int:
         """Write header, keys and tensor list to `part`, and return the size the finished file will have.
 
         `keys` maps each key, additional or replaced, to (GGUF type, value); a list value makes an array of
-        that type. All others are the file's own, untouched.
+        that type. All others are the file's own, untouched. `packing` rounds the tensors when they are
+        written.
         """
+        self._packing = packing
         stated = self._keys | {key: _entry(kind, value) for key, (kind, value) in keys.items()}
         alignment = self._header.alignment
         head = [b"GGUF", struct.pack("<IQQ", 3, len(self._tensors), len(stated))]
@@ -119,10 +125,10 @@ class GgufConversion:
             head += [_text(key), struct.pack("<I", entry.kind), entry.raw]
         offset = 0
         for name, tensor in self._tensors.items():
-            number, *_ = block_of(tensor.kind)
+            number, *_ = block_of(self._kind(name))
             head += [_text(name), struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)]
             head.append(struct.pack("<IQ", number, offset))
-            offset += _padded(tensor.size, alignment)
+            offset += self._padded_size(name)
         written = b"".join(head)
         self.head_length = len(written)
         self._file = FileIO(part, "w")
@@ -134,19 +140,41 @@ class GgufConversion:
 
         Raises `MoneError` where the source ends before its end: somebody has changed it.
         """
-        file, alignment = self._file, self._header.alignment
+        file = self._file
         assert file is not None
-        total, done = sum(tensor.size for tensor in self._tensors.values()), 0
-        _reserve(file, file.tell() + sum(_padded(t.size, alignment) for t in self._tensors.values()))
+        total, done = sum(self._size(name) for name in self._tensors), 0
+        _reserve(file, file.tell() + sum(self._padded_size(name) for name in self._tensors))
         with _Sources() as sources:
-            for tensor in self._tensors.values():
-                for piece in tensor.pieces:
-                    for n in _copied(piece, file, sources):
-                        done += n
-                        if progress:
-                            progress(done // 2**20, total // 2**20, "writing (MiB)")
-                _write(file, b"\0" * (_padded(tensor.size, alignment) - tensor.size))
+            for name, tensor in self._tensors.items():
+                n_byte = 0
+                for n in self._written(name, tensor, file, sources):
+                    n_byte += n
+                    if progress:
+                        progress((done + n_byte) // 2**20, total // 2**20, "writing (MiB)")
+                _write(file, b"\0" * (self._padded_size(name) - n_byte))
+                done += self._size(name)
         self.close()
+
+    def _kind(self, name: str) -> str:
+        """Return the type of a tensor in the file."""
+        return self._packing.types[name] if self._packing else self._tensors[name].kind
+
+    def _size(self, name: str) -> int:
+        """Return the bytes of a tensor in the file."""
+        return n_bytes(self._tensors[name].shape, self._kind(name))
+
+    def _padded_size(self, name: str) -> int:
+        return _padded(self._size(name), self._header.alignment)
+
+    def _written(self, name: str, tensor: _Written, file: FileIO, sources: "_Sources") -> Iterator[int]:
+        """Append a tensor to a file, and yield the bytes of each step."""
+        if self._packing is None or self._packing.types[name] == tensor.kind:
+            for piece in tensor.pieces:
+                yield from _copied(piece, file, sources)
+            return
+        parts = _parts(tensor, sources)
+        for data in self._packing.packed(name, tensor.kind, tensor.shape[::-1], parts):
+            yield _write(file, data.data.cast("B"))
 
     def close(self) -> None:
         """Close the output file, if one is open."""
@@ -215,10 +243,9 @@ def _derived(info: TensorInfo, new: Derived) -> _Written:
         if new.rows:
             return bytes(_packed_rows(info, expert)[new.rows(expert)])
         matrix = torch.from_numpy(dequantize(_packed_rows(info, expert), info.kind).copy())
-        return quantize(new.make(expert, matrix).float().numpy(), kind).tobytes()
+        return pack(new.make(expert, matrix).float().numpy(), kind).tobytes()
 
-    _, n_block, n_byte = block_of(kind)
-    size = math.prod(new.shape) // n_block * n_byte
+    size = n_bytes(new.shape, kind)
     pieces = [Made(partial(packed, expert), size) for expert in new.experts]
     return _Written((*new.shape[::-1], len(new.experts)), kind, [*pieces])
 
@@ -276,9 +303,31 @@ def _copied(piece: Slice | Made | bytes, file: FileIO, sources: _Sources) -> Ite
     while left:
         n = _copy_some(source, file, at, min(left, _CHUNK))
         if n == 0:
-            raise MoneError(f"{piece.file} became shorter while it was read: run the command again")
+            raise _became_shorter(piece.file)
         at, left = at + n, left - n
         yield n
+
+
+def _parts(tensor: _Written, sources: _Sources) -> Iterator[np.ndarray]:
+    """Yield the bytes of a tensor of matrices, uint8, some whole rows at a time."""
+    row = n_bytes(tensor.shape[:1], tensor.kind)
+    step = max(1, _CHUNK // row) * row
+    for piece in tensor.pieces:
+        if not isinstance(piece, Slice):
+            yield np.frombuffer(piece.make() if isinstance(piece, Made) else piece, np.uint8)
+            continue
+        for at in range(0, piece.size, step):
+            n = min(step, piece.size - at)
+            source = sources.number(piece.file)
+            os.lseek(source, piece.offset + at, os.SEEK_SET)
+            data = os.read(source, n)
+            if len(data) < n:
+                raise _became_shorter(piece.file)
+            yield np.frombuffer(data, np.uint8)
+
+
+def _became_shorter(file: Path) -> MoneError:
+    return MoneError(f"{file} became shorter while it was read: run the command again")
 
 
 def _copy_some(source: int, file: FileIO, at: int, n: int) -> int:
@@ -293,7 +342,7 @@ def _copy_some(source: int, file: FileIO, at: int, n: int) -> int:
     return _write(file, os.read(source, n))
 
 
-def _write(file: FileIO, data: bytes) -> int:
+def _write(file: FileIO, data: bytes | memoryview) -> int:
     """Write all of some bytes, and return how many they are."""
     view = memoryview(data)
     while view:

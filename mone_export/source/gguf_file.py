@@ -37,7 +37,7 @@ _CHUNK = 2**24
 class GgufFile:
     """A GGUF, in one file or split: keys and tensors from its head, values only where they are copied."""
 
-    direct_types = ("auto",)  # of `--outtype`: what is written without llama-quantize
+    direct_types = ("auto",)  # of `--outtype`: what is not rounded on the way
     id = revision = ""
     substituted = None
 
@@ -152,7 +152,7 @@ class GgufFile:
         _ = self.spec
 
     def convert(self, *, edits: Edits, outtype: str = "auto", mtp: Any = "keep") -> GgufConversion:
-        """Open it for rewriting; types other than its own are llama-quantize's business."""
+        """Open it for rewriting; to round it is not its business."""
         assert outtype == "auto", outtype
         return GgufConversion(self.header, edits, mtp=mtp)
 

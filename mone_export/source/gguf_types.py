@@ -3,7 +3,6 @@
 Nothing here needs PyTorch.
 """
 
-import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from mone_export.errors import MoneError
 from mone_export.runtime import tree
 
-# what `quantize` packs without an importance matrix
+# what ggml packs without an importance matrix
 _PACKED: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "iq4_nl")
 _PACKED += ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0", "iq3_s", "iq3_xxs")
 # in place of types that need an importance matrix
@@ -51,11 +50,16 @@ def gguf_constants() -> Any:
     return module
 
 
-def padded_bytes(shape: Sequence[int], type_name: str) -> int:
-    """Return how many bytes of a file a tensor takes, of a shape in elements and a type such as `q4_k`."""
+def n_bytes(shape: Sequence[int], type_name: str) -> int:
+    """Return how many bytes a tensor has, of a shape in elements and a type such as `q4_k`."""
     _, n_block, n_byte = block_of(type_name)
-    n, alignment = math.prod(shape) // n_block * n_byte, gguf_constants().GGUF_DEFAULT_ALIGNMENT
-    return int(-(-n // alignment) * alignment)
+    return math.prod(shape) // n_block * n_byte
+
+
+def padded_bytes(shape: Sequence[int], type_name: str) -> int:
+    """Return how many bytes of a file a tensor takes."""
+    alignment = gguf_constants().GGUF_DEFAULT_ALIGNMENT
+    return int(-(-n_bytes(shape, type_name) // alignment) * alignment)
 
 
 def block_of(type_name: str) -> tuple[int, int, int]:
@@ -84,25 +88,6 @@ def kind_for(type_name: str, n_column: int) -> str:
             candidates.insert(0, _WITHOUT[type_name])
         return next(kind for kind in candidates if n_column % block_of(kind)[1] == 0)
     return type_name
-
-
-def quantize(weights: np.ndarray, type_name: str) -> np.ndarray:
-    """Return float32 rows [n, n_column] as ggml packs them in a type, uint8 [n, bytes of a row]."""
-    from llama_cpp._ggml import libggml
-
-    number, n_block, n_byte = block_of(type_name)
-    values = np.ascontiguousarray(weights, np.float32)
-    n_row, n_column = values.shape
-    packed = np.empty((n_row, n_column // n_block * n_byte), np.uint8)
-    function = libggml.ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = (
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-    )
-    written = function(number, values.ctypes.data, packed.ctypes.data, 0, n_row, n_column, None)
-    assert written == packed.nbytes, (type_name, written)
-    return packed
 
 
 def _check_origin(gguf: ModuleType) -> None:

@@ -7,10 +7,11 @@ llama.cpp's business.
 """
 
 import logging
+import math
 import shlex
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from mone_export.errors import MoneError, first_line
 from mone_export.lazily import torch
 from mone_export.recipe import Mtp
 from mone_export.runtime import Progress, tree
-from mone_export.source.gguf_types import gguf_library
+from mone_export.source.gguf_types import gguf_library, n_bytes
 from mone_export.source.naming import name_of
-from mone_export.source.opened import Edits, Opened, cause, opened_class
+from mone_export.source.opened import Edits, Opened, Packing, cause, opened_class
 from mone_export.source.prediction import blocks_after, reason_to_leave_out, remark
 from mone_export.source.remote_code import refuse_remote_code
 
@@ -71,6 +72,7 @@ class Conversion:
             refuse_remote_code(path)
         self._path = path
         self._metadata_ready = False
+        self._packing: Packing | None = None
         self._gguf, self._conversion = load_converter()
         self._settings = {
             "library": self._gguf,
@@ -133,14 +135,19 @@ class Conversion:
         """Add a float32 or int32 tensor of our own."""
         self._model.gguf_writer.add_tensor(name, values)
 
-    def write_head(self, part: Path, keys: Mapping[str, tuple[str, Any]]) -> int:
+    def write_head(
+        self, part: Path, keys: Mapping[str, tuple[str, Any]], packing: Packing | None = None
+    ) -> int:
         """Write header, metadata and tensor list to `part`, and return the size the finished file will have.
 
-        `keys` maps each key, additional or replaced, to (GGUF type, value); a list value makes an array of
-        that type.
+        The head may be written again elsewhere, once `close` has been called. `keys` maps each key,
+        additional or replaced, to (GGUF type, value); a list value makes an array of that type. `packing`
+        rounds the tensors when they are written.
         """
+        self._packing, self._types = packing, self.types
         self._prepare_metadata()
         writer = self._model.gguf_writer
+        writer.state = type(writer.state).NO_FILE  # there may have been another head
         types = self._gguf.GGUFValueType
         for key, (kind, value) in keys.items():
             writer.remove_key(key)  # where the converter has written it, ours holds
@@ -148,6 +155,9 @@ class Conversion:
                 writer.add_key_value(key, value, types.ARRAY, sub_type=types[kind])
             else:
                 writer.add_key_value(key, value, types[kind])
+        for name, kind in packing.types.items() if packing else ():
+            info = writer.tensors[0][name]
+            info.dtype, info.nbytes = self._gguf.GGMLQuantizationType[kind.upper()], n_bytes(info.shape, kind)
         writer.write_header_to_file(path=part)
         try:
             writer.write_kv_data_to_file()
@@ -166,8 +176,9 @@ class Conversion:
         total = sum(info.nbytes for info in tensors.values())
         done = 0
         with torch.inference_mode():
-            for info in tensors.values():
-                info.tensor.tofile(file)
+            for name, info in tensors.items():
+                for data in self._data(name, info):
+                    data.tofile(file)
                 writer.write_padding(file, info.nbytes)
                 info.tensor = None  # frees it
                 done += info.nbytes
@@ -178,6 +189,21 @@ class Conversion:
     def close(self) -> None:
         """Close the output file, if one is open."""
         self._model.gguf_writer.close()
+
+    def _data(self, name: str, info: Any) -> Iterable[Any]:
+        """Return what writes a tensor to a file, part by part: experts one by one, on all cores."""
+        tensor, kind, packing = info.tensor, self._types[name], self._packing
+        chunked = isinstance(tensor, self._gguf.LazyChunkedTensor)
+        if packing and chunked and tensor._qtype is not None:  # the converter's own type, and then the file's
+            values = (np.asarray(load(), np.float32) for load in tensor._chunks)
+            return packing.packed(name, kind, info.shape, values)
+        if not packing or packing.types[name] == kind:
+            return [tensor]
+        parts = (load() for load in tensor._chunks) if chunked else [self._whole(tensor)]
+        return packing.packed(name, kind, info.shape, (part.reshape(-1).view(np.uint8) for part in parts))
+
+    def _whole(self, tensor: Any) -> np.ndarray:
+        return np.ascontiguousarray(self._gguf.LazyNumpyTensor.to_eager(tensor))
 
     def _cannot_state(self, error: Exception) -> MoneError:
         """Return the error for a value that a GGUF cannot hold, with its key."""
@@ -232,6 +258,9 @@ def load_converter() -> tuple[Any, Any]:
     import conversion
 
     gguf.utility.LocalTensor.mmap_bytes = _read
+    # it would read a tensor to say how many dimensions it has
+    conversion.LazyTorchTensor.dim = lambda tensor: len(tensor.shape)
+    conversion.LazyTorchTensor.numel = lambda tensor: math.prod(tensor.shape)
     return gguf, conversion
 
 

@@ -1,7 +1,8 @@
 """llama.cpp's converter class for a model, with a seam in it: each tensor can be cut down or edited."""
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mone_export.lazily import Tensor, torch
 from mone_export.source.naming import card_folder, completed
 from mone_export.source.weights import NOVICE
 
+LARGE = 2**24  # weights of a matrix that is read some rows at a time, a sixteenth of this many
 Read = Callable[[int], Tensor]  # original expert id -> its matrix [out, in]; once for each expert
 
 
@@ -48,6 +50,23 @@ class Derived:
     shape: tuple[int, int]  # [out, in] of each
     rows: Callable[[int], np.ndarray] | None  # the rows of the original that an expert keeps as they are
     make: Callable[[int, Tensor], Tensor]  # from an expert's number and its matrix [out, in]
+
+
+class Packing(Protocol):
+    """What rounds tensors to other types while they are written."""
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """The type of each tensor of the file, by its name."""
+
+    def packed(
+        self, name: str, kind: str, shape: Sequence[int], parts: Iterable[np.ndarray]
+    ) -> Iterator[np.ndarray]:
+        """Yield the bytes of a tensor in its type.
+
+        `parts` have whole rows of it, of a `shape` in numpy's order: uint8, packed as `kind`, or float32, to
+        be packed so first.
+        """
 
 
 class Edits(Protocol):
@@ -126,7 +145,8 @@ class Opened:
             experts = self.edits.select(new_name)
             self._edited.add(new_name)
             if experts is None:
-                yield new_name, self.edits.edit(new_name, tensor)
+                edited = self.edits.edit(new_name, tensor)
+                yield new_name, self._by_rows(edited) if edited is data else edited
                 continue
             one = self._one_by_one(data, tensor, (name, bid, position))
             if experts:
@@ -172,26 +192,47 @@ class Opened:
             single: Callable[[int], Any] = tensor._args[0].__getitem__
             return single
         n_expert = self.edits.spec.n_expert
-        fused = data.dim() == 3 and data.shape[0] == n_expert == tensor.shape[0]
+        fused = len(data.shape) == 3 and data.shape[0] == n_expert == tensor.shape[0]
         return partial(self._one_expert, *source) if fused and source[0] in self.model_tensors else None
 
     def _one_expert(self, name: str, bid: int | None, position: int, expert: int) -> Any:
         """Convert a single expert of a fused tensor: what the whole conversion would give, for one slice."""
-        data = self._slice(self.model_tensors[name](), expert)
+        whole = self.model_tensors[name]()
+        stored = self._stored(whole)
+        data = whole[expert : expert + 1] if stored is None else self._slice(stored, expert, expert + 1)
         if data.dtype not in (torch.float16, torch.float32):
             data = data.to(torch.float32)
         return list(self.base.modify_tensors(self, data, name, bid))[position][1][0]
 
-    def _slice(self, whole: Any, expert: int) -> Any:
-        """Return a single expert of a fused tensor (lazy): where it lies in a file, nothing else is read."""
-        stored = whole._args[0] if whole._args else None
-        if not isinstance(stored, self.library.utility.LocalTensor):
-            return whole[expert : expert + 1]
+    def _by_rows(self, tensor: Any) -> Any:
+        """Return a matrix that is read and written some rows at a time, where it is large and as in its file.
+
+        A vocabulary's embeddings take several times their bytes otherwise.
+        """
+        if not isinstance(tensor, self.lazy_tensor):
+            return tensor
+        cast = tensor._args[1:] == (torch.float32,)
+        stored = self._stored(tensor._args[0] if cast else tensor)
+        if stored is None or len(stored.shape) != 2 or math.prod(stored.shape) < LARGE:
+            return tensor
+        n_row, n_column = stored.shape
+        step = max(1, LARGE // 16 // n_column)
+        parts = {at: self._slice(stored, at, min(at + step, n_row)) for at in range(0, n_row, step)}
+        made = [partial(_read, self.lazy_tensor, parts, at) for at in parts]
+        return self._lazy(made, tensor.shape, tensor.dtype)
+
+    def _stored(self, tensor: Any) -> Any:
+        """Return where a tensor lies in a file, None for one that was made of others."""
+        stored = tensor._args[0] if tensor._args else None
+        return stored if isinstance(stored, self.library.utility.LocalTensor) else None
+
+    def _slice(self, stored: Any, first: int, end: int) -> Any:
+        """Return a part of a tensor of a file (lazy) along its first axis: nothing else is read."""
         n_byte = stored.data_range.size // stored.shape[0]
-        start = stored.data_range.offset + expert * n_byte
-        place = replace(stored.data_range, offset=start, size=n_byte)
+        start, size = stored.data_range.offset + first * n_byte, (end - first) * n_byte
+        place = replace(stored.data_range, offset=start, size=size)
         return self.lazy_tensor.from_local_tensor(
-            replace(stored, shape=(1, *stored.shape[1:]), data_range=place)
+            replace(stored, shape=(end - first, *stored.shape[1:]), data_range=place)
         )
 
     def _chunked(self, name: str, whole: Any, one: Callable[[int], Any], experts: Sequence[int]) -> Any:
@@ -200,17 +241,17 @@ class Opened:
         single = {e: one(e) for e in (range(self.edits.spec.n_expert) if rewrites else experts)}
         read = partial(_read, self.lazy_tensor, single)
         made = self.edits.rewrite(name, read) if rewrites else [partial(read, e) for e in experts]
-        return self._lazy(made, whole.shape[1:], whole.dtype)
+        return self._lazy(made, (len(made), *whole.shape[1:]), whole.dtype)
 
     def _derived(self, new: Derived, whole: Any, one: Callable[[int], Any]) -> Any:
         """Return a further tensor, made expert by expert while it is written."""
         read = partial(_read, self.lazy_tensor, {expert: one(expert) for expert in new.experts})
         made = [partial(_made, new, read, expert) for expert in new.experts]
-        return self._lazy(made, new.shape, whole.dtype)
+        return self._lazy(made, (len(made), *new.shape), whole.dtype)
 
     def _lazy(self, made: Sequence[Callable[[], Tensor]], shape: Sequence[int], dtype: Any) -> Any:
-        chunks = [partial(_chunk, expert, dtype) for expert in made]
-        return self.library.LazyChunkedTensor(chunks, (len(made), *shape), self.lazy_tensor._dtype_map[dtype])
+        chunks = [partial(_chunk, part, dtype) for part in made]
+        return self.library.LazyChunkedTensor(chunks, tuple(shape), self.lazy_tensor._dtype_map[dtype])
 
 
 def opened_class(kind: type[Opened], base: Any, **settings: Any) -> type[Opened]:
@@ -233,9 +274,9 @@ def cause(path: Path, error: BaseException) -> str:
     return first_line(error) if named else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _read(lazy: Any, experts: dict[int, Any], expert: int) -> Tensor:
+def _read(lazy: Any, parts: dict[int, Any], part: int) -> Tensor:
     # taken out, since an evaluated lazy tensor keeps its data
-    tensor: Tensor = lazy.to_eager(experts.pop(expert))
+    tensor: Tensor = lazy.to_eager(parts.pop(part))
     return tensor
 
 
@@ -243,6 +284,6 @@ def _made(new: Derived, read: Read, expert: int) -> Tensor:
     return new.make(expert, read(expert))
 
 
-def _chunk(expert: Callable[[], Tensor], dtype: "torch.dtype") -> np.ndarray:
-    array: np.ndarray = expert().to(dtype).contiguous().numpy()
+def _chunk(part: Callable[[], Tensor], dtype: "torch.dtype") -> np.ndarray:
+    array: np.ndarray = part().to(dtype).contiguous().numpy()
     return array

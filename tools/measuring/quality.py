@@ -64,7 +64,7 @@ def export_once(model: str, outfile: Path, run: Json, stats: Path) -> Json:
 
     source = open_source(model)
     recipe = Recipe.of(run["ratio"], score=run["score"], novice=run["novice"])
-    announced, _ = measure(source, plan_without_scores(source.spec, recipe), outtype="f32")
+    announced = measure(source, plan_without_scores(source.spec, recipe), outtype="f32")
     options = {key: run[key] for key in ("ratio", "score", "novice", "seed")}
     report = export(
         model, outfile=outfile, outtype="f32", n_row=64, seq_len=512, stats=stats, dtype="float32", **options

@@ -39,7 +39,8 @@ ROADS: Mapping[str, tuple[str, ...]] = {
     "gguf": ("model.gguf",),
 }
 KILLS = {"killed": [9], "terminated": [15], "interrupted twice": [2, 2], "killed and resumed": [9]}
-KILLED = ("killed", "killed and resumed", "rank killed")
+KILLS |= {"killed while rounding": [9]}
+KILLED = ("killed", "killed and resumed", "killed while rounding", "rank killed")
 FAULTS = (
     *(*KILLS, "rank killed"),
     *("file size limit", "full disk", "output folder removed", "source truncated", "memory limit"),
@@ -47,7 +48,7 @@ FAULTS = (
     *("two in a work folder", "clock set back", "power cut"),
 )
 CONTROLS = {
-    "rename": "llama-quantize killed",
+    "rename": "file size limit",
     "sweep": "killed",
     "lines": "llama-quantize fails",
     "flush": "power cut",
@@ -243,7 +244,7 @@ class Trial:
 
 def kind_of(fault: str) -> str:
     """Return what sets the exports of a fault apart: other options, or two processes."""
-    if fault.startswith("llama-quantize"):
+    if fault.startswith("llama-quantize") or fault == "killed while rounding":
         return "quantized"
     if fault == "rank killed":
         return "shared out"

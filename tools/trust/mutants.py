@@ -41,7 +41,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "mone_export/calibration/sums.py": ("tests/test_sums.py",),
     "mone_export/output/writing.py": ("tests/test_edits.py",),
 }
-PYTEST = ("-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow and not upstream")
+PYTEST = ("-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow")
 KILLED = {1, 3}  # statuses of pytest: a test failed, or pytest itself did
 TEXT = re.compile(r'"[^"]*"')  # one with a space in it is for people: keys and names have none
 TIMEOUT = {-24, 24, 36, 152, 255}

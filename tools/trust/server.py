@@ -34,6 +34,7 @@ from parallel_clients import QUESTIONS, Answer, ask, judged, slots
 from programs import Server, running_server
 
 from measuring.server import resident_bytes
+from mone_export.runtime.toolchain import n_core
 
 KINDS = {"constants": ("--novice", "least-squares"), "thin experts": ("--novice", "thin")}
 WARM = 300  # seconds in which caches and pools may grow; memory is judged only in runs of twice that
@@ -123,8 +124,10 @@ def main() -> int:
         answers_of = files.pop("unpruned") if args.answers_of else None
         files.pop("unpruned", None)
         with ThreadPoolExecutor() as pool:  # the servers run beside each other
+            # threads that wait for each other spin: more of them than cores, and clients wait for minutes
+            threads = ("-t", max(1, n_core() // len(files)))
             started = {
-                kind: pool.submit(under_load, file, answers_of or file, args.seconds, args.clients)
+                kind: pool.submit(under_load, file, answers_of or file, args.seconds, args.clients, threads)
                 for kind, file in files.items()
             }
         runs = {kind: run.result() for kind, run in started.items()}
@@ -149,11 +152,13 @@ def made(folder: Path, kinds: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def under_load(file: Path, answers_of: Path, seconds: float, n_client: int) -> dict[str, Any]:
-    """Return what one server met and did, and what of it is a failure."""
+def under_load(
+    file: Path, answers_of: Path, seconds: float, n_client: int, threads: Sequence[object]
+) -> dict[str, Any]:
+    """Return what one server met and did, and what of it is a failure; `threads` is an option of it."""
     from mone_export import runtime
 
-    options = (*slots(n_client), "--cache-ram", 0)
+    options = (*slots(n_client), "--cache-ram", 0, *threads)
     heap, told = compiled(file.with_suffix(".so")), file.with_suffix(".heap")
     with running_server(runtime.path(), "-m", answers_of, *options) as server:
         expected = [ask(server, number) for number in range(len(QUESTIONS))]
