@@ -80,6 +80,19 @@ def test_nothing_lies_beside_the_output(seen: dict[str, Seen], tmp_path: Path) -
     assert 0 < max(most) <= size
 
 
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_the_converters_own_types_need_no_build(
+    outtype: str, seen: dict[str, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = seen["checkpoint"].calibration
+    chosen, files = mone.plan(mone.score(calibration), ratio=0.5), []
+    for there in (True, False):
+        monkeypatch.setattr(ggml, "available", lambda there=there: there)
+        files.append(tmp_path / f"{there}.gguf")
+        mone.write("demo", calibration, chosen, files[-1], outtype=outtype)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_k", "iq4_nl"])
 def test_ggml_unpacks_as_the_gguf_package_does(kind: str) -> None:
     values = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)

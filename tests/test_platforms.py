@@ -33,8 +33,10 @@ import sys, warnings, faked_platform
 from pathlib import Path
 from mone_export import cli
 from mone_export.output import quantizing
+from mone_export.source import ggml
 programs, *arguments = sys.argv[1:]
-quantizing.path = lambda: Path(programs)
+quantizing.path = ggml.runtime_path = lambda: Path(programs)
+ggml.library = lambda name: f"lib{name}.so"  # it is Linux's that is loaded
 warnings.filterwarnings("error", category=EncodingWarning, module="mone_export")
 sys.exit(cli.main(arguments))
 """

@@ -28,7 +28,7 @@ def figures(tool: str, *options: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.upstream
 @pytest.mark.nightly
 def test_a_fault_trial_fails_where_the_output_is_made_in_place() -> None:
-    one = ("--trials", "1", "--fault", "llama-quantize killed")
+    one = ("--trials", "4", "--fault", "file size limit")
     assert figures("faults.py", *one)[0] == 0
     status, found = figures("faults.py", *one, "--without", "rename")
     assert status == 1 and "neither the old one nor the new one" in found["failures"][0]["wrong"][0]

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     dry.set_defaults(measure=measure_dry)
 
     writing = commands.add_parser("writing", parents=[common], help="speed and peak memory of writing")
-    writing.add_argument("--outtypes", nargs="+", default=["q8_0", "q4_k_m", "q2_k"], help="rounded to")
+    writing.add_argument("--outtypes", nargs="+", default=["q8_0", "q4_k_m"], help="rounded to")
     writing.add_argument("--rounds", type=int, default=3)
     writing.set_defaults(measure=measure_writing)
 

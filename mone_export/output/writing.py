@@ -45,7 +45,7 @@ from mone_export.paths import replacing
 from mone_export.pruning.novices import novices as novices_of
 from mone_export.recipe import DEFAULT_NOVICE
 from mone_export.runtime import Progress
-from mone_export.source import Rewriting, Source, open_source
+from mone_export.source import Rewriting, Source, ggml, open_source
 from mone_export.source.gguf_format import (
     COUNT_KEY,
     EXPERT_WIDTH_KEY,
@@ -126,7 +126,8 @@ def write(
         if conversion.remark:
             log.warning("%s", conversion.remark)
         with replacing(target) as part:
-            packing = Rounded(types, importance)
+            # the converter packs its own types without a build of llama.cpp, too, on one core
+            packing = Rounded(types, importance) if not direct or ggml.available() else None
             _write_file(conversion, part, keys, packing=packing, progress=progress)
     finally:
         conversion.close()
@@ -162,7 +163,8 @@ def _rounded_types(
         size = conversion.write_head(head, keys)
         conversion.close()
         make_holes(head, size)
-        return _asked(conversion, head, (rounding.outtype,), plan, imatrix=rounding.with_imatrix)[0]
+        found = _asked(conversion, head, (rounding.outtype,), plan, imatrix=rounding.with_imatrix)[0]
+    return {name: found.get(name, kind) for name, kind in conversion.types.items()}
 
 
 def _asked(
@@ -590,7 +592,7 @@ def stored_novices(
 
 
 def _write_file(
-    conversion: Rewriting, part: Path, keys: Keys, *, packing: Rounded, progress: Progress | None
+    conversion: Rewriting, part: Path, keys: Keys, *, packing: Rounded | None, progress: Progress | None
 ) -> None:
     try:
         conversion.write_head(part, keys, packing)

@@ -27,6 +27,15 @@ class _Traits(ctypes.Structure):
     )
 
 
+def available() -> bool:
+    """Say whether there is a build of llama.cpp whose library can be loaded."""
+    try:
+        _ggml()
+    except (MoneError, OSError):
+        return False
+    return True
+
+
 def unpacked(packed: np.ndarray, type_name: str) -> np.ndarray:
     """Return the float32 weights [n, n_column] that rows packed in a type stand for, uint8 [n, bytes].
 

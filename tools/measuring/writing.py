@@ -18,7 +18,7 @@ from pathlib import Path
 from measuring import Json, pairwise, programs, scratch
 from models.random_model import save_random_model
 
-SHAPE = {"n_layer": 2, "n_expert": 64, "top_k": 8, "hidden": 1024, "expert": 1024}
+SHAPE = {"n_layer": 2, "n_expert": 128, "top_k": 8, "hidden": 1024, "expert": 1024}
 RATIO = 0.25
 FORMS = ("experts apart", "experts fused", "GGUF")
 BAR_EXTRA = 500_000_000  # bytes of memory beside the largest stack of experts
