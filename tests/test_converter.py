@@ -449,8 +449,8 @@ def test_large_matrices_are_read_some_rows_at_a_time(
         for large in (usual, 64):
             monkeypatch.setattr(seam, "LARGE", large)
             most.clear()
-            size = measure(folder, chosen, outtype=outtype)
-            assert sum(most, 0) < 0.1 * size
+            measure(folder, chosen, outtype=outtype)
+            assert not most
             most.clear()
             write(folder, None, chosen, tmp_path / f"{large}.gguf", outtype=outtype)
             contents.append(gguf_file.without_command(tmp_path / f"{large}.gguf"))

@@ -1,5 +1,6 @@
 """Rounding on the way: llama-quantize's bytes, with no file beside the output."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,16 +115,25 @@ def test_rows_are_weighed_by_the_importance_of_their_own_matrix() -> None:
         assert np.array_equal(found, whole.reshape(-1))
 
 
-@pytest.mark.parametrize(("value", "kind"), [(np.nan, "f32"), (np.inf, "f16")])
+@pytest.mark.parametrize(("value", "kind"), [(np.nan, "f32"), (np.inf, "f16"), (-1e20, "f32")])
 def test_weights_that_are_not_finite_are_refused(value: float, kind: str) -> None:
     values = np.ones((2, 32), np.float32)
     values[1, 5] = value
     raw = values.astype({"f32": np.float32, "f16": np.float16}[kind]).reshape(-1).view(np.uint8)
-    message = "^x cannot be rounded to q4_0: there are weights that are not finite numbers$"
+    message = r"^x cannot be rounded to q4_0: it has weights beyond 1e\+15$"
     with pytest.raises(MoneError, match=message):
         list(Rounded({"x": "q4_0"}).packed("x", kind, (2, 32), [raw]))
 
 
-def test_a_type_that_needs_importances_is_refused_without() -> None:
-    with pytest.raises(MoneError, match="iq2_xxs needs an importance matrix"):
-        ggml.packed(np.ones((1, 256), np.float32), "iq2_xxs")
+@pytest.mark.parametrize("outtype", IMATRIX_TYPES)
+def test_a_type_that_needs_importances_is_refused_without(
+    outtype: str, seen: dict[str, Seen], tmp_path: Path
+) -> None:
+    less = replace(seen["checkpoint"].calibration, inputs={})
+    chosen = mone.plan(mone.score(less), ratio=0.5)
+    with pytest.raises(MoneError, match=f"^{outtype} needs an importance matrix: pass a calibration"):
+        mone.write("demo", less, chosen, tmp_path / "model.gguf", outtype=outtype)
+    assert not [*tmp_path.iterdir()]
+    if outtype in ("iq2_xxs", "iq2_xs", "iq1_s"):  # ggml would end the process
+        with pytest.raises(MoneError, match=f"{outtype} needs an importance matrix"):
+            ggml.packed(np.ones((1, 256), np.float32), outtype)

@@ -77,7 +77,7 @@ def importance_matrix(
         n_token, text = calibration.n_token, calibration.corpus_name
         size = chunk_size(n_token)
         save_imatrix(rounding.imatrix, found, dataset=text, n_token=n_token, chunk_size=size)
-    return {name: _means(name, *sums) for name, sums in found.items()}
+    return {name: _means(name, *found.pop(name)) for name in list(found)}
 
 
 def chunk_size(n_token: int) -> int:

@@ -13,11 +13,12 @@ import numpy as np
 
 from mone_export.errors import MoneError
 from mone_export.runtime.toolchain import n_core
-from mone_export.source.ggml import packed, unpacked
+from mone_export.source.ggml import all_finite, packed, unpacked
 from mone_export.source.gguf_types import n_bytes
 
 _N_WEIGHT = 2**18  # that a task takes at a time, about
 _N_AHEAD = 4  # tasks that wait, for each thread
+LARGEST = 1e15  # of a weight: ggml ends the process where a sum of squares is infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Rounded:
         """Yield the rows of a tensor, uint8, in its type.
 
         `parts` have whole rows of it, of a `shape` in numpy's order: uint8, packed as `kind`, or float32, to
-        be packed so first. Raises `MoneError` for weights that are not finite.
+        be packed so first. Raises `MoneError` for weights that cannot be rounded, such as infinite ones.
         """
         waiting: deque[Future[np.ndarray]] = deque()
         with ThreadPoolExecutor(self.n_thread) as pool:
@@ -67,11 +68,15 @@ class Rounded:
                 rows, at = rows[n:], at + n
 
     def _task(self, name: str, kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-        try:
-            if rows.dtype != np.uint8:
-                if kind == self.types[name]:
-                    return packed(rows, kind)
-                rows = packed(rows, kind)
-            return packed(unpacked(rows, kind), self.types[name], importance)
-        except MoneError as error:
-            raise MoneError(f"{name} cannot be rounded to {self.types[name]}: {error}") from None
+        kind_after = self.types[name]
+        if rows.dtype != np.uint8:
+            rows = packed(rows, kind)
+            if kind == kind_after:
+                return rows
+        values = unpacked(rows, kind)
+        if not (values.min() >= -LARGEST and values.max() <= LARGEST):  # not a number is neither
+            raise MoneError(f"{name} cannot be rounded to {kind_after}: it has weights beyond {LARGEST:g}")
+        found = packed(values, kind_after, importance)
+        if not all_finite(found, kind_after):
+            raise MoneError(f"{name} cannot be rounded to {kind_after}: that gives no finite numbers")
+        return found

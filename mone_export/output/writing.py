@@ -88,9 +88,9 @@ def write(
 
     The plan's recipe says what stands in for pruned experts; `novices` gives them, [n_expert, d] per layer,
     where the statistics alone do not, or makes the thin experts that the plan has. `calibration` may be None
-    where the plan needs no statistics. `outtype` is the type; one that llama.cpp's converter does not know is
-    rounded by an importance matrix if the calibration saw the inputs of matrices, unless a `Rounding` says
-    otherwise.
+    where the plan needs no statistics. `outtype` is the type; one that the source's conversion does not make
+    itself is rounded by an importance matrix if the calibration saw the inputs of matrices, unless a
+    `Rounding` says otherwise.
 
     The file appears under its name when it is complete; failure leaves nothing behind. Raises `MoneError` for
     a model that cannot be converted, an output that cannot be written, or too little disk.
@@ -105,6 +105,8 @@ def write(
     else:
         seen = calibration is not None and bool(calibration.inputs)
         rounding = Rounding(outtype, with_imatrix=seen and outtype not in _direct_types(source, plan))
+    if rounding.outtype in IMATRIX_TYPES and not rounding.with_imatrix:
+        raise MoneError(f"{rounding.outtype} needs an importance matrix: pass a calibration that saw inputs")
     stored = stored_novices(calibration, plan, source, novices)
     thinner = novices if isinstance(novices, Thinner) else None
     edits = Edits(plan, stored, importances(calibration), thinner)
@@ -164,7 +166,9 @@ def _rounded_types(
         conversion.close()
         make_holes(head, size)
         found = _asked(conversion, head, (rounding.outtype,), plan, imatrix=rounding.with_imatrix)[0]
-    return {name: found.get(name, kind) for name, kind in conversion.types.items()}
+    if missing := conversion.types.keys() - found.keys():
+        raise MoneError(f"llama-quantize does not say which type {min(missing)} has in {rounding.outtype}")
+    return found
 
 
 def _asked(

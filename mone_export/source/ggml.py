@@ -37,13 +37,9 @@ def available() -> bool:
 
 
 def unpacked(packed: np.ndarray, type_name: str) -> np.ndarray:
-    """Return the float32 weights [n, n_column] that rows packed in a type stand for, uint8 [n, bytes].
-
-    Raises `MoneError` for weights that are not finite.
-    """
+    """Return the float32 weights [n, n_column] that rows packed in a type stand for, uint8 [n, bytes]."""
     number, n_block, n_byte = block_of(type_name)
     packed = np.ascontiguousarray(packed)
-    _check_finite(number, packed)
     if type_name == "f32":
         return packed.view(np.float32)
     values = np.empty((len(packed), packed.shape[1] // n_byte * n_block), np.float32)
@@ -57,8 +53,7 @@ def unpacked(packed: np.ndarray, type_name: str) -> np.ndarray:
 def packed(values: np.ndarray, type_name: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Return float32 rows [n, n_column] packed in a type, uint8 [n, bytes of a row].
 
-    `importance` float32 [n_column] weighs the columns. Raises `MoneError` for weights that are not finite,
-    and for a type that cannot do without importances.
+    `importance` float32 [n_column] weighs the columns. Raises `MoneError` for a type that cannot do without.
     """
     number, n_block, n_byte = block_of(type_name)
     n_row, n_column = values.shape
@@ -76,13 +71,13 @@ def packed(values: np.ndarray, type_name: str, importance: np.ndarray | None = N
         number, rows.ctypes.data, found.ctypes.data, 0, n_row, n_column, pointer
     )
     assert written == found.nbytes, (type_name, written)
-    _check_finite(number, found)
     return found
 
 
-def _check_finite(number: int, packed: np.ndarray) -> None:
-    if not _ggml().ggml_validate_row_data(number, packed.ctypes.data, packed.nbytes):
-        raise MoneError("there are weights that are not finite numbers")
+def all_finite(packed: np.ndarray, type_name: str) -> bool:
+    """Say whether packed rows, uint8, stand for finite weights; ggml names others on stderr."""
+    number, _, _ = block_of(type_name)
+    return bool(_ggml().ggml_validate_row_data(number, packed.ctypes.data, packed.nbytes))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A GGUF rewritten with fewer experts: what stays is copied byte for byte, whatever its packing.
+"""A GGUF rewritten with fewer experts: what stays is copied byte for byte, unless it is to be rounded.
 
 An expert is a contiguous slice of its tensor, and so is its row of a router, bias or scale: an edit of a
 tensor is a list of such slices, and perhaps rows of ours after them. Nothing is unpacked and no tensor is
@@ -56,10 +56,6 @@ class _Written:
     shape: tuple[int, ...]
     kind: str
     pieces: list[Slice | Made | bytes] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        return sum(len(piece) if isinstance(piece, bytes) else piece.size for piece in self.pieces)
 
 
 class GgufConversion:
@@ -151,6 +147,7 @@ class GgufConversion:
                     n_byte += n
                     if progress:
                         progress((done + n_byte) // 2**20, total // 2**20, "writing (MiB)")
+                assert n_byte == self._size(name), (name, tensor.shape, n_byte)
                 _write(file, b"\0" * (self._padded_size(name) - n_byte))
                 done += self._size(name)
         self.close()

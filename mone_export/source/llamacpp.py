@@ -177,8 +177,10 @@ class Conversion:
         done = 0
         with torch.inference_mode():
             for name, info in tensors.items():
+                start = file.tell()
                 for data in self._data(name, info):
                     data.tofile(file)
+                assert file.tell() - start == info.nbytes, (name, info.shape, file.tell() - start)
                 writer.write_padding(file, info.nbytes)
                 info.tensor = None  # frees it
                 done += info.nbytes

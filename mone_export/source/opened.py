@@ -209,11 +209,14 @@ class Opened:
 
         A vocabulary's embeddings take several times their bytes otherwise.
         """
+        if len(tensor.shape) != 2 or math.prod(tensor.shape) < LARGE:
+            return tensor
         if not isinstance(tensor, self.lazy_tensor):
             return tensor
-        cast = tensor._args[1:] == (torch.float32,)
+        # by identity: two lazy tensors that are compared are read
+        cast = len(tensor._args) == 2 and tensor._args[1] is torch.float32
         stored = self._stored(tensor._args[0] if cast else tensor)
-        if stored is None or len(stored.shape) != 2 or math.prod(stored.shape) < LARGE:
+        if stored is None:
             return tensor
         n_row, n_column = stored.shape
         step = max(1, LARGE // 16 // n_column)
@@ -223,7 +226,7 @@ class Opened:
 
     def _stored(self, tensor: Any) -> Any:
         """Return where a tensor lies in a file, None for one that was made of others."""
-        stored = tensor._args[0] if tensor._args else None
+        stored = tensor._args[0] if isinstance(tensor, self.lazy_tensor) and tensor._args else None
         return stored if isinstance(stored, self.library.utility.LocalTensor) else None
 
     def _slice(self, stored: Any, first: int, end: int) -> Any:
