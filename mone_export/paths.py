@@ -183,9 +183,9 @@ def is_ours(path: Path) -> bool:
 def replacing(target: Path) -> Iterator[Path]:
     """Yield where to make the file that takes the place of `target`, complete, at the end of the block.
 
-    The folder it lies in is of this run alone, so intermediate files may lie beside it. When the block fails,
-    nothing is left and `target` stays as it was. Of a link, the file it leads to is replaced. Raises
-    MoneError where no file can be made, or the disk refuses it in the end; an OSError of the block passes.
+    The folder it lies in is of this run alone. When the block fails, nothing is left and `target` stays as
+    it was. Of a link, the file it leads to is replaced. Raises MoneError where no file can be made, or the
+    disk refuses it in the end; an OSError of the block passes.
     """
     target = _resolved(target)
     sweep(target)

@@ -65,13 +65,13 @@ from mone_export.source.gguf_format import (
     tier_tensor,
 )
 from mone_export.source.gguf_types import gguf_constants, padded_bytes
-from mone_export.source.llamacpp import CONVERTER_TYPES as FILE_TYPES
+from mone_export.source.llamacpp import CONVERTER_TYPES
 from mone_export.source.opened import Derived, Read, Rows
 from mone_export.source.pruned_before import PrunedBefore
 
 log = logging.getLogger(__name__)
 
-OUTTYPES = (*FILE_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
+OUTTYPES = (*CONVERTER_TYPES, *QUANTIZE_TYPES, *IMATRIX_TYPES)
 
 
 def write(
@@ -188,7 +188,7 @@ def _asked(
 def _rounding_keys(rounding: Rounding, n_matrix: int, n_token: int) -> Keys:
     """Return the keys that llama-quantize states: the type, and where its importance matrix was from."""
     gguf = gguf_constants()
-    number = gguf.LlamaFileType[FILE_TYPES.get(rounding.outtype, f"MOSTLY_{rounding.outtype.upper()}")]
+    number = gguf.LlamaFileType[CONVERTER_TYPES.get(rounding.outtype, f"MOSTLY_{rounding.outtype.upper()}")]
     keys: Keys = {
         "general.quantization_version": ("UINT32", gguf.GGML_QUANT_VERSION),
         "general.file_type": ("UINT32", int(number)),
